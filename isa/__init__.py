@@ -1,0 +1,17 @@
+"""The instruction set of the virtual NPU: programs as values, as text and as files, their target, and the static checker.
+
+The one big idea: one table (`isa.spec`) says what an instruction is; parser, printer, checker and manual all follow from it.
+"""
+
+from isa.errors import CheckError, IsaError, PackageError, ParseError, TargetError
+from isa.package import Package, pack_text
+from isa.program import Event, Instruction, Layer, Loop, Program, TensorRecord, Tile, address_at, dense_strides, unroll
+from isa.spec import SPEC, TABLE, InstructionSpec
+from isa.target import Target, load_target, target_names
+from isa.text import format_instruction, format_program, parse_program
+
+__all__ = [
+    "SPEC", "TABLE", "CheckError", "Event", "Instruction", "InstructionSpec", "IsaError", "Layer", "Loop", "Package", "PackageError", "ParseError", "Program",
+    "Target", "TargetError", "TensorRecord", "Tile", "address_at", "dense_strides", "format_instruction", "format_program", "load_target", "pack_text",
+    "parse_program", "target_names", "unroll",
+]  # fmt: skip

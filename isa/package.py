@@ -1,0 +1,219 @@
+"""The `.npu` file: one plain zip with the program text, its constants, a manifest and whatever else the caller adds.
+
+The one big idea: a package has exactly one spelling. Members are stored uncompressed (deflate gives other bytes with other zlib builds),
+sorted, with fixed timestamps; on reading, every member is checked against the manifest and the whole file against the bytes that
+writing it again would give. So equal contents are equal files, any changed byte is found, and a file cannot unpack to more than its size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isa.errors import PackageError, ParseError
+from isa.program import Program, TensorRecord
+from isa.text import format_program, parse_program
+
+FORMAT = 1
+MAXIMUM_BYTES = 4 << 30
+MAXIMUM_MEMBERS = 4096
+MANIFEST, PROGRAM, CONSTANTS = "manifest.json", "program.npuasm", "constants.bin"
+DERIVED = ("format", "inputs", "outputs", "sha256", "source", "target")  # manifest keys that follow from the contents
+_MEMBER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*\Z")
+_AGAIN = "make the package again with npucc compile or npucc asm"
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A program with the bytes it needs. `constants` lie in DRAM at `program.constants_address`.
+
+    `manifest` may carry JSON values of the caller (such as `tool`, its name and version); the keys in DERIVED are computed when saving.
+    `members` are further files by name, such as `graph.json`; this package stores and verifies them without reading them.
+    Raises PackageError when the constants do not have the size that the program states, or a member has a bad name.
+    """
+
+    program: Program
+    constants: bytes
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    members: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.constants) != self.program.constants_bytes:
+            raise PackageError(
+                f"{CONSTANTS} has {len(self.constants)} bytes, but the program's .memory line says {self.program.constants_bytes}",
+                hint="give the constants that belong to this program",
+            )
+        for name in self.members:
+            if name in (MANIFEST, PROGRAM, CONSTANTS) or not _MEMBER_NAME.match(name):
+                raise PackageError(f"a package cannot have a further member named {name!r}", hint="use letters, digits, . _ + - and single slashes")
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes: the same for equal packages, always."""
+        contents = {PROGRAM: format_program(self.program).encode("utf-8"), CONSTANTS: self.constants, **self.members}
+        manifest = {key: value for key, value in self.manifest.items() if key not in DERIVED} | _derived_manifest(self.program, contents)
+        contents[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode("utf-8")
+        return _zip_bytes(contents)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole or not at all. Raises PackageError."""
+        path, blob = Path(path), self.to_bytes()
+        try:
+            _replace(path, blob)
+        except OSError as error:
+            raise PackageError(f"cannot write the package: {error.strerror or error}", file=str(path), hint="check the folder and its free space") from error
+
+    @staticmethod
+    def from_bytes(blob: bytes, *, file: str = "") -> Package:
+        """Read and verify a package. Raises PackageError; `file` is named in it."""
+        contents = _unzip(blob, file)
+        manifest = _verified_manifest(contents, file)
+        if _zip_bytes(contents) != blob:
+            raise PackageError("the zip container was changed, though its members are intact", file=file, hint=_AGAIN)
+        members = {name: content for name, content in contents.items() if name not in (MANIFEST, PROGRAM, CONSTANTS)}
+        try:
+            program = parse_program(contents[PROGRAM].decode("utf-8"), file=f"{file}:{PROGRAM}" if file else PROGRAM)
+            package = Package(program, contents[CONSTANTS], manifest, members)
+        except (ParseError, UnicodeDecodeError) as error:
+            raise PackageError(f"{PROGRAM} cannot be read: {error}", file=file, hint=_AGAIN) from error
+        except PackageError as error:
+            raise PackageError(error.message, file=file, hint=error.hint) from None
+        for key in ("inputs", "outputs"):
+            if manifest.get(key) != _derived_manifest(program, {})[key]:
+                raise PackageError(f"{MANIFEST} and {PROGRAM} disagree about the {key}", file=file, hint=_AGAIN)
+        return package
+
+    @staticmethod
+    def load(path: str | Path) -> Package:
+        """Read and verify a package file. Raises PackageError."""
+        try:
+            with Path(path).open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size > MAXIMUM_BYTES:
+                    raise PackageError(f"the file has {size} bytes", file=str(path), hint=f"a package has at most {MAXIMUM_BYTES} bytes")
+                blob = stream.read(MAXIMUM_BYTES + 1)
+        except OSError as error:
+            raise PackageError(f"cannot read the package: {error.strerror or error}", file=str(path), hint="check the path") from error
+        return Package.from_bytes(blob, file=str(path))
+
+    @property
+    def text(self) -> str:
+        """The program as npuasm."""
+        return format_program(self.program)
+
+
+def pack_text(text: str, constants: bytes = b"", *, file: str = "", tool: str = "", members: Mapping[str, bytes] | None = None) -> Package:
+    """Assemble npuasm text and its constants into a package. Raises ParseError or PackageError."""
+    return Package(parse_program(text, file=file), constants, {"tool": tool} if tool else {}, members or {})
+
+
+def _signature(records: tuple[TensorRecord, ...]) -> list[dict[str, Any]]:
+    """What a caller of the program must know. `scale` is float32, stated as the double that equals it."""
+    return [
+        {"name": record.name, "dtype": record.tile.dtype, "outside": record.dtype, "shape": list(record.tile.shape), "scale": record.scale, "zero": record.zero}
+        for record in records
+    ]
+
+
+def _derived_manifest(program: Program, contents: Mapping[str, bytes]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "source": program.source,
+        "target": program.target.name,
+        "inputs": _signature(program.inputs),
+        "outputs": _signature(program.outputs),
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+    }
+
+
+def _zip_bytes(contents: Mapping[str, bytes]) -> bytes:
+    """A zip of stored members whose bytes depend on nothing but names and contents; the manifest comes first."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(contents, key=lambda name: (name != MANIFEST, name)):
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            archive.writestr(entry, contents[name])
+    return buffer.getvalue()
+
+
+def _replace(path: Path, blob: bytes) -> None:
+    """Write to a temporary file beside `path`, then rename; on any failure the temporary file is removed."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(blob)
+            stream.flush()
+            os.fsync(stream.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _unzip(blob: bytes, file: str) -> dict[str, bytes]:
+    """Names and sizes first, contents after; everything is refused that `_zip_bytes` would not have written."""
+    if not blob.startswith(b"PK"):
+        raise PackageError("this is not a .npu package: it does not begin as a zip file", file=file, hint="give a file made by npucc compile or npucc asm")
+    try:
+        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+            entries = archive.infolist()
+            _refuse_odd_entries(entries, len(blob), file)
+            return {entry.filename: archive.read(entry) for entry in entries}
+    except PackageError:
+        raise
+    except Exception as error:  # zipfile raises many kinds on damaged input: BadZipFile, EOFError, struct.error, NotImplementedError, …
+        reason = str(error) or type(error).__name__
+        raise PackageError(f"the zip container is damaged or cut short: {reason}", file=file, hint=f"copy the file again, or {_AGAIN}") from error
+
+
+def _refuse_odd_entries(entries: list[zipfile.ZipInfo], available: int, file: str) -> None:
+    if len(entries) > MAXIMUM_MEMBERS:
+        raise PackageError(f"the package has {len(entries)} members", file=file, hint=f"at most {MAXIMUM_MEMBERS} are read")
+    names = set()
+    for entry in entries:
+        shown = repr(entry.filename if len(entry.filename) <= 80 else entry.filename[:77] + "...")
+        if not _MEMBER_NAME.match(entry.filename):
+            raise PackageError(f"member {shown} has a name that a package cannot have", file=file, hint="names are relative, without .. or backslashes")
+        if entry.filename in names:
+            raise PackageError(f"member {shown} stands twice", file=file, hint=_AGAIN)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise PackageError(
+                f"member {shown} is compressed ({entry.compress_size} bytes for {entry.file_size})", file=file, hint="members of a package are stored as they are; " + _AGAIN
+            )  # fmt: skip
+        names.add(entry.filename)
+    total = sum(entry.file_size for entry in entries)
+    if total > available:
+        raise PackageError(f"the members claim {total} bytes, the file has {available}", file=file, hint=f"copy the file again, or {_AGAIN}")
+
+
+def _verified_manifest(contents: Mapping[str, bytes], file: str) -> dict[str, Any]:
+    """The manifest, after its version and every checksum were found right."""
+    for name in (MANIFEST, PROGRAM, CONSTANTS):
+        if name not in contents:
+            raise PackageError(f"the package has no {name}", file=file, hint=_AGAIN)
+    try:
+        manifest = json.loads(contents[MANIFEST].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PackageError(f"{MANIFEST} is not JSON: {error}", file=file, hint=_AGAIN) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise PackageError(f"the package has format version {found!r}, this reader knows {FORMAT}", file=file, hint="use the npucc that made it, or compile the model again")
+    checksums = manifest.get("sha256")
+    if not isinstance(checksums, dict) or set(checksums) != set(contents) - {MANIFEST}:
+        raise PackageError(f"the members of the package and the checksums in {MANIFEST} differ", file=file, hint=_AGAIN)
+    for name in sorted(checksums):
+        if hashlib.sha256(contents[name]).hexdigest() != checksums[name]:
+            raise PackageError(f"member {name!r} does not have the checksum that {MANIFEST} states", file=file, hint=f"copy the file again, or {_AGAIN}")
+    return manifest

@@ -1,0 +1,216 @@
+"""Whether the sizes and attributes of one instruction make sense together: dimension letters, windows, channel groups.
+
+The one big idea: what the table can say (the same letter, the same size) is checked from the table for every instruction alike;
+each remaining rule is one small function, listed under the instructions it belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from isa.program import Instruction, Tile
+from isa.spec import SPEC, Attribute, InstructionSpec
+from isa.tokens import did_you_mean
+
+#: (message, hint)
+Remark = tuple[str, str]
+MAXIMUM_DMA_DIMENSIONS = 5
+_WIDTH = {"s8": 8, "u8": 9, "s16": 16, "s32": 32, "s64": 64}  # bits that a signed result needs to hold every value
+
+
+def attribute_values(instruction: Instruction) -> dict[str, Any]:
+    """Every attribute of the instruction by name, defaults filled in."""
+    values: dict[str, Any] = {attribute.name: attribute.default for attribute in SPEC[instruction.name].attributes}
+    values.update(instruction.attributes)
+    return values
+
+
+def shape_remarks(instruction: Instruction) -> Iterator[Remark]:
+    """What is wrong with the dimensions and attributes; later checks assume that earlier ones passed."""
+    spec = SPEC[instruction.name]
+    for check in (attribute_remarks, dimension_remarks):
+        remarks = list(check(spec, instruction))
+        yield from remarks
+        if remarks:
+            return
+    tiles = {operand.name: tile for operand, tile in zip(spec.operands, instruction.tiles, strict=False)}
+    values = attribute_values(instruction)
+    for rule in RULES.get(instruction.name, ()):
+        yield from rule(tiles, values)
+
+
+# ── attributes ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LOWEST = {"kernel": 1, "stride": 1, "dilation": 1, "groups": 1, "pad": 0, "accumulate": 0}
+HIGHEST = {"accumulate": 1}
+
+
+def attribute_remarks(spec: InstructionSpec, instruction: Instruction) -> Iterator[Remark]:
+    """Unknown or repeated names, values of the wrong kind or out of range."""
+    known, seen = {attribute.name: attribute for attribute in spec.attributes}, set()
+    for name, value in instruction.attributes:
+        if name not in known or name in seen:
+            yield (f"attribute {name!r} stands twice", "keep one") if name in seen else (f"{spec.name} has no attribute {name!r}", did_you_mean(name, known))
+            continue
+        seen.add(name)
+        yield from _value_remarks(known[name], value)
+
+
+def _value_remarks(attribute: Attribute, value: Any) -> Iterator[Remark]:
+    name, parts = attribute.name, value if isinstance(value, tuple) else (value,)
+    if len(parts) != attribute.count or isinstance(value, tuple) != (attribute.kind in ("ints", "quant")):
+        yield f"{name} is {value!r}", f"expected {attribute.count} value{'s' * (attribute.count > 1)} of kind {attribute.kind}"
+        return
+    for index, part in enumerate(parts):
+        wanted = {"word": str, "float": (int, float), "quant": (int, float) if index == 0 else int}.get(attribute.kind, int)
+        if not isinstance(part, wanted):  # type: ignore[arg-type]
+            yield f"{name} is {value!r}", f"expected {attribute.kind}"
+        elif attribute.kind == "word" and part not in attribute.words:
+            yield f"{name} is {value!r}", did_you_mean(part, attribute.words)
+        elif attribute.kind == "quant" and not math.isfinite(part):
+            yield f"{name} is {value!r}", "a scale is finite"
+        elif name in LOWEST and part < LOWEST[name]:
+            yield f"{name} is {value!r}", f"it is at least {LOWEST[name]}"
+        elif name in HIGHEST and part > HIGHEST[name]:
+            yield f"{name} is {value!r}", f"it is at most {HIGHEST[name]}"
+    if name == "clamp" and not parts[0] <= parts[1]:
+        yield f"clamp is {value!r}", "the lowest value comes first"
+
+
+# ── dimensions ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dimension_remarks(spec: InstructionSpec, instruction: Instruction) -> Iterator[Remark]:
+    """The same letter must have the same size in every operand; `*d` is one letter for any number of dimensions, `*r` is `*d` or 1."""
+    sizes: dict[str, tuple[Any, str]] = {}
+    for operand, tile in zip(spec.operands, instruction.tiles, strict=False):
+        if operand.dims == "*r":
+            continue
+        letters = operand.dims.removeprefix("*d")
+        spread = operand.dims.startswith("*")
+        if len(tile.shape) < len(letters) or (len(tile.shape) > len(letters) and not spread):
+            yield f"operand {operand.name} has {_count(tile.shape)}", f"it needs {'at least ' * spread}{len(letters)}: [{','.join(letters)}]"
+            return
+        cut = len(tile.shape) - len(letters)
+        found = [("*d", tile.shape[:cut])] if spread else []
+        for letter, size in (*found, *zip(letters, tile.shape[cut:], strict=True)):
+            expected, owner = (int(letter), "the table") if letter.isdigit() else sizes.setdefault(letter, (size, operand.name))
+            if size != expected:
+                yield _size_remark(letter, operand.name, size, owner, expected)
+    for operand, tile in zip(spec.operands, instruction.tiles, strict=False):
+        if operand.dims == "*r":
+            yield from _reduced_remarks(operand.name, tile.shape, *sizes["*d"])
+
+
+def _count(shape: tuple[int, ...]) -> str:
+    return f"{len(shape)} dimension{'s' * (len(shape) != 1)}, [{','.join(map(str, shape))}]"
+
+
+def _size_remark(letter: str, name: str, size: Any, owner: str, expected: Any) -> Remark:
+    if letter == "*d":
+        found, wanted = ("[" + ",".join(map(str, shape)) + "]" for shape in (size, expected))
+        return f"operand {name} has shape {found}, but operand {owner} has {wanted}", "the shapes must be equal; a stride of 0 broadcasts a dimension"
+    if letter.isdigit():
+        return f"operand {name} has size {size} where the table says {expected}", f"make it {expected}"
+    return f"size {letter} is {size} in operand {name}, but {expected} in operand {owner}", "they must be equal"
+
+
+def _reduced_remarks(name: str, shape: tuple[int, ...], full: tuple[int, ...], owner: str) -> Iterator[Remark]:
+    if len(shape) != len(full) or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
+        yield (
+            f"operand {name} has shape [{','.join(map(str, shape))}], but operand {owner} has [{','.join(map(str, full))}]",
+            "the ranks must be equal, and each size either the same or 1",
+        )
+
+
+# ── rules of single instructions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Rule = Callable[[Mapping[str, Tile], Mapping[str, Any]], Iterator[Remark]]
+
+
+def same_dtype(*names: str) -> Rule:
+    """The named operands must hold the same element type."""
+
+    def rule(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:  # noqa: ARG001
+        first, *others = names
+        for other in others:
+            if tiles[first].dtype != tiles[other].dtype:
+                yield f"operand {first} holds {tiles[first].dtype}, but operand {other} holds {tiles[other].dtype}", "they must be the same; cvt converts"
+
+    return rule
+
+
+def dma_dimensions(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:  # noqa: ARG001
+    """The DMA engines walk at most five dimensions."""
+    if len(tiles["y"].shape) > MAXIMUM_DMA_DIMENSIONS:
+        yield f"the tiles have {len(tiles['y'].shape)} dimensions", f"a transfer has at most {MAXIMUM_DMA_DIMENSIONS}; merge some, or use a loop"
+
+
+def channel_groups(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+    """c = groups * g, and the output channels split into groups evenly."""
+    groups, channels, outputs, per_group = values["groups"], tiles["x"].shape[2], tiles["y"].shape[2], tiles["w"].shape[2]
+    if channels != groups * per_group:
+        yield f"x has {channels} channels, but w has {per_group} in each of {groups} groups", "x needs groups * g channels"
+    if outputs % groups:
+        yield f"{outputs} output channels do not split into {groups} groups", "n must be a multiple of groups"
+
+
+def windows_fit(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+    """Every window lies within the input tile and its padding."""
+    for axis, name, sides in ((0, "row", "top and bottom"), (1, "column", "left and right")):
+        kernel, stride, dilation, before, after = _window(axis, tiles, values)
+        outputs, inputs = tiles["y"].shape[axis], tiles["x"].shape[axis]
+        reach = (outputs - 1) * stride + (kernel - 1) * dilation + 1
+        if reach > before + inputs + after:
+            yield (
+                f"the last window ends at {name} {reach - before} of an input of {inputs} {name}s plus {after} of padding",
+                f"{outputs} output {name}s need {reach} input {name}s: enlarge the tile of x or the pad ({sides}), or make y smaller",
+            )
+
+
+def windows_not_empty(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+    """No window lies wholly in the padding."""
+    for axis, name in ((0, "row"), (1, "column")):
+        kernel, stride, dilation, before, _ = _window(axis, tiles, values)
+        outputs, inputs = tiles["y"].shape[axis], tiles["x"].shape[axis]
+        if (kernel - 1) * dilation < before:
+            yield f"the window of output {name} 0 lies wholly in the padding", f"leave the empty {name}s out of y"
+        elif (outputs - 1) * stride - before >= inputs:
+            yield f"the window of output {name} {outputs - 1} lies wholly in the padding", f"leave the empty {name}s out of y"
+        elif dilation > inputs and any(_misses(start, kernel, dilation, inputs) for start in range(-before, outputs * stride - before, stride)):
+            yield f"a window steps over all {inputs} {name}s of x", f"the dilation {dilation} is larger than the tile"
+
+
+def _misses(start: int, kernel: int, dilation: int, inputs: int) -> bool:
+    """Whether none of the taps start + k * dilation lies in [0, inputs)."""
+    tap = max(0, -(start // dilation))
+    return tap >= kernel or start + tap * dilation >= inputs
+
+
+def _window(axis: int, tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+    """(kernel, stride, dilation, padding before, padding after) along one axis."""
+    kernel = tiles["w"].shape[axis] if "w" in tiles else values["kernel"][axis]
+    return kernel, values["stride"][axis], values["dilation"][axis], values["pad"][axis], values["pad"][axis + 2]
+
+
+def result_holds(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+    """Sums go to s32 or s64; max and min to a type that holds x's values."""
+    result, source, op = tiles["y"].dtype, tiles["x"].dtype, values["op"]
+    if op in ("sum", "sumsq") and result not in ("s32", "s64"):
+        yield f"op={op} writes into {result}", "use s32 or s64 for sums"
+    elif _WIDTH[result] < _WIDTH[source]:
+        yield f"op={op} of {source} writes into {result}", f"{result} cannot hold every value of {source}"
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "ld": (same_dtype("y", "x"), dma_dimensions),
+    "st": (same_dtype("y", "x"), dma_dimensions),
+    "conv": (channel_groups, windows_fit),
+    "dwconv": (windows_fit,),
+    "lut": (same_dtype("y", "t"),),
+    "maxpool": (same_dtype("y", "x"), windows_fit, windows_not_empty),
+    "avgpool": (windows_fit, windows_not_empty),
+    "reduce": (result_holds,),
+}

@@ -1,0 +1,100 @@
+"""What a chip is: a dozen primary numbers in a TOML file; everything else is derived from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isa.errors import TargetError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib
+
+TARGETS_FOLDER = Path(__file__).parent / "targets"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A virtual NPU. Sizes in bytes, rates per cycle, energies in picojoules, one clock for all engines."""
+
+    name: str
+    description: str = ""
+    family: str = "systolic"  # systolic (weight stationary R×C), or mac (m×n×k multiply-accumulates each cycle)
+    rows: int = 32  # systolic: the K direction; mac: output pixels (m)
+    cols: int = 32  # systolic: output channels (N direction); mac: output channels (n)
+    depth: int = 1  # mac only: products summed per output and cycle (k)
+    dataflow: str = "ws"  # systolic only: ws, os or is
+    shadow_weights: bool = True  # systolic only: the next fold's weights load behind the current one
+    pipeline_depth: int = 8  # mac only: cycles from the first operand to the last sum
+    spm_bytes: int = 1 << 20
+    acc_bytes: int = 1 << 18
+    alignment: int = 1  # of every tile's start, in bytes
+    dram_bytes: int = 1 << 32
+    dram_bytes_per_cycle: float = 25.6
+    dram_latency: int = 120  # cycles from request to first byte
+    dram_burst_bytes: int = 32  # a shorter contiguous run still costs this much
+    vec_lanes: int = 64  # elements per cycle of the vector engine
+    vec_startup: int = 8  # cycles per vector instruction
+    clock_hz: float = 1.0e9
+    requantize: str = "fp32.rne"
+    pj_mac: float = 0.30  # int8 multiply-accumulate; Horowitz, ISSCC 2014 (45 nm)
+    pj_vector: float = 1.0  # one vector element operation: fp32 add 0.9 plus control; Horowitz, ISSCC 2014
+    pj_spm_byte: float = 12.5  # 1 MB SRAM; Horowitz, ISSCC 2014
+    pj_acc_byte: float = 2.5  # 32 KB SRAM; Horowitz, ISSCC 2014
+    pj_dram_byte: float = 64.0  # LPDDR4; accelergy-cacti-plug-in
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers at once, by field name."""
+        if self.family not in ("systolic", "mac"):
+            raise TargetError(f"family is {self.family!r}", hint="use 'systolic' or 'mac'")
+        for field in ("rows", "cols", "depth", "spm_bytes", "acc_bytes", "alignment", "vec_lanes", "dram_burst_bytes"):
+            if getattr(self, field) < 1:
+                raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be at least 1")
+        for field in ("dram_bytes_per_cycle", "clock_hz"):
+            if not getattr(self, field) > 0:
+                raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be above 0")
+
+    @property
+    def macs_per_cycle(self) -> int:
+        """Peak multiply-accumulates per cycle of the matrix engine."""
+        return self.rows * self.cols * (self.depth if self.family == "mac" else 1)
+
+
+def target_names() -> list[str]:
+    """The targets that come with the package."""
+    return sorted(path.stem for path in TARGETS_FOLDER.glob("*.toml"))
+
+
+def load_target(name: str | Path | Target) -> Target:
+    """A target by its name (`edge`), by its TOML file, or as it is. Raises TargetError."""
+    if isinstance(name, Target):
+        return name
+    path = Path(name) if str(name).endswith(".toml") else TARGETS_FOLDER / f"{name}.toml"
+    if not path.is_file():
+        raise TargetError(f"no target {str(name)!r}", hint=f"known: {', '.join(target_names())}; or give a .toml file (npucc targets NAME prints one to copy)")
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TargetError(f"not a TOML file: {error}", file=str(path)) from error
+    return target_from_fields({"name": path.stem, **fields}, file=str(path))
+
+
+def target_from_fields(fields: dict[str, Any], *, file: str = "") -> Target:
+    """Build a Target from plain values, checking names and types. Raises TargetError."""
+    known = {field.name: field for field in dataclasses.fields(Target)}
+    checked: dict[str, Any] = {}
+    for key, value in fields.items():
+        if key not in known:
+            raise TargetError(f"unknown field {key!r}", file=file, hint=f"known fields: {', '.join(known)}")
+        wanted = {"int": int, "float": float, "str": str, "bool": bool}[str(known[key].type)]
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise TargetError(f"{key} is {value!r}", file=file, hint=f"expected {known[key].type}")
+        checked[key] = value
+    return Target(**checked)

@@ -1,0 +1,7 @@
+"""`python -m npucc` is the command `npucc`."""
+
+import sys
+
+from npucc.cli import main
+
+sys.exit(main())

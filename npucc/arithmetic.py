@@ -1,0 +1,112 @@
+"""The numbers that stand in integer programs: multipliers, clamps, tables, weights of interpolation.
+
+The one big idea: each is derived from scales in one place, in float32 and in one order of operations, so that the integer
+reference, the backend and the exported model cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from npucc import scalar
+from npucc.graph import Quant
+from npucc.ops import Clamp
+
+RANGES = {"s8": (-128, 127), "u8": (0, 255), "s16": (-32768, 32767), "s32": (-(2**31), 2**31 - 1)}
+F32 = np.float32
+
+
+def multiplier(left: Quant, right: Quant, result: Quant) -> np.ndarray:
+    """float32 factor from an accumulator of left·right to the result's steps: f32(f32(s_l·s_r)/s_y), per channel if right is."""
+    return (F32(left.scale) * right.scale.astype(F32)).astype(F32) / F32(result.scale)
+
+
+def mean_multiplier(source: Quant, result: Quant, count: int) -> float:
+    """float32 factor from a sum of `count` values to the result's steps: f32(s_x / f32(s_y·count)), as onnxruntime's pooling has it."""
+    return float(F32(source.scale) / F32(F32(result.scale) * F32(count)))
+
+
+def ratio(source: Quant, result: Quant) -> float:
+    """f32(s_x / s_y)."""
+    return float(F32(source.scale) / F32(result.scale))
+
+
+def clamp_bounds(clamp: Clamp, result: Quant) -> tuple[int, int]:
+    """Lowest and highest stored value of a result whose real value is clamped."""
+    low, high = RANGES[result.dtype]
+    if clamp is None:
+        return low, high
+    return max(low, _stored(clamp[0], result, low)), min(high, _stored(clamp[1], result, high))
+
+
+def _stored(real: float, quant: Quant, otherwise: int) -> int:
+    if not math.isfinite(real):
+        return otherwise
+    low, high = RANGES[quant.dtype]
+    return int(min(max(float(np.rint(F32(real) / F32(quant.scale))) + quant.zero, low), high))
+
+
+def quantize(real: np.ndarray, quant: Quant) -> np.ndarray:
+    """saturate(rint(x / s) + zero) in float32, NaN as the zero point; int64."""
+    low, high = RANGES[quant.dtype]
+    with np.errstate(invalid="ignore", over="ignore"):
+        steps = np.rint(real.astype(F32) / F32(quant.scale)) + F32(quant.zero)
+    steps = np.where(np.isnan(steps), F32(quant.zero), steps)
+    return np.clip(steps.astype(np.float64), low, high).astype(np.int64)
+
+
+def table(expression: scalar.Expression, source: Quant, result: Quant) -> np.ndarray:
+    """Stored result for each stored input from the lowest up: 256 entries for s8."""
+    low, high = RANGES[source.dtype]
+    stored = np.arange(low, high + 1, dtype=np.int64)
+    real = (stored - source.zero).astype(F32) * F32(source.scale)
+    with np.errstate(all="ignore"):
+        value = scalar.evaluate(expression, real)
+    return quantize(np.broadcast_to(np.asarray(value, F32), real.shape), result)
+
+
+def softmax_exponentials(source: Quant, length: int) -> np.ndarray:
+    """Fixed-point exp(s·d) for d = −(levels−1) … 0, scaled by 2^k so that `length` of them sum within 31 bits."""
+    low, high = RANGES[source.dtype]
+    bits = min(20, 30 - math.ceil(math.log2(max(length, 1))))
+    distance = np.arange(low - high, 1, dtype=np.float64)
+    return np.rint(2.0**bits * np.exp(float(source.scale) * distance)).astype(np.int64)
+
+
+def interpolation(size: int, result: int, scale: float, coordinates: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Per result index: the two source indices and their float32 weights, as onnxruntime computes them."""
+    position = np.clip(source_positions(size, result, scale, coordinates), 0, size - 1).astype(F32)
+    first = np.minimum(position.astype(np.int64), size - 1)
+    second = np.minimum(first + 1, size - 1)
+    to_first, to_second = np.abs(position - first.astype(F32)).astype(F32), np.abs(position - second.astype(F32)).astype(F32)
+    same = first == second
+    to_first[same] = to_second[same] = F32(0.5)
+    return first, second, to_second, to_first
+
+
+def nearest_indices(size: int, result: int, scale: float, coordinates: str, rounding: str) -> np.ndarray:
+    """The source index of each result index. Raises KeyError for an unknown rounding."""
+    position = source_positions(size, result, scale, coordinates)
+    rounded = {
+        "round_prefer_floor": np.ceil(position - F32(0.5)),
+        "round_prefer_ceil": np.floor(position + F32(0.5)),
+        "floor": np.floor(position),
+        "ceil": np.ceil(position),
+    }[rounding]
+    return np.clip(rounded.astype(np.int64), 0, size - 1)
+
+
+def source_positions(size: int, result: int, scale: float, coordinates: str) -> np.ndarray:
+    """Where each result index lies in the source, in float32 (ONNX Resize, coordinate_transformation_mode)."""
+    index, factor = np.arange(result, dtype=F32), F32(scale)
+    if coordinates == "asymmetric":
+        return (index / factor).astype(F32)
+    if coordinates == "align_corners":
+        return (index * F32(size - 1) / F32(result - 1)).astype(F32) if result > 1 else np.zeros(1, F32)
+    if coordinates == "pytorch_half_pixel":
+        return ((index + F32(0.5)) / factor - F32(0.5)).astype(F32) if result > 1 else np.zeros(1, F32)
+    if coordinates == "half_pixel":
+        return ((index + F32(0.5)) / factor - F32(0.5)).astype(F32)
+    raise KeyError(coordinates)

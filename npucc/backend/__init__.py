@@ -1,0 +1,10 @@
+"""The backend: an integer graph and a target in, a program and its constants out.
+
+In the order data passes through: views (where tensors lie), placement (buffers and addresses), layers (what is fused),
+convolution / product / elementwise / reduction / movement (tiles and instructions of a layer, with cost choosing the tiles),
+synchronize (events), roll (loops).
+"""
+
+from npucc.backend.lower import Lowered, lower
+
+__all__ = ["Lowered", "lower"]

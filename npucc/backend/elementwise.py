@@ -1,0 +1,242 @@
+"""Elementwise nodes on tiles: alone, or as the epilogue of a convolution or matrix product.
+
+The one big idea: a chain of nodes works in place on one tile; only the operands that come from outside are loaded, and a
+broadcast operand is loaded once at its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from isa.program import DTYPES, Tile
+from npucc import arithmetic
+from npucc.backend.emitter import Emitter, Ring, windows
+from npucc.backend.layers import Group
+from npucc.backend.views import View, merge_dimensions
+from npucc.graph import Node, Quant
+from npucc.ops import Clamp, Compare, Table
+
+FEWEST_TILE_BYTES = 8192
+WANTED_TILES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A strided block of a tensor's logical index space, and the order in which its dimensions stand in tiles."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    steps: tuple[int, ...] | None = None
+
+    def of(self, view: View, shape: tuple[int, ...]) -> View:
+        """The block of a view that is read or written as an operand of `shape`."""
+        return view.broadcast(shape).window(self.starts, self.sizes, self.steps).permute(self.order)
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.sizes:
+            count *= size
+        return count
+
+
+def quant_pair(quant: Quant) -> tuple[float, int]:
+    """(scale, zero) as instruction attributes have it."""
+    return (float(quant.scale), quant.zero)
+
+
+@dataclass(slots=True)
+class Chain:
+    """Elementwise nodes, each of which reads the result of the one before it (if any) and operands from outside."""
+
+    emitter: Emitter
+    nodes: Sequence[Node]
+    shape: tuple[int, ...]
+    incoming: str | None = None  # the tensor that the anchor hands over, if there is an anchor
+    tables: dict[str, Tile] = field(default_factory=dict)
+    rings: dict[str, Ring] = field(default_factory=dict)
+
+    def operands(self) -> list[str]:
+        """Tensors from outside, each once."""
+        made = {node.outputs[0] for node in self.nodes}
+        names = [name for node in self.nodes for name in node.inputs if name not in made and name != self.incoming]
+        return list(dict.fromkeys(names))
+
+    def bytes_per_slot(self, box: Box) -> int:
+        """Scratchpad bytes that one set of operand tiles takes for a block of these sizes."""
+        return sum(self._operand_bytes(name, box) for name in self.operands()) + 256 * sum(node.op == "table" for node in self.nodes)
+
+    def _operand_bytes(self, name: str, box: Box) -> int:
+        view = self.view(name)
+        if self.emitter.tile(view).space == "spm":
+            return 0
+        window = box.of(view, self.shape)
+        count = DTYPES[view.dtype]
+        for size, stride in zip(window.shape, window.strides, strict=True):
+            count *= 1 if stride == 0 else size
+        return count
+
+    def view(self, name: str) -> View:
+        """An operand's view."""
+        return operand_view(self.emitter, name)
+
+    def prepare(self, largest: Box, slots: int) -> None:
+        """Take scratchpad for operands of at most this block, and load the tables."""
+        for name in self.operands():
+            if self.emitter.tile(self.view(name)).space != "spm":
+                self.rings[name] = self.emitter.ring(self._operand_bytes(name, largest), slots)
+        for node in self.nodes:
+            if isinstance(node.attributes, Table):
+                graph = self.emitter.graph
+                entries = arithmetic.table(node.attributes.expression, graph.quant(node.inputs[0]), graph.quant(node.outputs[0]))
+                dtype = graph.quant(node.outputs[0]).dtype
+                view = self.emitter.constant(entries.astype(NUMPY[dtype]), dtype)
+                self.tables[node.name] = self.emitter.load(view, self.emitter.ring(view.bytes, 1))
+
+    def apply(self, box: Box, value: Tile | None, work: Callable[[], Tile], result: Tile | None) -> Tile:
+        """Run the nodes on one block. `value`: the incoming tile; `work` gives a tile to compute in when there is none;
+        the last node writes `result` if given. Returns the tile that holds the result."""
+        made: dict[str, Tile] = {self.incoming: value} if self.incoming is not None and value is not None else {}
+        current = value
+        for position, node in enumerate(self.nodes):
+            tiles = [made[name] if name in made else self._load(name, box) for name in node.inputs]
+            last = position == len(self.nodes) - 1
+            target = result if last and result is not None else current if current is not None else work()
+            target = self._retyped(target, node.outputs[0])
+            emit_elementwise(self.emitter, node, target, tiles, self.tables.get(node.name))
+            made[node.outputs[0]] = current = target
+        assert current is not None
+        return current
+
+    def _retyped(self, tile: Tile, name: str) -> Tile:
+        dtype = self.emitter.graph.quant(name).dtype
+        return tile if tile.dtype == dtype else Tile(tile.space, tile.address, dtype, tile.shape, tile.strides)
+
+    def _load(self, name: str, box: Box) -> Tile:
+        window = box.of(self.view(name), self.shape)
+        ring = self.rings.get(name) or Ring((0,))
+        return self.emitter.load_once(name, window, window, ring)
+
+
+def operand_view(emitter: Emitter, name: str) -> View:
+    """Where an operand lies: a computed tensor in its buffer, a constant (integers) among the constants, images channels last."""
+    if name in emitter.placement.views:
+        return emitter.placement.views[name]
+    tensor = emitter.graph.tensors[name]
+    assert tensor.data is not None
+    dtype = emitter.graph.quant(name).dtype
+    order = (0, 2, 3, 1) if len(tensor.shape) == 4 else tuple(range(len(tensor.shape)))
+    flat = emitter.constant(tensor.data.astype(NUMPY[dtype]).transpose(order), dtype)
+    inverse = [order.index(d) for d in range(len(order))]
+    return flat.permute(inverse)
+
+
+NUMPY = {"s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32", "s64": "int64", "f32": "float32"}
+
+
+def emit_elementwise(emitter: Emitter, node: Node, result: Tile, tiles: Sequence[Tile], table: Tile | None) -> None:
+    """The instruction of one elementwise node."""
+    graph = emitter.graph
+    quants = [graph.quant(name) for name in node.inputs]
+    after = graph.quant(node.outputs[0])
+    if table is not None:
+        vector_with_table(emitter, result, tiles[0], table, arithmetic.RANGES[quants[0].dtype][0])
+        return
+    if isinstance(node.attributes, Compare):
+        emitter.vector("cmp", result, *tiles, op=node.attributes.kind, qa=quant_pair(quants[0]), qb=quant_pair(quants[1]))
+        return
+    clamp: Clamp = getattr(node.attributes, "clamp", None)
+    bounds = arithmetic.clamp_bounds(clamp, after)
+    if len(tiles) == 3:
+        emitter.vector("select", result, *tiles, qa=quant_pair(quants[1]), qb=quant_pair(quants[2]), qy=quant_pair(after), clamp=bounds)
+        return
+    first, second = (1, 0) if swaps_operands(node, [graph.tensors[name].shape for name in node.inputs]) else (0, 1)
+    emitter.vector(
+        node.op, result, tiles[first], tiles[second],
+        qa=quant_pair(quants[first]), qb=quant_pair(quants[second]), qy=quant_pair(after), clamp=bounds,
+    )  # fmt: skip
+
+
+def swaps_operands(node: Node, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """True where a commutative node's first operand is the smaller, broadcast one: it then comes second, as in onnxruntime."""
+    sizes = [_elements(shape) for shape in shapes]
+    return node.op in ("add", "mul", "max", "min") and sizes[0] < sizes[1]
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def vector_with_table(emitter: Emitter, result: Tile, source: Tile, table: Tile, base: int) -> None:
+    """`lut` with its tile dimensions merged."""
+    shape, (left, right) = merge_dimensions(result.shape, result.strides, source.strides)
+    emitter.issue(
+        "lut",
+        Tile(result.space, result.address, result.dtype, shape, left),
+        Tile(source.space, source.address, source.dtype, shape, right),
+        table, base=base,
+    )  # fmt: skip
+
+
+def lower_elementwise(emitter: Emitter, group: Group) -> None:
+    """A layer of elementwise nodes only: load operands, compute in place, store."""
+    graph = emitter.graph
+    shape = graph.tensors[group.result].shape
+    view = emitter.placement.views[group.result]
+    chain = Chain(emitter, group.nodes, shape)
+    order = view.order()
+    box = largest_box(shape, order, lambda sizes: _fits(emitter, chain, sizes, order))
+    slots = 2
+    chain.prepare(box, slots)
+    ring = emitter.ring(box.elements, slots)
+    for tile in boxes(shape, box):
+        window = tile.of(view, shape)
+        result = emitter.result_tile(window, None) if emitter.tile(window).space == "spm" else None
+
+        def work(window: View = window) -> Tile:
+            return emitter.result_tile(window, ring)
+
+        emitter.store(window, chain.apply(tile, None, work, result))
+
+
+def _fits(emitter: Emitter, chain: Chain, sizes: tuple[int, ...], order: tuple[int, ...]) -> bool:
+    box = Box((0,) * len(sizes), sizes, order)
+    slot = chain.bytes_per_slot(box) + box.elements + 64 * (len(chain.operands()) + 1)
+    return 2 * slot <= emitter.spm_free
+
+
+def largest_box(shape: tuple[int, ...], order: tuple[int, ...], fits: Callable[[tuple[int, ...]], bool]) -> Box:
+    """A block of whole inner dimensions that fits: large, but several to the tensor so that loads and stores overlap."""
+    total = _elements(shape)
+    wanted = max(FEWEST_TILE_BYTES, total // WANTED_TILES)
+    sizes = [1] * len(shape)
+    for dimension in reversed(order):
+        sizes[dimension] = _largest_size(sizes, dimension, shape[dimension], wanted, fits)
+        if sizes[dimension] < shape[dimension]:
+            break
+    return Box((0,) * len(shape), tuple(sizes), order)
+
+
+def _largest_size(sizes: list[int], dimension: int, limit: int, wanted: int, fits: Callable[[tuple[int, ...]], bool]) -> int:
+    """The largest size of one dimension (found by halving) within the wanted number of elements."""
+    inner = _elements(sizes)
+    size = max(1, min(limit, wanted // inner)) if inner < wanted else 1
+    while size > 1 and not fits((*sizes[:dimension], size, *sizes[dimension + 1 :])):
+        size = -(-size // 2)
+    return size
+
+
+def boxes(shape: tuple[int, ...], box: Box) -> Iterator[Box]:
+    """The blocks of this size that cover the shape, the fastest dimension innermost."""
+    ranges = [windows(shape[d], box.sizes[d]) for d in box.order]
+    for combination in product(*ranges):
+        starts, sizes = [0] * len(shape), [0] * len(shape)
+        for dimension, (start, size) in zip(box.order, combination, strict=True):
+            starts[dimension], sizes[dimension] = start, size
+        yield Box(tuple(starts), tuple(sizes), box.order)

@@ -1,0 +1,216 @@
+"""What the lowerings write with: tiles of memory, loads, stores and instructions, in plain sequential order.
+
+The one big idea: a lowering thinks in windows of tensors; the emitter turns a window into a tile in the scratchpad (by a load,
+or for nothing where the tensor already lives there) and hands out the buffers in which tiles take turns (ping and pong).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from isa.program import DTYPES, Instruction, Tile, Value, dense_strides
+from isa.spec import SPEC
+from isa.target import Target
+from npucc.backend.placement import Placement
+from npucc.backend.views import View, merge_dimensions
+from npucc.errors import CompileError
+from npucc.graph import Graph
+
+SLOT_ALIGNMENT = 8
+MOST_DMA_DIMENSIONS = 5
+
+
+class ConstantPool:
+    """The bytes of constants.bin, each distinct array once."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._offsets: dict[bytes, int] = {}
+        self.size = 0
+
+    def add(self, array: np.ndarray) -> int:
+        """Byte offset of the array's row-major bytes, 64-aligned."""
+        data = np.ascontiguousarray(array).tobytes()
+        if data not in self._offsets:
+            padding = -self.size % 64
+            self._chunks += [bytes(padding), data]
+            self.size += padding
+            self._offsets[data] = self.size
+            self.size += len(data)
+        return self._offsets[data]
+
+    def bytes(self) -> bytes:
+        return b"".join(self._chunks)
+
+
+@dataclass(slots=True)
+class Ring:
+    """Equal slots of one memory, used in turn."""
+
+    addresses: tuple[int, ...]
+    turn: int = -1
+
+    def next(self) -> int:
+        self.turn = (self.turn + 1) % len(self.addresses)
+        return self.addresses[self.turn]
+
+
+@dataclass(slots=True)
+class Emitter:
+    """Collects one layer's instructions. Scratchpad outside `reserved` (resident tensors) is free for the layer's tiles."""
+
+    graph: Graph
+    target: Target
+    placement: Placement
+    constants: ConstantPool
+    constants_address: int
+    reserved: int = 0  # bytes at the bottom of the scratchpad held by resident tensors
+    from_top: bool = False  # every other layer takes its tiles from the other end, so that its loads need not wait
+    instructions: list[Instruction] = field(default_factory=list)
+    _spm_used: int = 0
+    _acc_used: int = 0
+    _loaded: dict[str, tuple[object, Tile]] = field(default_factory=dict)
+
+    @property
+    def spm_free(self) -> int:
+        """Bytes of scratchpad that the layer may still take."""
+        return self._top - self.reserved - self._spm_used
+
+    @property
+    def _top(self) -> int:
+        return self.target.spm_bytes // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+
+    def ring(self, size: int, slots: int) -> Ring:
+        """`slots` scratchpad slots of `size` bytes. Raises CompileError when they do not fit."""
+        size = aligned(size, self.target)
+        addresses = tuple(self._take(size) for _ in range(slots))
+        return Ring(addresses)
+
+    def _take(self, size: int) -> int:
+        if size > self.spm_free:
+            raise CompileError(
+                f"a tile of {size} bytes does not fit in the {self.spm_free} bytes left of {self.target.spm_bytes} bytes of scratchpad",
+                hint=f"raise spm_bytes of target {self.target.name!r}",
+            )
+        low = self._top - self._spm_used - size if self.from_top else self.reserved + self._spm_used
+        self._spm_used += size
+        return low
+
+    def acc_ring(self, size: int) -> Ring:
+        """Two accumulator slots if two fit, else one."""
+        size = -(-size // 64) * 64 if 2 * (-(-size // 64) * 64) <= self.target.acc_bytes else size
+        return Ring((0, size) if 2 * size <= self.target.acc_bytes else (0,))
+
+    def issue(self, name: str, *tiles: Tile, **attributes: Value) -> None:
+        """Append an instruction; attributes equal to the table's default are left out."""
+        defaults = {attribute.name: attribute.default for attribute in SPEC[name].attributes}
+        kept = tuple((key, value) for key, value in attributes.items() if value != defaults[key])
+        self.instructions.append(Instruction(name, tiles, kept))
+
+    def tile(self, view: View) -> Tile:
+        """The view as an operand, where its buffer lies."""
+        space, address = self.placement.addresses[view.buffer] if view.buffer != CONSTANTS else ("dram", self.constants_address)
+        return Tile(space, address + view.offset, view.dtype, view.shape, view.strides)
+
+    def constant(self, array: np.ndarray, dtype: str) -> View:
+        """A constant in DRAM, row-major."""
+        view = View.dense(CONSTANTS, array.shape, dtype)
+        return replace(view, offset=self.constants.add(array))
+
+    def load(self, view: View, ring: Ring) -> Tile:
+        """The window as a dense scratchpad tile in the view's dimension order; broadcast dimensions are loaded once."""
+        source = self.tile(view)
+        if source.space == "spm":
+            return source
+        shape = tuple(1 if stride == 0 else size for size, stride in zip(view.shape, view.strides, strict=True))
+        tile = Tile.dense("spm", ring.next(), view.dtype, shape)
+        self._transfer("ld", tile, replace(source, shape=shape))
+        strides = tuple(0 if stride == 0 else own for stride, own in zip(view.strides, tile.strides, strict=True))
+        return Tile("spm", tile.address, view.dtype, view.shape, strides)
+
+    def load_once(self, name: str, key: object, view: View, ring: Ring) -> Tile:
+        """As load, but a window that `name` loaded last is still there."""
+        if name in self._loaded and self._loaded[name][0] == key:
+            return self._loaded[name][1]
+        tile = self.load(view, ring)
+        self._loaded[name] = (key, tile)
+        return tile
+
+    def forget(self, name: str) -> None:
+        """The slot that `name` was loaded into is used for something else."""
+        self._loaded.pop(name, None)
+
+    def mark(self) -> int:
+        """A point to `reset` to: buffers taken after it are given back."""
+        return self._spm_used
+
+    def reset(self, mark: int) -> None:
+        self._spm_used = mark
+        self._loaded.clear()
+
+    def store(self, view: View, tile: Tile) -> None:
+        """Write a scratchpad tile to the window; nothing where the tile was computed in place."""
+        target = self.tile(view)
+        if target.space == "dram":
+            self._transfer("st", target, tile)
+        elif (target.address, target.strides) != (tile.address, tile.strides):
+            self._copy(target, tile)
+
+    def result_tile(self, view: View, ring: Ring | None) -> Tile:
+        """Where to compute the window: in place if its tensor lives in the scratchpad, else a slot of the ring."""
+        target = self.tile(view)
+        if target.space == "spm" or ring is None:
+            return target
+        return Tile.dense("spm", ring.next(), view.dtype, view.shape)
+
+    def _transfer(self, name: str, result: Tile, source: Tile) -> None:
+        shape, (left, right) = keep_dimensions(result.shape, result.strides, source.strides)
+        if len(shape) > MOST_DMA_DIMENSIONS:
+            shape, (left, right) = merge_dimensions(result.shape, result.strides, source.strides)
+        self.issue(name, replace(result, shape=shape, strides=left), replace(source, shape=shape, strides=right))
+
+    def _copy(self, result: Tile, source: Tile) -> None:
+        self.vector("cvt", result, source)
+
+    def vector(self, name: str, *tiles: Tile, **attributes: Value) -> None:
+        """An elementwise instruction, its dimensions merged as far as all tiles allow."""
+        shape, strides = merge_dimensions(tiles[0].shape, *(tile.strides for tile in tiles))
+        self.issue(name, *(replace(tile, shape=shape, strides=own) for tile, own in zip(tiles, strides, strict=True)), **attributes)
+
+
+CONSTANTS = "\0constants"  # no tensor has this name
+
+
+def aligned(size: int, target: Target) -> int:
+    """Bytes that a slot of this size takes."""
+    unit = max(SLOT_ALIGNMENT, target.alignment)
+    return -(-size // unit) * unit
+
+
+def keep_dimensions(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Drop size-1 dimensions (all but one)."""
+    if not shape:
+        return (1,), tuple((1,) for _ in strides)
+    kept = [d for d, size in enumerate(shape) if size != 1] or [len(shape) - 1]
+    return tuple(shape[d] for d in kept), tuple(tuple(own[d] for d in kept) for own in strides)
+
+
+def spm_tile(address: int, dtype: str, shape: Sequence[int]) -> Tile:
+    """A dense tile in the scratchpad."""
+    return Tile("spm", address, dtype, tuple(shape), dense_strides(tuple(shape), dtype))
+
+
+def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
+    size = DTYPES[dtype]
+    for n in shape:
+        size *= n
+    return size
+
+
+def windows(total: int, tile: int) -> list[tuple[int, int]]:
+    """(start, size) of consecutive tiles of a dimension."""
+    return [(start, min(tile, total - start)) for start in range(0, total, tile)]
+

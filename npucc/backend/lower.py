@@ -1,0 +1,214 @@
+"""From an integer graph to a program: each layer lowered in turn, then events, then loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from isa.program import Instruction, Layer, Program, TensorRecord, Tile
+from isa.target import Target
+from npucc import ops
+from npucc.backend.convolution import lower_conv, lower_conv_transpose
+from npucc.backend.elementwise import lower_elementwise
+from npucc.backend.emitter import ConstantPool, Emitter
+from npucc.backend.layers import Group, group_nodes
+from npucc.backend.movement import lower_concat, lower_pad, lower_resize_nearest, lower_view
+from npucc.backend.placement import ALIGNMENT, Buffer, Placement, allocate, assign_views, by_benefit, by_size
+from npucc.backend.product import lower_matmul
+from npucc.backend.reduction import lower_layer_norm, lower_pool, lower_reduce, lower_resize_linear, lower_softmax
+from npucc.backend.roll import roll
+from npucc.backend.synchronize import synchronize
+from npucc.backend.views import View
+from npucc.errors import CompileError
+from npucc.graph import Graph, Node
+from npucc.ops import OPS
+from runtime.timing import simulate
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A program and the bytes of its constants."""
+
+    program: Program
+    constants: bytes
+
+
+def _lower_resize(emitter: Emitter, group: Group) -> None:
+    attributes = group.anchor.attributes
+    assert isinstance(attributes, ops.Resize)
+    (lower_resize_nearest if attributes.mode == "nearest" else lower_resize_linear)(emitter, group)
+
+
+#: operator → how its layer is lowered
+LOWERINGS: dict[str, Callable[[Emitter, Group], None]] = {
+    "conv": lower_conv,
+    "conv_transpose": lower_conv_transpose,
+    "matmul": lower_matmul,
+    "max_pool": lower_pool,
+    "average_pool": lower_pool,
+    "softmax": lower_softmax,
+    "layer_norm": lower_layer_norm,
+    "resize": _lower_resize,
+    "concat": lower_concat,
+    "pad": lower_pad,
+    **dict.fromkeys(("reduce_mean", "reduce_sum", "reduce_max", "reduce_min"), lower_reduce),
+    **dict.fromkeys(("slice", "transpose", "reshape", "expand"), lower_view),
+    **{record.name: lower_elementwise for record in ops.TABLE if record.elementwise},
+}
+
+
+#: shares of the scratchpad that may hold whole tensors: each is compiled, the fewest simulated cycles win
+RESIDENT_SHARES = (0.0, 0.5, 0.75)
+
+
+def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fuse: bool = True, shares: Sequence[float] = RESIDENT_SHARES) -> Lowered:
+    """Compile an integer graph; the program with the fewest simulated cycles wins. Raises CompileError.
+
+    `fuse=False` gives every node its own layer (same values, more traffic).
+    """
+    views = assign_views(graph)
+    groups = group_nodes(graph, views, fuse=fuse)
+    buffers, accesses = lifetimes(graph, views, groups)
+    movable = by_benefit((b for b in buffers if 0 <= b.first and b.last < len(groups)), accesses)
+    best: tuple[int, Lowered] | None = None
+    tried: list[dict[str, int]] = []
+    for share in shares:
+        residents, _ = allocate(movable, int(share * target.spm_bytes))
+        if residents in tried:
+            continue
+        tried.append(residents)
+        lowered = _lower_with(graph, target, views, groups, buffers, residents, progress)
+        cycles = simulate(lowered.program).total_cycles
+        if best is None or cycles < best[0]:
+            best = (cycles, lowered)
+    assert best is not None
+    return best[1]
+
+
+def _lower_with(
+    graph: Graph, target: Target, views: Mapping[str, View], groups: Sequence[Group], buffers: Sequence[Buffer], residents: Mapping[str, int], progress: Progress | None,
+) -> Lowered:  # fmt: skip
+    """Compile with the given buffers at the given scratchpad addresses; those that leave a layer no room go back to DRAM."""
+    residents = dict(residents)
+    while True:
+        addresses, dram_bytes = allocate(by_size(b for b in buffers if b.name not in residents))
+        places = {name: ("dram", address) for name, address in addresses.items()} | {name: ("spm", address) for name, address in residents.items()}
+        placement = Placement(views, places, dram_bytes)
+        held = [[b for b in buffers if b.name in residents and b.first <= index <= b.last] for index in range(len(groups))]
+        pool = ConstantPool()
+        constants_address = -(-dram_bytes // 4096) * 4096
+        bodies: list[list[Instruction]] = []
+        for index, group in enumerate(groups):
+            if progress is not None:
+                progress("lower", index, len(groups))
+            reserved = max((residents[b.name] + b.bytes for b in held[index]), default=0)
+            try:
+                bodies.append(lower_group(graph, target, placement, pool, constants_address, group, from_top=index % 2 == 1, reserved=-(-reserved // ALIGNMENT) * ALIGNMENT))
+            except CompileError:
+                if not held[index]:
+                    raise
+                for buffer in held[index]:
+                    residents.pop(buffer.name)
+                break
+        else:
+            return _finish(graph, target, placement, groups, bodies, pool, constants_address)
+
+
+def _finish(
+    graph: Graph, target: Target, placement: Placement, groups: Sequence[Group], bodies: Sequence[Sequence[Instruction]], pool: ConstantPool, constants_address: int,
+) -> Lowered:  # fmt: skip
+    constants = pool.bytes()
+    if constants_address + len(constants) > target.dram_bytes:
+        raise CompileError(f"the network takes {constants_address + len(constants)} bytes of DRAM, target {target.name!r} has {target.dram_bytes}", hint="raise dram_bytes")
+    layers = _layers(graph, groups, bodies)
+    inputs = tuple(record(graph, placement, name) for name in graph.inputs)
+    outputs = tuple(record(graph, placement, name) for name in graph.outputs)
+    tensors = _tensor_records(graph, placement, groups)
+    program = Program(target, inputs, outputs, tensors, constants_address, len(constants), constants_address + len(constants), layers, graph.name)
+    return Lowered(program, constants)
+
+
+def lower_group(
+    graph: Graph, target: Target, placement: Placement, pool: ConstantPool, constants_address: int, group: Group, *, from_top: bool = False, reserved: int = 0,
+) -> list[Instruction]:  # fmt: skip
+    """One layer's instructions in sequential order, without events."""
+    emitter = Emitter(graph, target, placement, pool, constants_address, reserved, from_top)
+    try:
+        LOWERINGS[group.anchor.op](emitter, group)
+    except CompileError as error:
+        raise CompileError(error.message, node=error.node or " + ".join(group.sources), hint=error.hint) from None
+    return emitter.instructions
+
+
+def lifetimes(graph: Graph, views: Mapping[str, View], groups: Sequence[Group]) -> tuple[list[Buffer], dict[str, int]]:
+    """Every buffer with the layers between which it must keep its bytes (inputs from the start, outputs to the end), and how often it is accessed."""
+    accesses: dict[str, int] = {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+
+    def touch(tensor: str, layer: int) -> None:
+        buffer = views[tensor].buffer
+        first[buffer] = min(first.get(buffer, layer), layer)
+        last[buffer] = max(last.get(buffer, layer), layer)
+        accesses[buffer] = accesses.get(buffer, 0) + 1
+
+    for name in graph.inputs:
+        touch(name, -1)
+    for index, group in enumerate(groups):
+        for node in group.nodes:
+            for tensor in node.inputs:
+                if tensor in views:
+                    touch(tensor, index)
+        touch(group.result, index)
+    for name in graph.outputs:
+        touch(name, len(groups))
+    for name, view in views.items():
+        if view.buffer == name:
+            sizes[name] = max(view.bytes, 1)
+    return [Buffer(name, sizes[name], first[name], last[name]) for name in first], accesses
+
+
+def _layers(graph: Graph, groups: Sequence[Group], bodies: Sequence[Sequence[Instruction]]) -> tuple[Layer, ...]:
+    """Events over the whole program, loops within each layer."""
+    flat = synchronize([instruction for body in bodies for instruction in body])
+    layers, position = [], 0
+    names: dict[str, int] = {}
+    for group, body in zip(groups, bodies, strict=True):
+        part = flat[position : position + len(body)]
+        position += len(body)
+        name = group.anchor.name
+        names[name] = names.get(name, 0) + 1
+        unique = name if names[name] == 1 else f"{name}#{names[name]}"
+        op = "+".join(node.op for node in group.nodes)
+        layers.append(Layer(unique, op, group.sources, sum(node_macs(graph, node) for node in group.nodes), roll(part)))
+    return tuple(layers)
+
+
+def node_macs(graph: Graph, node: Node) -> int:
+    """Multiply-accumulates that the float model's node asks for."""
+    if not OPS[node.op].matrix:
+        return 0
+    result = graph.tensors[node.outputs[0]].shape
+    weights = graph.tensors[node.inputs[1]].shape
+    if isinstance(node.attributes, ops.Conv):
+        return math.prod(result) * math.prod(weights[1:])
+    if isinstance(node.attributes, ops.ConvTranspose):
+        return math.prod(graph.tensors[node.inputs[0]].shape) * math.prod(weights[1:])
+    return math.prod(result) * graph.tensors[node.inputs[0]].shape[-1]
+
+
+def record(graph: Graph, placement: Placement, name: str, layer: str = "") -> TensorRecord:
+    """A tensor as the outside sees it: logical dimensions, strides for the layout, scale and zero point."""
+    view, quant = placement.views[name], graph.quant(name)
+    space, address = placement.addresses[view.buffer]
+    tile = Tile(space, address + view.offset, view.dtype, view.shape, view.strides)
+    return TensorRecord(name, tile, float(quant.scale), quant.zero, layer, graph.tensors[name].dtype)
+
+
+def _tensor_records(graph: Graph, placement: Placement, groups: Sequence[Group]) -> tuple[TensorRecord, ...]:
+    """Every layer's result, readable when the layer is complete."""
+    return tuple(replace(record(graph, placement, group.result), layer=group.anchor.name) for group in groups)

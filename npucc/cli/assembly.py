@@ -1,0 +1,113 @@
+"""`npucc asm`, `disasm` and `check`: programs as text, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from npucc import tables
+from npucc.cli import options, terminal
+
+if TYPE_CHECKING:
+    import isa
+
+ASM_EPILOG = """\b
+Examples:
+  npucc disasm model.npu -o model.npuasm       edit model.npuasm, then
+  npucc asm model.npuasm --constants model.npu -o edited.npu
+  npucc asm program.npuasm --constants constants.bin -o program.npu
+\b
+The text is checked before the package is written. An assembled package runs, but has no graph:
+`npucc export` and the per-layer part of `npucc eval` need one."""
+
+DISASM_EPILOG = """\b
+Examples:
+  npucc disasm model.npu
+  npucc disasm model.npu -o model.npuasm --constants constants.bin"""
+
+CHECK_EPILOG = """\b
+Examples:
+  npucc check model.npu
+  npucc check program.npuasm
+\b
+Checked are bounds, alignment, element types, capacity, event pairing, deadlock and races.
+All findings are printed, each with its line."""
+
+Text = Annotated[Path, typer.Argument(metavar="PROGRAM.npuasm", help="The program's text.", exists=True, dir_okay=False, readable=True, show_default=False)]
+Either = Annotated[Path, typer.Argument(metavar="FILE", help="A package (.npu) or a program's text (.npuasm).", exists=True, dir_okay=False, readable=True, show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("asm", epilog=ASM_EPILOG)(asm)
+    app.command("disasm", epilog=DISASM_EPILOG)(disasm)
+    app.command("check", epilog=CHECK_EPILOG)(check)
+
+
+def asm(
+    program: Text,
+    constants: Annotated[Path | None, typer.Option("--constants", metavar="FILE", help="The constants' bytes: a .bin file, or a package to take them from.", exists=True, dir_okay=False, show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.npu", help="The package to write. [default: PROGRAM.npu, here]", show_default=False)] = None,
+) -> None:
+    """Assemble text into a package."""
+    import isa
+
+    options.writable(output)
+    package = isa.pack_text(program.read_text(encoding="utf-8"), _constants(constants), file=str(program), tool="npucc asm")
+    isa.check(package.program)
+    path = output or Path(program.with_suffix(".npu").name)
+    package.save(path)
+    terminal.note(f"wrote {path}: {len(package.program.layers)} layers, {tables.size(len(package.constants))} of constants")
+
+
+def disasm(
+    package: options.PackageFile,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.npuasm", help="Write the text there instead of printing it.", show_default=False)] = None,
+    constants: Annotated[Path | None, typer.Option("--constants", metavar="OUT.bin", help="Write the constants' bytes too.", show_default=False)] = None,
+) -> None:
+    """Print a package's program as text."""
+    import isa
+    from npucc.files import write_bytes
+
+    options.writable(output)
+    options.writable(constants, "--constants")
+    loaded = isa.Package.load(package)
+    if constants is not None:
+        write_bytes(constants, loaded.constants)
+    terminal.write_or_show(loaded.text, output)
+
+
+def check(file: Either, json: options.Json = False) -> None:
+    """Check a program: would it run, and always give the same bytes?"""
+    import isa
+
+    program = _program(file)
+    findings = isa.findings(program)
+    if json:
+        terminal.show_json({"ok": not findings, "findings": [{"line": each.line, "message": each.message, "hint": each.hint} for each in findings]})
+    elif not findings:
+        typer.echo(f"{file}: {len(program.layers)} layers, no findings")
+    if findings:
+        for finding in findings[:-1] if not json else ():
+            typer.echo(f"error: {finding}", err=True)
+        raise isa.CheckError(...)
+
+
+def _constants(path: Path | None) -> bytes:
+    """The bytes of a .bin file, or a package's constants."""
+    import isa
+
+    if path is None:
+        return b""
+    return isa.Package.load(path).constants if path.suffix == ".npu" else path.read_bytes()
+
+
+def _program(path: Path) -> isa.Program:
+    import isa
+
+    with path.open("rb") as stream:
+        is_package = stream.read(2) == b"PK"
+    if is_package or path.suffix == ".npu":
+        return isa.Package.load(path).program
+    return isa.parse_program(path.read_text(encoding="utf-8"), file=str(path))

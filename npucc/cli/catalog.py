@@ -1,0 +1,110 @@
+"""`npucc targets` and `npucc ops`: what there is to compile for, and what can be compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from isa.target import Target, load_target, target_names
+from npucc import tables
+from npucc.cli import options, terminal
+from npucc.ops import TABLE, Operator, Pool, Reduce, Resize
+
+TARGETS_EPILOG = """\b
+Examples:
+  npucc targets                       the targets that come with npucc
+  npucc targets edge > my_npu.toml    a description to copy and change, then
+  npucc compile model.onnx --target my_npu.toml"""
+
+
+OPS_EPILOG = """\b
+Examples:
+  npucc ops                     ONNX operators that can be compiled, with their limits
+  npucc ops --target cube       the same, with the engine that does the work
+\b
+Every operator runs on the NPU in integers; nothing falls back to the host."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("ops", epilog=OPS_EPILOG)(ops)
+    app.command("targets", epilog=TARGETS_EPILOG)(targets)
+
+
+def targets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME|FILE.toml]", help="Print this target whole, as TOML.", show_default=False)] = None,
+    json: options.Json = False,
+) -> None:
+    """List the targets, or print one to copy."""
+    if name is not None:
+        chip = options.target(name)
+        if json:
+            terminal.show_json(dataclasses.asdict(chip))
+        else:
+            terminal.write_or_show(toml(chip), None)
+        return
+    chips = [load_target(each) for each in target_names()]
+    if json:
+        terminal.show_json([dataclasses.asdict(chip) for chip in chips])
+        return
+    rows = [(chip.name, chip.description, _array(chip), _peak(chip), tables.size(chip.spm_bytes), _bandwidth(chip)) for chip in chips]
+    terminal.show(tables.grid("", ("target", "what it is", "array", "peak", "scratchpad", "DRAM"), rows, left=2))
+
+
+def toml(chip: Target) -> str:
+    """The target as a file for `--target`, with every field."""
+    lines = [f"# {chip.name}: copy this file, change it, and compile with --target FILE.toml"]
+    for field in dataclasses.fields(chip):
+        value = getattr(chip, field.name)
+        if field.name != "name":  # the file's own name
+            text = str(value).lower() if isinstance(value, bool) else f'"{_escape(value)}"' if isinstance(value, str) else repr(value)
+            lines.append(f"{field.name} = {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _array(chip: Target) -> str:
+    sizes = (chip.rows, chip.cols) if chip.family == "systolic" else (chip.rows, chip.cols, chip.depth)
+    return f"{chip.family} {'×'.join(map(str, sizes))}"
+
+
+def _peak(chip: Target) -> str:
+    return f"{2 * chip.macs_per_cycle * chip.clock_hz / 1e12:.3g} TOPS"
+
+
+def _bandwidth(chip: Target) -> str:
+    return f"{chip.dram_bytes_per_cycle * chip.clock_hz / 1e9:.3g} GB/s"
+
+
+def ops(
+    target: Annotated[str | None, typer.Option("--target", "-t", metavar="NAME|FILE.toml", help="Show the graph operators and who runs them on this target.", show_default=False)] = None,
+    json: options.Json = False,
+) -> None:
+    """List the ONNX operators that can be compiled, and the graph operators they come down to."""
+    from npucc.frontend import supported_operators
+
+    chip = options.target(target) if target is not None else None
+    onnx = supported_operators()
+    graph = [(record.name, record.meaning, _engine(record)) for record in TABLE]
+    if json:
+        terminal.show_json({
+            "target": chip.name if chip else None, "onnx": [{"name": name, "note": note} for name, note in onnx],
+            "graph": [{"name": name, "meaning": meaning, "engine": engine} for name, meaning, engine in graph],
+        })  # fmt: skip
+        return
+    terminal.show(tables.grid(f"{len(onnx)} ONNX operators", ("operator", "limits"), onnx, left=2))
+    if chip is not None:
+        rates = {"matrix": f"{chip.macs_per_cycle} MACs per cycle", "vector": f"{chip.vec_lanes} elements per cycle", "DMA": f"{chip.dram_bytes_per_cycle:g} bytes per cycle"}
+        rows = [(name, meaning, engine, rates[engine]) for name, meaning, engine in graph]
+        terminal.show("", tables.grid(f"the {len(graph)} graph operators they become, on target {chip.name}", ("operator", "meaning", "engine", "at most"), rows, left=4))
+
+
+def _engine(record: Operator) -> str:
+    """The engine that bounds the operator. Data that only moves is placed by DMA or by strides."""
+    if record.matrix:
+        return "matrix"
+    return "DMA" if record.moves_data and not issubclass(record.attributes, Pool | Reduce | Resize) else "vector"

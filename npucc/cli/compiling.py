@@ -1,0 +1,98 @@
+"""`npucc compile`: a model becomes a package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npucc import tables
+from npucc.cli import options, terminal
+from npucc.package import SYNTHETIC, Package
+
+SYNTHETIC_WARNING = "no --calibration: the scales come from made-up inputs, so cycles and energy are right, but accuracy means little"
+
+EPILOG = """\b
+Examples:
+  npucc compile model.onnx --calibration samples.npz -o model.npu
+  npucc compile model.onnx --target cube --shape input=1,3,224,224 --json
+  npucc compile model.onnx --target my_npu.toml --dump-after import
+\b
+Calibration decides the scales of all tensors, so give some dozens of inputs like those of real use.
+Without it the scales come from made-up inputs: cycles and energy are right, the results mean little.
+\b
+--dump-after prints the graph (or program) after a stage; without -o, the compiler stops there."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("compile", epilog=EPILOG)(compile_model)
+
+
+def compile_model(
+    model: options.Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.npu", help="The package to write. [default: MODEL.npu, here]", show_default=False)] = None,
+    target: options.TargetName = "edge",
+    calibration: Annotated[Path | None, typer.Option("--calibration", "-c", metavar="DATA", help=f"Typical inputs: {options.DATA_HELP}.", show_default=False)] = None,
+    shape: Annotated[list[str] | None, typer.Option("--shape", metavar="x=1,3,224,224", help="Bind an input's open sizes; repeat per input.", show_default=False)] = None,
+    prune: Annotated[str | None, typer.Option("--prune", metavar="SPEC", help="Not available yet; refused.", show_default=False)] = None,
+    quant: Annotated[str | None, typer.Option("--quant", metavar="SPEC", help="Quantization options: key=value,key=value.", show_default=False)] = None,
+    dump_after: Annotated[str | None, typer.Option("--dump-after", metavar="STAGE", help="Print the value after a stage.", show_default=False)] = None,
+    json: options.Json = False,
+) -> None:
+    """Compile an ONNX model for an NPU and write a package.
+
+    The model is imported, simplified, quantized to int8 with the calibration data, and lowered to instructions of the target.
+    """
+    from npucc import compiler
+
+    chip, bound = options.target(target), options.shapes(shape)
+    options.existing(calibration, "--calibration")
+    options.writable(output)
+    _known_stage(dump_after)
+    path = output or Path(model.with_suffix(".npu").name)
+    dump, package = None, None
+    with terminal.progress() as progress:
+        for step in compiler.steps(model, chip, calibration=calibration, shapes=bound, prune=prune, quant=quant, progress=progress):
+            if step.stage == dump_after:
+                dump = step.text()
+                if output is None:
+                    break
+            if isinstance(step.value, Package):
+                package = step.value
+    if package is None:
+        _show_dump(dump_after, dump, json=json)
+        return
+    package.save(path)
+    _show_package(package, path, stage=dump_after, dump=dump, json=json)
+
+
+def _known_stage(name: str | None) -> None:
+    if name is not None:
+        from npucc.compiler import stages
+
+        names = [stage.name for stage in stages()]
+        if name not in names:
+            raise typer.BadParameter(f"{name!r} is no stage; the stages are {', '.join(names)}", param_hint="'--dump-after'")
+
+
+def _show_dump(stage: str | None, dump: str | None, *, json: bool) -> None:
+    if json:
+        terminal.show_json({"stage": stage, "dump": dump})
+    else:
+        terminal.write_or_show(dump or "", None)
+
+
+def _show_package(package: Package, path: Path, *, stage: str | None, dump: str | None, json: bool) -> None:
+    target, report = package.program.target, package.report.as_dict()
+    if package.calibration == SYNTHETIC:
+        terminal.warn(SYNTHETIC_WARNING)
+    if json:
+        extra = {} if dump is None else {"stage": stage, "dump": dump}
+        terminal.show_json({"output": str(path), "bytes": path.stat().st_size, "target": target.name, "calibration": package.calibration, **report, **extra})
+        return
+    if dump is not None:
+        terminal.write_or_show(dump, None)
+    layers = f"{len(package.program.layers)} layers, {package.instructions:,} instructions, {tables.size(package.program.constants_bytes)} of constants"
+    rows = [("wrote", f"{path} ({tables.size(path.stat().st_size)})"), ("target", f"{target.name} ({target.description})"), ("program", layers)]
+    terminal.show(tables.facts([*rows, *tables.totals(report, clock_hz=target.clock_hz)]))

@@ -1,0 +1,35 @@
+"""`npucc export`: the quantized model back as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npucc.cli import options, terminal
+
+EPILOG = """\b
+Example:
+  npucc export model.npu -o quantized.onnx
+\b
+The QDQ model computes what the NPU computes: run it in onnxruntime with the session option
+session.x64quantprecision=1 to compare bit by bit."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("export", epilog=EPILOG)(export)
+
+
+def export(
+    package: options.PackageFile,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="Q.onnx", help="The ONNX file to write.", show_default=False)],
+) -> None:
+    """Write the quantized model as QDQ ONNX."""
+    from npucc.files import write_bytes
+    from npucc.package import load
+
+    options.writable(output)
+    model = load(package).to_onnx()
+    write_bytes(output, model.SerializeToString(deterministic=True))
+    terminal.note(f"wrote {output}: {len(model.graph.node)} nodes")

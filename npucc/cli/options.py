@@ -1,0 +1,64 @@
+"""The arguments and options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isa.errors import TargetError
+from isa.target import Target, load_target
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX model.", exists=True, dir_okay=False, readable=True, show_default=False)]
+PackageFile = Annotated[Path, typer.Argument(metavar="OUT.npu", help="A package made by `npucc compile` (or demo, asm).", exists=True, dir_okay=False, readable=True, show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on standard output.", show_default=False)]
+TargetName = Annotated[str, typer.Option("--target", "-t", metavar="NAME|FILE.toml", help="The NPU to compile for; `npucc targets` lists them.")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Use only the first N samples.", show_default=False)]
+
+DATA_HELP = "an .npz whose arrays have the model's input names and a leading sample axis, or a folder of such files"
+
+
+def target(name: str) -> Target:
+    """The target of `--target`; a name that does not exist is wrong usage, a faulty file is the file's fault."""
+    if name.endswith(".toml") and Path(name).is_file():
+        return load_target(name)
+    try:
+        return load_target(name)
+    except TargetError as error:
+        raise typer.BadParameter(str(error), param_hint="'--target'") from None
+
+
+def shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
+    """`x=1,3,224,224` → {"x": (1, 3, 224, 224)}."""
+    result: dict[str, tuple[int, ...]] = {}
+    for text in texts or ():
+        name, equals, sizes = text.rpartition("=")
+        try:
+            shape = tuple(int(size) for size in sizes.replace("x", ",").split(","))
+        except ValueError:
+            shape = ()
+        if not equals or not name or not shape or min(shape) < 1:
+            raise typer.BadParameter(f"{text!r} is no shape; write the input's name and its sizes: x=1,3,224,224", param_hint="'--shape'")
+        if name in result:
+            raise typer.BadParameter(f"input {name!r} is given twice", param_hint="'--shape'")
+        result[name] = shape
+    return result
+
+
+def existing(path: Path | None, option: str) -> Path | None:
+    """DATA: a file or folder that is there."""
+    if path is not None and not path.exists():
+        raise typer.BadParameter(f"{str(path)!r} does not exist", param_hint=f"'{option}'")
+    return path
+
+
+def writable(path: Path | None, option: str = "-o") -> Path | None:
+    """An output file whose folder exists: found out before the work, not after it."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a folder; give a file name", param_hint=f"'{option}'")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder {str(path.parent)!r} does not exist", param_hint=f"'{option}'")
+    return path

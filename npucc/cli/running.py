@@ -1,0 +1,97 @@
+"""`npucc run`: inferences on the virtual NPU, with what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from npucc import tables
+from npucc.cli import options, terminal
+from npucc.feeds import Feed, open_dataset, synthetic_feeds
+from npucc.files import write_arrays
+
+if TYPE_CHECKING:
+    from npucc.package import Package, Result
+
+EPILOG = """\b
+Examples:
+  npucc run model.npu                                    made-up input: what it costs
+  npucc run model.npu --input samples.npz -o outputs.npz
+  npucc run model.npu --input samples.npz --limit 1 --all --json
+  npucc run model.npu --trace trace.json                 open it in Perfetto or chrome://tracing
+\b
+Cycles and energy do not depend on the input's values. The outputs' first axis counts the samples."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run", epilog=EPILOG)(run)
+
+
+def run(
+    package: options.PackageFile,
+    input: Annotated[Path | None, typer.Option("--input", "-i", metavar="DATA", help=f"Samples: {options.DATA_HELP}.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.npz", help="Write the outputs, stacked along a leading sample axis.", show_default=False)] = None,
+    limit: options.Limit = None,
+    all_layers: Annotated[bool, typer.Option("--all", help="Show every layer, in program order.", show_default=False)] = False,
+    top: Annotated[int, typer.Option("--top", metavar="N", min=0, help="Show the N layers with the most cycles.")] = 10,
+    trace: Annotated[Path | None, typer.Option("--trace", metavar="TRACE.json", help="Write what each engine does when (Chrome trace format).", show_default=False)] = None,
+    dump_tensors: Annotated[Path | None, typer.Option("--dump-tensors", metavar="DIR", help="Write every named tensor of the first sample into a folder.", show_default=False)] = None,
+    json: options.Json = False,
+) -> None:
+    """Run a package and report cycles, memory traffic and energy."""
+    from npucc.package import load
+
+    options.existing(input, "--input")
+    options.writable(output)
+    options.writable(trace, "--trace")
+    loaded = load(package)
+    feeds, count = _feeds(loaded, input, limit)
+    with terminal.progress() as progress:
+        outputs, first = _run_all(loaded, feeds, count, keep=output is not None, dump=dump_tensors is not None, progress=progress)
+    if output is not None:
+        write_arrays(output, outputs)
+    if trace is not None:
+        write_trace(loaded, trace)
+    if dump_tensors is not None:
+        write_tensors(loaded, first, dump_tensors)
+    _report(loaded, first, count=count, synthetic=input is None, json=json, top=None if all_layers else top)
+
+
+def _feeds(package: Package, path: Path | None, limit: int | None) -> tuple[Iterator[Feed], int]:
+    if path is None:
+        return synthetic_feeds(package.inputs), 1
+    dataset = open_dataset(path, package.inputs, limit=limit)
+    return iter(dataset), len(dataset)
+
+
+def _run_all(package: Package, feeds: Iterator[Feed], count: int, *, keep: bool, dump: bool, progress: terminal.Report) -> tuple[dict[str, Any], Result]:
+    """(outputs stacked by sample, or nothing if not kept; the first sample's result)."""
+    kept: dict[str, list[Any]] = {record.name: [] for record in package.program.outputs}
+    first = None
+    for index, feed in enumerate(feeds):
+        progress("run", index, count)
+        result = package.run(feed, tensors=dump and first is None)
+        first = first or result
+        if keep:
+            for name, value in result.outputs.items():
+                kept[name].append(value)
+    assert first is not None
+    return {name: np.stack(values) for name, values in kept.items() if values}, first
+
+
+def _report(package: Package, result: Result, *, count: int, synthetic: bool, json: bool, top: int | None) -> None:
+    report = result.report.as_dict()
+    if json:
+        terminal.show_json({"target": package.program.target.name, "samples": count, "input": "synthetic" if synthetic else "data", "calibration": package.calibration, **report})
+        return
+    if synthetic:
+        terminal.note("no --input: ran one made-up sample (standard normal values); cycles and energy do not depend on values")
+    if top != 0:
+        terminal.show(tables.layers(report, top=top), "")
+    samples = f"{count} sample{'s' * (count != 1)}; figures are for one"
+    target = package.program.target
+    terminal.show(tables.facts([("target", f"{target.name} ({target.description})"), ("ran", samples), *tables.totals(report, clock_hz=target.clock_hz)]))

@@ -1,0 +1,218 @@
+"""The whole compiler on one page: ONNX model in, package out, every stage in order, stop at any of them.
+
+    import ──▶ passes … ──▶ quantize ──▶ lower ──▶ check
+    Graph      Graph        Graph        Program   Program
+    (float)    (fused)      (integer)
+
+The one big idea: `steps` is a generator. It yields the value after each stage, so whoever wants to look between two stages
+(`--dump-after`, a test, a notebook) takes the steps one by one, and `compile` simply takes the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from isa import Program, format_program
+from isa import check as check_program
+from isa.target import Target, load_target
+from npucc.errors import CompileError, QuantizeError
+from npucc.feeds import Feed, Port, check_feed, open_dataset
+from npucc.graph import Graph
+from npucc.package import Package, Refused
+from npucc.signature import ports_of_graph, ports_of_model
+
+if TYPE_CHECKING:
+    import onnx
+
+    from npucc.quantize import QuantizeOptions
+
+Progress = Callable[[str, int, int], None]
+Feeds = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class StageName:
+    """One stage: what `--dump-after` calls it, and why it is there."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The value after one stage. `refused` are rewrites that were looked at and not done, with the reason."""
+
+    stage: str
+    value: Graph | Program | Package
+    refused: tuple[Refused, ...] = field(default=())
+
+    def text(self) -> str:
+        """The value for a reader: a graph as one line per node, a program as its assembly."""
+        if isinstance(self.value, Graph):
+            return self.value.text()
+        return self.value.text if isinstance(self.value, Package) else format_program(self.value)
+
+
+def stages() -> tuple[StageName, ...]:
+    """Every stage in order."""
+    from npucc import passes
+
+    return (
+        StageName("import", "the ONNX graph in the compiler's own operators, constants folded"),
+        *(StageName(stage.name, stage.why) for stage in passes.STAGES),
+        StageName("quantize", "scales from calibration; from here on every tensor is integers"),
+        StageName("lower", "tiles, memory, instructions and events"),
+        StageName("check", "bounds, dtypes, capacity, events and races of the finished program"),
+    )
+
+
+def compile(  # noqa: A001  named so by the API: npucc.compile
+    model: str | Path | onnx.ModelProto,
+    target: str | Path | Target = "edge",
+    *,
+    calibration: str | Path | Feeds | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    prune: str | None = None,
+    quant: str | QuantizeOptions | None = None,
+    progress: Progress | None = None,
+) -> Package:
+    """Compile an ONNX model for a target.
+
+    `calibration`: feeds of representative inputs (`{name: array}`, each of the model's input shape), or DATA as the command
+    line takes it. Without it, scales come from made-up inputs and the package says so. `shapes` binds open input sizes.
+    `quant`: "key=value,…" of QuantizeOptions. Raises NpuccError or IsaError.
+    """
+    last = None
+    for last in steps(model, target, calibration=calibration, shapes=shapes, prune=prune, quant=quant, progress=progress):
+        pass
+    assert last is not None and isinstance(last.value, Package)
+    return last.value
+
+
+def steps(
+    model: str | Path | onnx.ModelProto,
+    target: str | Path | Target = "edge",
+    *,
+    calibration: str | Path | Feeds | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    prune: str | None = None,
+    quant: str | QuantizeOptions | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Step]:
+    """The stages of `compile`, one Step each; the last one holds the Package."""
+    from npucc import backend, frontend, passes
+    from npucc.quantize import quantize
+
+    refuse_pruning(prune)
+    options = quantize_options(quant)
+    chip = load_target(target)
+    report = progress or _no_progress
+
+    report("import", 0, 1)
+    feeds, shapes = bind_shapes(model, calibration, shapes or {})
+    graph = frontend.import_model(model, shapes=shapes)
+    yield Step("import", graph)
+
+    refused: tuple[Refused, ...] = ()
+    for index, stage in enumerate(passes.STAGES):
+        report(stage.name, index, len(passes.STAGES))
+        graph, refusals = stage.run(graph)
+        here = tuple(Refused(stage.name, str(refusal)) for refusal in refusals)
+        refused += here
+        yield Step(stage.name, graph, here)
+
+    quantized = quantize(graph, CheckedFeeds(feeds, ports_of_graph(graph)) if feeds is not None else None, options=options, progress=progress)
+    yield Step("quantize", quantized.graph)
+
+    report("lower", 0, 1)
+    lowered = backend.lower(quantized.graph, chip, progress=progress)
+    yield Step("lower", lowered.program)
+
+    report("check", 0, 1)
+    check_program(lowered.program)
+    package = Package.create(lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused)
+    yield Step("check", package)
+
+
+def refuse_pruning(spec: str | None) -> None:
+    """Pruning is not there yet; say so rather than ignore it. Raises CompileError."""
+    if spec:
+        raise CompileError(f"pruning ({spec!r}) is not available yet", hint="leave out --prune (prune= in Python)")
+
+
+def quantize_options(spec: str | QuantizeOptions | None) -> QuantizeOptions:
+    """`key=value,key=value` as QuantizeOptions, whose fields are the keys. Raises QuantizeError."""
+    from npucc.quantize import QuantizeOptions
+
+    if spec is None:
+        return QuantizeOptions()
+    if not isinstance(spec, str):
+        return spec
+    known = {field.name: field for field in dataclasses.fields(QuantizeOptions)}
+    values: dict[str, Any] = {}
+    for part in filter(None, spec.split(",")):
+        key, equals, text = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in known:
+            raise QuantizeError(f"{part!r} is no quantization option", hint=f"write key=value,key=value; the keys are {', '.join(known)}")
+        values[key] = _option_value(key, text, known[key].default)
+    return QuantizeOptions(**values)
+
+
+def _option_value(key: str, text: str, default: Any) -> Any:
+    """The text as a value of the default's type."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    try:
+        return words[text.lower()] if isinstance(default, bool) else type(default)(text)
+    except (ValueError, KeyError):
+        raise QuantizeError(f"{key}={text!r} is no {type(default).__name__}", hint=f"for example {key}={default}") from None
+
+
+def bind_shapes(
+    model: str | Path | onnx.ModelProto, calibration: str | Path | Feeds | None, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Feeds | None, dict[str, tuple[int, ...]]]:
+    """(feeds, shapes): sizes that the model leaves open and `shapes` does not give are those of the first feed."""
+    bound = {name: tuple(shape) for name, shape in shapes.items()}
+    if calibration is None:
+        return None, bound
+    declared = ports_of_model(model)
+    if isinstance(calibration, str | Path):
+        ports = [Port(name, bound.get(name, port.shape), port.dtype) for name, port in declared.items() if port is not None]
+        dataset = open_dataset(calibration, ports)
+        feeds, first = dataset, dataset.shapes
+    else:
+        feeds, first = _peek(calibration)
+    open_sizes = {name for name, port in declared.items() if port is None or None in port.shape}
+    return feeds, {**{name: shape for name, shape in first.items() if name in open_sizes}, **bound}
+
+
+def _peek(feeds: Feeds) -> tuple[Feeds, dict[str, tuple[int, ...]]]:
+    """The feeds, still whole, and the shapes in the first of them."""
+    iterator = iter(feeds)
+    first = next(iterator, None)
+    if first is None:
+        raise QuantizeError("the calibration data holds no feed", hint="give at least one {input name: array}, better some dozens")
+    whole = itertools.chain([first], iterator) if iterator is feeds else feeds
+    return whole, {name: np.shape(value) for name, value in first.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFeeds:
+    """Calibration feeds, each checked against the model's inputs when it is reached. Raises DataError while iterating."""
+
+    feeds: Feeds
+    ports: tuple[Port, ...]
+
+    def __iter__(self) -> Iterator[Feed]:
+        for index, feed in enumerate(self.feeds):
+            yield check_feed(feed, self.ports, place=f"calibration feed {index}")
+
+
+def _no_progress(what: str, done: int, total: int) -> None:  # noqa: ARG001  the shape of a Progress
+    return None

@@ -1,0 +1,84 @@
+"""An ONNX model under construction.
+
+The one big idea: an emitter only ever says which operation reads which values; names, initializers and versions are settled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from npucc.graph import Graph, Tensor
+
+OPSET = 17
+OPSET_INT16 = 21  # the first whose QuantizeLinear writes int16
+IR_VERSIONS = {OPSET: 8, OPSET_INT16: 10}
+REDUCE_AXES_INPUT = 18  # from this opset on ReduceMean, ReduceMax and ReduceMin take their axes as an input
+
+
+class Model:
+    """Values are tensor names. `taken` holds every name in use, of tensors and nodes alike."""
+
+    def __init__(self, opset: int, *, taken: Iterable[str] = ()) -> None:
+        self.opset = opset
+        self.taken = set(taken)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def op(self, kind: str, inputs: Sequence[str], *, into: str = "", **attributes: Any) -> str:
+        """Append a node whose one result is named `into` (or freshly); returns that name. An input left out is the empty string."""
+        arguments = list(inputs)
+        while arguments and not arguments[-1]:
+            arguments.pop()
+        result = into or self.fresh(f"{arguments[0] if arguments else ''}/{kind}")
+        self.nodes.append(helper.make_node(kind, arguments, [result], name=self.fresh(f"{result}:{kind}"), **attributes))
+        return result
+
+    def cast(self, value: str, dtype: str, *, into: str = "") -> str:
+        """The value as another element type (a numpy name)."""
+        return self.op("Cast", [value], into=into, to=element_type(dtype))
+
+    def constant(self, value: Any, dtype: str, *, name: str = "") -> str:
+        """An initializer. Equal ones without a name of their own are shared."""
+        array = np.array(value, dtype=dtype, order="C")
+        key = (dtype, array.shape, array.tobytes())
+        if not name and key in self._shared:
+            return self._shared[key]
+        chosen = name or self.fresh("constant")
+        self.constants.append(numpy_helper.from_array(array, chosen))
+        if not name:
+            self._shared[key] = chosen
+        return chosen
+
+    def fresh(self, stem: str) -> str:
+        """A name that nothing has yet."""
+        name, count = stem, 0
+        while name in self.taken:
+            count += 1
+            name = f"{stem}.{count}"
+        self.taken.add(name)
+        return name
+
+    def finish(self, graph: Graph) -> onnx.ModelProto:
+        """The whole model, checked."""
+        inputs = [_value_info(graph.tensors[name]) for name in graph.inputs]
+        outputs = [_value_info(graph.tensors[name]) for name in graph.outputs]
+        body = helper.make_graph(self.nodes, graph.name or "graph", inputs, outputs, self.constants)
+        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", self.opset)], producer_name="npucc")
+        model.ir_version = IR_VERSIONS[self.opset]
+        onnx.checker.check_model(model)
+        return model
+
+
+def element_type(dtype: str) -> int:
+    """The ONNX number of a numpy element type."""
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, element_type(tensor.dtype), tensor.shape)

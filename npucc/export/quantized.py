@@ -1,0 +1,120 @@
+"""An integer graph as QDQ: float emitters between QuantizeLinear and DequantizeLinear.
+
+The one big idea: the float value of every tensor keeps the tensor's name, its stored value is `name/stored`. Activations are
+written as uint8 (stored value + 128, zero point + 128), which is the same number: onnxruntime rewrites int8 pairs to uint8 itself,
+but only where a tensor has a single reader, and falls back to float kernels at the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from npucc.arithmetic import RANGES, clamp_bounds
+from npucc.export.model import Model
+from npucc.export.operators import FLOAT, clip, emit
+from npucc.graph import Graph, Node, Quant, Tensor
+from npucc.ops import OPS
+
+TYPES = {"s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32"}
+WEIGHTS, BIAS = 1, 2  # input positions of the operators with the trait `matrix`
+
+
+def stored_name(tensor: str) -> str:
+    """The name of the stored integers of a tensor in a QDQ model."""
+    return f"{tensor}/stored"
+
+
+def emit_quantized(graph: Graph, model: Model, *, unsigned: bool) -> None:
+    """Write the whole graph into the model."""
+    writer = _Writer(graph, model, unsigned)
+    for name in graph.inputs:
+        writer.take_input(graph.tensors[name])
+    for node in graph:
+        writer.write(node)
+    for name in graph.outputs:
+        if graph.tensors[name].is_constant:
+            writer.constant(graph.tensors[name], is_activation=True, into=name)
+
+
+@dataclass(slots=True)
+class _Writer:
+    """`real` maps a tensor to the name of its float (or bool) value, where that is not the tensor's own."""
+
+    graph: Graph
+    model: Model
+    unsigned: bool
+    real: dict[str, str] = field(default_factory=dict)
+    constants: dict[tuple[str, bool], str] = field(default_factory=dict)
+
+    def take_input(self, tensor: Tensor) -> None:
+        """A graph input arrives as it is in the ONNX model and is quantized first."""
+        if tensor.quant is None or tensor.dtype == "bool":
+            return
+        value = tensor.name if tensor.dtype == FLOAT else self.model.cast(tensor.name, FLOAT)
+        self.real[tensor.name] = self._pair(value, tensor.quant, tensor.name, into="")
+
+    def write(self, node: Node) -> None:
+        """One node: its float meaning, quantized; then its clamp where saturation does not give it already."""
+        result = self.graph.tensors[node.outputs[0]]
+        inputs = tuple(self._read(node, index) for index in range(len(node.inputs)))
+        if result.quant is None or result.dtype == "bool":
+            emit(self.model, self.graph, node, inputs, result.name)
+            return
+        raw = self.model.fresh(f"{result.name}/raw")
+        emit(self.model, self.graph, node, inputs, raw)
+        clamp = getattr(node.attributes, "clamp", None)
+        if clamp is not None and clamp_bounds(clamp, result.quant) != RANGES[result.quant.dtype]:
+            raw = self._clamped(raw, clamp, result.quant, result.name)
+        self._pair(raw, result.quant, result.name, into=result.name)
+
+    def _clamped(self, value: str, clamp: tuple[float, float], quant: Quant, name: str) -> str:
+        """Quantized, then clipped on the same scale: exactly the integer clamp, and the operator itself still runs in integers."""
+        unclamped = self._pair(value, quant, f"{name}/unclamped", into=self.model.fresh(f"{name}/unclamped"))
+        clipped = self.model.fresh(f"{name}/clipped")
+        clip(self.model, unclamped, clamp, into=clipped)
+        return clipped
+
+    def _read(self, node: Node, index: int) -> str:
+        name = node.inputs[index]
+        tensor = self.graph.tensors.get(name)
+        if tensor is None or not tensor.is_constant:
+            return self.real.get(name, name)
+        is_weight = OPS[node.op].matrix and index in (WEIGHTS, BIAS)
+        return self.constant(tensor, is_activation=not is_weight)
+
+    def constant(self, tensor: Tensor, *, is_activation: bool, into: str = "") -> str:
+        """The float value of a constant: integers and their DequantizeLinear; float (and bool) ones as they are."""
+        key = (tensor.name, is_activation)
+        if key not in self.constants:
+            assert tensor.data is not None
+            if tensor.quant is None or tensor.dtype == "bool":
+                dtype = "bool" if tensor.dtype == "bool" else str(tensor.data.dtype)
+                self.constants[key] = self.model.constant(tensor.data, dtype, name=self.model.fresh(into or f"{tensor.name}/constant"))
+            else:
+                quant, dtype, shift = tensor.quant, *self._form(tensor.quant, is_activation=is_activation)
+                stored = self.model.constant(tensor.data.astype(np.int64) + shift, dtype, name=self.model.fresh(stored_name(tensor.name)))
+                self.constants[key] = self._dequantize(stored, quant, self._scale_and_zero(quant, dtype, shift, tensor.name), into=into)
+        return self.constants[key]
+
+    def _form(self, quant: Quant, *, is_activation: bool) -> tuple[str, int]:
+        """(element type, number added to what is stored)."""
+        return ("uint8", 128) if self.unsigned and is_activation and quant.dtype == "s8" else (TYPES[quant.dtype], 0)
+
+    def _pair(self, value: str, quant: Quant, name: str, *, into: str) -> str:
+        """QuantizeLinear and DequantizeLinear; returns the dequantized value."""
+        dtype, shift = self._form(quant, is_activation=True)
+        parameters = self._scale_and_zero(quant, dtype, shift, name)
+        stored = self.model.op("QuantizeLinear", [value, *parameters], into=self.model.fresh(stored_name(name)))
+        return self._dequantize(stored, quant, parameters, into=into)
+
+    def _dequantize(self, stored: str, quant: Quant, parameters: tuple[str, str], *, into: str) -> str:
+        axis = {} if quant.axis is None else {"axis": quant.axis}
+        return self.model.op("DequantizeLinear", [stored, *parameters], into=into, **axis)
+
+    def _scale_and_zero(self, quant: Quant, dtype: str, shift: int, name: str) -> tuple[str, str]:
+        """Initializers of this tensor alone: onnxruntime rewrites int8 weights with their zero points and can't where two share one."""
+        zero = np.full(quant.scale.shape, quant.zero + shift)
+        scale_name, zero_name = (self.model.fresh(f"{name}/{what}") for what in ("scale", "zero"))
+        return self.model.constant(quant.scale, FLOAT, name=scale_name), self.model.constant(zero, dtype, name=zero_name)

@@ -1,0 +1,49 @@
+"""The way out to ONNX, for a float graph and for an integer graph.
+
+The one big idea: both models hold the graph's tensors as float tensors under the graph's names, so that any of them can be asked for
+and compared.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from npucc.export.model import OPSET, OPSET_INT16, Model
+from npucc.export.operators import clip, emit
+from npucc.export.quantized import emit_quantized
+from npucc.graph import Graph, Node
+
+
+def to_onnx(graph: Graph, *, unsigned: bool = True) -> onnx.ModelProto:
+    """The graph as a checked ONNX model with the graph's input and output names and types.
+
+    An integer graph (one with scales) becomes QDQ; onnxruntime agrees with it to the bit in convolutions, matrix products, sums,
+    products, pooling and data movement given `session.x64quantprecision=1`. `unsigned=False` writes int8 activations, for tools that
+    want them; onnxruntime is then exact with `session.qdqisint8allowed=1` instead.
+    """
+    quants = [tensor.quant for tensor in graph.tensors.values() if tensor.quant is not None]
+    model = Model(OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET, taken=graph.tensors)
+    if quants:
+        emit_quantized(graph, model, unsigned=unsigned)
+    else:
+        _emit_float(graph, model)
+    return model.finish(graph)
+
+
+def _emit_float(graph: Graph, model: Model) -> None:
+    for tensor in graph.tensors.values():
+        if tensor.data is not None:
+            model.constant(tensor.data, tensor.dtype, name=tensor.name)
+    for node in graph:
+        _emit_float_node(graph, model, node)
+
+
+def _emit_float_node(graph: Graph, model: Model, node: Node) -> None:
+    """The node and its clamp, into the result's own name."""
+    result, clamp = node.outputs[0], getattr(node.attributes, "clamp", None)
+    if clamp is None:
+        emit(model, graph, node, node.inputs, result)
+        return
+    unclamped = model.fresh(f"{result}/unclamped")
+    emit(model, graph, node, node.inputs, unclamped)
+    clip(model, unclamped, clamp, into=result)

@@ -1,0 +1,170 @@
+"""The walk over the model: every tensor becomes a constant or a tensor of the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto
+
+from npucc.errors import GraphError, ImportModelError
+from npucc.frontend.constants import NOT_CONSTANT, Constants
+from npucc.frontend.load import default_opset, load_model
+from npucc.frontend.node import Emitted, NodeImport
+from npucc.frontend.operators import OPERATORS
+from npucc.frontend.prepare import Input, bind_inputs, element_type, numpy_name, prepare, reads
+from npucc.graph import Editor, Graph, Node, Tensor
+from npucc.ops import Table
+
+LARGEST_TENSOR = 1 << 31  # elements
+BOOLEAN_RESULTS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"})
+
+
+def import_model(model: str | Path | ModelProto, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
+    """The model as a float graph of canonical operators, with constants folded. `shapes` binds dynamic inputs. Raises ImportModelError."""
+    proto, file = load_model(model)
+    try:
+        return _Importer(proto, file, shapes or {}).run()
+    except GraphError as error:
+        raise ImportModelError(error.message, file=file, node=error.node, hint=error.hint) from error
+
+
+class _Importer:
+    """The state of one import: the graph so far, what each ONNX tensor is, and the constants."""
+
+    def __init__(self, model: ModelProto, file: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.file = file
+        self.inputs = bind_inputs(model.graph, shapes, file)
+        self.nodes = prepare(model, file)
+        self.constants = Constants(model, file)
+        self.opset = default_opset(model)
+        self.editor = Editor(name=model.graph.name)
+        self.outputs = list(model.graph.output)
+        self.tensors: dict[str, str] = {}  # ONNX tensor to graph tensor
+        self.types: dict[str, int] = {}  # ONNX tensor to ONNX element type
+        self.reserved = {name for node in self.nodes for name in node.output} | {value.name for value in model.graph.initializer}
+
+    def run(self) -> Graph:
+        for value in self.inputs:
+            self._add_input(value)
+        for node in self.nodes:
+            self._take(node)
+        for output in self.outputs:
+            self._add_output(output.name, element_type(output))
+        return self.editor.freeze()
+
+    def _add_input(self, value: Input) -> None:
+        if value.dtype in (TensorProto.UNDEFINED, TensorProto.STRING, TensorProto.COMPLEX64, TensorProto.COMPLEX128):
+            raise ImportModelError(f"input {value.name!r} has element type {TensorProto.DataType.Name(value.dtype)}", file=self.file, hint="inputs must be numbers")
+        self.editor.add_tensor(Tensor(value.name, value.shape, numpy_name(value.dtype), source=value.name))
+        self.editor.inputs.append(value.name)
+        self.tensors[value.name] = value.name
+        self.types[value.name] = value.dtype
+
+    def _take(self, node: NodeProto) -> None:
+        """One ONNX node: a constant, or imported by its record."""
+        names = reads(node)
+        if node.op_type not in NOT_CONSTANT and all(name in self.constants for name in names):
+            self.constants.defer(node)
+        elif node.op_type in ("Shape", "Size"):
+            self.constants.set(node.output[0], self._shape_value(node))
+        else:
+            self._import(node)
+
+    def _shape_value(self, node: NodeProto) -> np.ndarray:
+        shape = self.editor.tensors[self.tensors[node.input[0]]].shape
+        if node.op_type == "Size":
+            return np.array(math.prod(shape), np.int64)
+        bounds = {attribute.name: attribute.i for attribute in node.attribute}
+        return np.array(shape[bounds.get("start", 0) : bounds.get("end", len(shape))], np.int64)
+
+    def _import(self, proto: NodeProto) -> None:
+        record = OPERATORS.get((proto.domain if proto.domain != "ai.onnx" else "", proto.op_type))
+        if record is None:
+            title = f"{proto.domain}.{proto.op_type}" if proto.domain else proto.op_type
+            raise ImportModelError(f"operator {title} is not supported", file=self.file, node=proto.name, hint=_unsupported_hint(proto))
+        node = NodeImport(proto, self.opset, self.file, self.editor, self.constants, self.tensors, self.types, self.reserved)
+        try:
+            results = record.run(node)
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
+            shapes = ", ".join(str(list(node.shape(i))) if node.has(i) else "-" for i in range(len(proto.input)))
+            raise ImportModelError(f"{proto.op_type} does not fit its inputs of shapes {shapes}: {error}", file=self.file, node=proto.name, hint="the model is damaged; export it again") from error
+        self._commit(node, (results,) if isinstance(results, str) else results)
+
+    def _commit(self, node: NodeImport, results: Sequence[str]) -> None:
+        """Give the emitted results the names of the ONNX outputs, and put the emitted nodes into the graph."""
+        made = {emitted.output for emitted in node.emitted}
+        renamed: dict[str, str] = {}
+        for output, result in zip(node.outputs, results, strict=False):
+            if not output:
+                continue
+            if result in made and result not in renamed:
+                renamed[result] = output
+            self.tensors[output] = renamed.get(result, result)
+            self.types[output] = self._result_type(node)
+        for output in node.outputs[len(results) :]:
+            if output:
+                raise ImportModelError(f"output {output!r} of {node.operator} is used, which is not supported", file=self.file, node=node.name, hint="remove what reads it from the model")
+        for index, emitted in enumerate(node.emitted):
+            self._add_node(node, emitted, renamed, index)
+
+    def _result_type(self, node: NodeImport) -> int:
+        if node.operator in BOOLEAN_RESULTS:
+            return TensorProto.BOOL
+        if node.operator == "Cast":
+            return node.integer("to", TensorProto.FLOAT)
+        return node.element_type(1 if node.operator == "Where" else 0)
+
+    def _add_node(self, node: NodeImport, emitted: Emitted, renamed: Mapping[str, str], index: int) -> None:
+        output = renamed.get(emitted.output, emitted.output)
+        if math.prod(emitted.shape) > LARGEST_TENSOR or 0 in emitted.shape:
+            what = "no elements" if 0 in emitted.shape else f"more than {LARGEST_TENSOR} elements"
+            raise ImportModelError(f"{node.operator} yields a tensor of shape {list(emitted.shape)}, which has {what}", file=self.file, node=node.name, hint="check the input shapes")
+        source = output if emitted.output in renamed else ""
+        self.editor.add_tensor(Tensor(output, emitted.shape, emitted.dtype, source=source))
+        inputs = tuple(renamed.get(name, name) for name in emitted.inputs)
+        name = node.name if index == len(node.emitted) - 1 else f"{node.name}/{emitted.op}"
+        self.editor.add_node(Node(self._fresh_node(name), emitted.op, inputs, (output,), emitted.attributes, (node.name,)))
+
+    def _fresh_node(self, name: str) -> str:
+        return name if name not in self.editor.nodes else self.editor.fresh(name)
+
+    def _add_output(self, name: str, dtype: int) -> None:
+        """Make `name` a graph output: the tensor takes that name, or a node is put before the output where it can't."""
+        if name in self.constants:
+            raise ImportModelError(f"output {name!r} is a constant", file=self.file, hint="remove it from the model's outputs")
+        if name not in self.tensors:
+            raise ImportModelError(f"output {name!r} is made by no node", file=self.file, hint="the model is damaged; export it again")
+        tensor = self.editor.tensors[self.tensors[name]]
+        if tensor.name != name:
+            producer = self.editor.producer(tensor.name)
+            if producer is not None and tensor.name not in self.editor.outputs and tensor.name not in {value.name for value in self.outputs}:
+                self._rename(tensor, producer, name)
+            else:
+                self._copy(tensor, name)
+        elif name in self.editor.inputs:
+            raise ImportModelError(f"input {name!r} is also an output", file=self.file, hint="remove it from the model's outputs")
+        if dtype != TensorProto.UNDEFINED:
+            self.editor.add_tensor(replace(self.editor.tensors[name], dtype=numpy_name(dtype)))
+        self.editor.outputs.append(name)
+
+    def _rename(self, tensor: Tensor, producer: Node, name: str) -> None:
+        self.editor.add_tensor(replace(tensor, name=name, source=name))
+        self.editor.add_node(replace(producer, outputs=tuple(name if output == tensor.name else output for output in producer.outputs)))
+        self.editor.replace_input(tensor.name, name)
+        self.tensors = {key: name if value == tensor.name else value for key, value in self.tensors.items()}
+
+    def _copy(self, tensor: Tensor, name: str) -> None:
+        self.editor.add_tensor(replace(tensor, name=name, source=name))
+        self.editor.add_node(Node(self._fresh_node(name), "table", (tensor.name,), (name,), Table("x"), (name,)))
+
+
+def _unsupported_hint(node: NodeProto) -> str:
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear") or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer"):
+        return "the model is quantized already; give the float model, which npucc quantizes itself"
+    if node.op_type in ("If", "Loop", "Scan"):
+        return "control flow that depends on data can't be compiled; export the model with fixed control flow"
+    return "see `npucc ops` for the supported operators; cut the model before this node, or replace the node by supported ones"

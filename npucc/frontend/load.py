@@ -1,0 +1,132 @@
+"""Reading a model: bytes to a ModelProto that has all its tensors, or a clear error.
+
+The one big idea: nothing in the file is believed. Sizes are checked before memory is asked for, and external data must lie in the model's folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto
+
+from npucc.errors import ImportModelError
+
+LARGEST_FILE = 2**31 - 1  # protobuf's own limit
+OLDEST_OPSET = 7
+
+
+def load_model(model: str | Path | ModelProto) -> tuple[ModelProto, str]:
+    """(a private copy of the model with external data read in, the file name for messages). Raises ImportModelError."""
+    if isinstance(model, ModelProto):
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        _read_external_data(copy, None, "")
+        _check_header(copy, "")
+        return copy, ""
+    path = Path(model)
+    file = str(path)
+    proto = _parse(_read(path), file)
+    _check_header(proto, file)
+    _read_external_data(proto, path.parent, file)
+    return proto, file
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise ImportModelError("this is a folder, not an ONNX file", file=str(path), hint="give the path of the .onnx file in it")
+        if size > LARGEST_FILE:
+            raise ImportModelError(f"the file has {size} bytes; an ONNX file has at most {LARGEST_FILE}", file=str(path), hint="store large weights as external data")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ImportModelError("there is no such file", file=str(path), hint="check the path of the model") from None
+    except OSError as error:
+        raise ImportModelError(f"the file can't be read: {error.strerror or error}", file=str(path)) from None
+
+
+def _parse(content: bytes, file: str) -> ModelProto:
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except (DecodeError, RecursionError):
+        raise ImportModelError("this is not an ONNX model, or it is damaged (the protobuf does not parse)", file=file, hint="export or download the model again") from None
+    return proto
+
+
+def _check_header(model: ModelProto, file: str) -> None:
+    if not model.HasField("graph") or not model.ir_version:
+        raise ImportModelError("this is not an ONNX model (it has no graph and no IR version)", file=file, hint="export or download the model again")
+    if not model.graph.output:
+        raise ImportModelError("the model's graph has no outputs", file=file, hint="export the model again with its outputs")
+    opset = default_opset(model)
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise ImportModelError(f"the model uses ONNX opset {opset}; supported are {OLDEST_OPSET} to {newest}", file=file, hint="convert it with onnx.version_converter, or export it again")
+
+
+def default_opset(model: ModelProto) -> int:
+    """The version of the standard operators (1 if the model does not say)."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+
+
+def _tensors(graph: GraphProto) -> list[TensorProto]:
+    """Every stored tensor of the graph: initializers and attributes, in subgraphs too."""
+    found = list(graph.initializer)
+    for sparse in graph.sparse_initializer:
+        found += [sparse.values, sparse.indices]
+    for node in graph.node:
+        for attribute in node.attribute:
+            found += _attribute_tensors(attribute)
+    return found
+
+
+def _attribute_tensors(attribute: AttributeProto) -> list[TensorProto]:
+    if attribute.type == AttributeProto.TENSOR:
+        return [attribute.t]
+    if attribute.type == AttributeProto.TENSORS:
+        return list(attribute.tensors)
+    if attribute.type == AttributeProto.GRAPH:
+        return _tensors(attribute.g)
+    return [tensor for graph in attribute.graphs for tensor in _tensors(graph)]
+
+
+def _read_external_data(model: ModelProto, folder: Path | None, file: str) -> None:
+    for tensor in _tensors(model.graph):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        if folder is None:
+            raise ImportModelError(
+                f"tensor {tensor.name!r} is stored outside the model, and a ModelProto does not say where", file=file, hint="pass the path of the model, or load it with its external data"
+            )
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        tensor.raw_data = _external_bytes(tensor.name, entries, folder, file)
+        tensor.data_location = TensorProto.DEFAULT
+        tensor.ClearField("external_data")
+
+
+def _external_bytes(name: str, entries: dict[str, str], folder: Path, file: str) -> bytes:
+    """The bytes that an external data record points to; it must name a plain file inside `folder`."""
+    location = entries.get("location", "")
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries["length"]) if "length" in entries else None
+        root = folder.resolve()
+        path = (root / location).resolve()
+        inside = bool(location) and path.is_relative_to(root) and path.is_file()
+        size = path.stat().st_size if inside else 0
+    except (ValueError, OSError):
+        raise ImportModelError(f"tensor {name!r} has a malformed external data record: {entries}", file=file, hint="save the model again with its external data") from None
+    if not inside:
+        raise ImportModelError(
+            f"tensor {name!r} refers to external data {location!r}, which is not a file inside the model's folder",
+            file=file, hint="put the external data next to the model; paths that leave its folder are refused",
+        )  # fmt: skip
+    length = size - offset if length is None else length
+    if offset < 0 or length < 0 or offset + length > size:
+        raise ImportModelError(f"tensor {name!r} refers to bytes {offset} to {offset + length} of {location!r}, which has {size}", file=file, hint="the external data file is damaged or from another model")
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(length)

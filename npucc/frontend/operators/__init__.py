@@ -1,0 +1,20 @@
+"""The ONNX operators that can be imported: one record each, grouped by what they do.
+
+The one big idea: the differences between ONNX opsets end here. An importer reads attributes or inputs, whichever its opset uses, and emits canonical nodes.
+"""
+
+from npucc.frontend.node import Importer
+from npucc.frontend.operators import elementwise, layout, matrix, normalization, pooling, reduction, resize
+
+TABLE: tuple[Importer, ...] = (
+    *matrix.TABLE, *elementwise.TABLE, *pooling.TABLE, *reduction.TABLE, *normalization.TABLE, *layout.TABLE, *resize.TABLE,
+)  # fmt: skip
+OPERATORS: dict[tuple[str, str], Importer] = {(record.domain, record.name): record for record in TABLE}
+
+
+def supported_operators() -> tuple[tuple[str, str], ...]:
+    """(operator, note) of every ONNX operator that can be imported, sorted."""
+    return tuple(sorted((f"{record.domain}.{record.name}" if record.domain else record.name, record.note) for record in TABLE))
+
+
+__all__ = ["OPERATORS", "TABLE", "supported_operators"]

@@ -1,0 +1,233 @@
+"""Elementwise operators: functions of one variable become tables; arithmetic, comparisons and selection keep their operands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from onnx import TensorProto
+
+from npucc import ops, scalar
+from npucc.frontend.node import Importer, NodeImport
+
+Run = Callable[[NodeImport], str]
+
+
+def _table(expression: scalar.Expression) -> Run:
+    return lambda node: node.table(expression, node.input(0))
+
+
+def _identity(node: NodeImport) -> str:
+    return node.input(0)
+
+
+def dropout(node: NodeImport) -> str:
+    """Does nothing outside training."""
+    if node.has(2) and bool(np.any(node.constant(2, "training_mode"))):
+        raise node.refuse("is in training mode", hint="export the model in evaluation mode")
+    return node.input(0)
+
+
+def leaky_relu(node: NodeImport) -> str:
+    return node.table(("leaky_relu", "x", node.real("alpha", 0.01)), node.input(0))
+
+
+def elu(node: NodeImport) -> str:
+    return node.table(("elu", "x", node.real("alpha", 1.0)), node.input(0))
+
+
+def selu(node: NodeImport) -> str:
+    return node.table(("selu", "x", node.real("alpha", 1.67326319217681884765625), node.real("gamma", 1.05070102214813232421875)), node.input(0))
+
+
+def celu(node: NodeImport) -> str:
+    return node.table(("celu", "x", node.real("alpha", 1.0)), node.input(0))
+
+
+def thresholded_relu(node: NodeImport) -> str:
+    return node.table(("thresholded_relu", "x", node.real("alpha", 1.0)), node.input(0))
+
+
+def hard_sigmoid(node: NodeImport) -> str:
+    return node.table(("hard_sigmoid", "x", node.real("alpha", 0.2), node.real("beta", 0.5)), node.input(0))
+
+
+def shrink(node: NodeImport) -> str:
+    """x + bias below −lambd, x − bias above lambd, else 0."""
+    bias, limit = node.real("bias", 0.0), node.real("lambd", 0.5)
+    inner = ("where", ("gt", "x", limit), ("sub", "x", bias), 0.0)
+    return node.table(("where", ("lt", "x", -limit), ("add", "x", bias), inner), node.input(0))
+
+
+def gelu(node: NodeImport) -> str:
+    return node.table(scalar.gelu(tanh=node.word("approximate", "none") == "tanh"), node.input(0))
+
+
+def quick_gelu(node: NodeImport) -> str:
+    return node.table(("mul", "x", ("sigmoid", ("mul", "x", node.real("alpha", 1.702)))), node.input(0))
+
+
+def fast_gelu(node: NodeImport) -> str:
+    biased = node.binary("add", node.input(0), node.input(1)) if node.has(1) else node.input(0)
+    return node.table(scalar.gelu(tanh=True), biased)
+
+
+def swish(node: NodeImport) -> str:
+    return node.table(("mul", "x", ("sigmoid", ("mul", "x", node.real("alpha", 1.0)))), node.input(0))
+
+
+def clip(node: NodeImport) -> str:
+    """Limits are attributes before opset 11, inputs since; computed limits become max and min."""
+    tensor = node.input(0)
+    if not (node.has(1) or node.has(2)):
+        return node.table(("clip", "x", node.real("min", -math.inf), node.real("max", math.inf)), tensor)
+    limits = [-math.inf, math.inf]
+    for index, op in ((1, "max"), (2, "min")):
+        if node.is_constant(index):
+            limits[index - 1] = float(node.floats(index, "limit").reshape(()))
+        elif node.has(index):
+            tensor = node.binary(op, tensor, node.input(index))
+    return tensor if limits == [-math.inf, math.inf] else node.table(("clip", "x", *limits), tensor)
+
+
+def prelu(node: NodeImport) -> str:
+    """max(x, 0) + slope · min(x, 0); one common slope makes a leaky ReLU."""
+    x = node.input(0)
+    if node.is_constant(1):
+        slope = node.floats(1, "slope")
+        if slope.size and np.all(slope == slope.flat[0]):
+            return node.table(("leaky_relu", "x", float(slope.flat[0])), x)
+    negative = node.binary("mul", node.table(("min", "x", 0.0), x), node.input(1))
+    return node.binary("add", node.table(("relu", "x"), x), negative)
+
+
+def _variadic(op: str) -> Run:
+    """A chain of two-operand nodes."""
+
+    def run(node: NodeImport) -> str:
+        result = node.input(0)
+        for index in range(1, len(node.inputs)):
+            result = node.binary(op, result, node.input(index))
+        return result
+
+    return run
+
+
+def mean(node: NodeImport) -> str:
+    total = _variadic("add")(node)
+    return node.table(("mul", "x", 1 / len(node.inputs)), total)
+
+
+def _arithmetic(op: str) -> Run:
+    """A two-operand operator. Before opset 7 operands were not broadcast as in numpy, which is why older opsets are refused."""
+
+    def run(node: NodeImport) -> str:
+        result = node.binary(op, node.input(0), node.input(1))
+        return node.table(("trunc", "x"), result) if op == "div" and node.is_integer(0) else result
+
+    return run
+
+
+def power(node: NodeImport) -> str:
+    """One operand must be a single constant."""
+    for index in (1, 0):
+        if node.is_constant(index) and node.floats(index, "operand").size == 1:
+            constant = float(node.floats(index, "operand").reshape(()))
+            other = node.input(1 - index)
+            shape = np.broadcast_shapes(node.shape(0), node.shape(1))
+            result = node.table(("pow", "x", constant) if index == 1 else ("pow", constant, "x"), other)
+            return node.reshape(result, shape)
+    raise node.refuse("neither its base nor its exponent is a single constant", hint="write it as Exp(exponent · Log(base))")
+
+
+def modulo(node: NodeImport) -> str:
+    """a − b · floor(a / b), or with fmod the truncated quotient, for a constant divisor."""
+    if not node.is_constant(1) or node.floats(1, "divisor").size != 1:
+        raise node.refuse("its divisor is not a single constant")
+    divisor = float(node.floats(1, "divisor").reshape(()))
+    quotient = ("trunc" if node.integer("fmod", 0) else "floor", ("div", "x", divisor))
+    return node.table(("sub", "x", ("mul", divisor, quotient)), node.input(0))
+
+
+def _compare(kind: str) -> Run:
+    return lambda node: node.emit("compare", (node.input(0), node.input(1)), ops.Compare(kind), dtype="bool")
+
+
+def _truth(node: NodeImport, value: bool) -> str:
+    return node.new_constant(np.array(value), str(value).lower())
+
+
+def _select(node: NodeImport, condition: str, first: str, second: str) -> str:
+    return node.emit("where", (condition, first, second), ops.Attributes(), dtype=node.dtype_of(first))
+
+
+def logical_not(node: NodeImport) -> str:
+    return _select(node, node.input(0), _truth(node, False), _truth(node, True))
+
+
+def logical_and(node: NodeImport) -> str:
+    return _select(node, node.input(0), node.input(1), _truth(node, False))
+
+
+def logical_or(node: NodeImport) -> str:
+    return _select(node, node.input(0), _truth(node, True), node.input(1))
+
+
+def where(node: NodeImport) -> str:
+    return _select(node, node.input(0), node.input(1), node.input(2))
+
+
+def cast(node: NodeImport) -> str:
+    """Between numbers nothing happens, except that real to integer drops the fraction; bool is 0 or 1."""
+    target = node.integer("to", TensorProto.FLOAT)
+    source = node.element_type(0)
+    x = node.input(0)
+    if target == TensorProto.BOOL:
+        return x if source == TensorProto.BOOL else node.emit("compare", (x, node.new_constant(0.0, "zero")), ops.Compare("ne"), dtype="bool")
+    if target in (TensorProto.STRING, TensorProto.COMPLEX64, TensorProto.COMPLEX128):
+        raise node.refuse(f"casts to {TensorProto.DataType.Name(target)}", hint="only numbers are supported")
+    if source == TensorProto.BOOL:
+        return node.table("x", x)
+    to_real = target in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return x if to_real or node.is_integer(0) else node.table(("trunc", "x"), x)
+
+
+_SIMPLE = {
+    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Erf": "erf", "HardSwish": "hard_swish", "Mish": "mish", "Softplus": "softplus", "Softsign": "softsign",
+    "Abs": "abs", "Neg": "neg", "Exp": "exp", "Log": "log", "Sqrt": "sqrt", "Reciprocal": "reciprocal", "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sign": "sign",
+    "Sin": "sin", "Cos": "cos", "Tan": "tan", "Asin": "asin", "Acos": "acos", "Atan": "atan", "Sinh": "sinh", "Cosh": "cosh", "Asinh": "asinh", "Acosh": "acosh", "Atanh": "atanh",
+}  # fmt: skip
+_COMPARISONS = {"Equal": "eq", "Greater": "gt", "GreaterOrEqual": "ge", "Less": "lt", "LessOrEqual": "le", "Xor": "ne"}
+
+TABLE: tuple[Importer, ...] = (
+    *(Importer(name, _table((function, "x"))) for name, function in _SIMPLE.items()),
+    *(Importer(name, _arithmetic(name.lower())) for name in ("Add", "Sub", "Mul", "Div")),
+    *(Importer(name, _variadic(op)) for name, op in (("Max", "max"), ("Min", "min"), ("Sum", "add"))),
+    *(Importer(name, _compare(kind)) for name, kind in _COMPARISONS.items()),
+    Importer("Identity", _identity),
+    Importer("Dropout", dropout, "inference only"),
+    Importer("LeakyRelu", leaky_relu),
+    Importer("PRelu", prelu),
+    Importer("Elu", elu),
+    Importer("Selu", selu),
+    Importer("Celu", celu),
+    Importer("ThresholdedRelu", thresholded_relu),
+    Importer("HardSigmoid", hard_sigmoid),
+    Importer("Shrink", shrink),
+    Importer("Gelu", gelu),
+    Importer("Gelu", gelu, domain="com.microsoft"),
+    Importer("QuickGelu", quick_gelu, domain="com.microsoft"),
+    Importer("FastGelu", fast_gelu, domain="com.microsoft"),
+    Importer("Swish", swish),
+    Importer("Clip", clip),
+    Importer("Mean", mean),
+    Importer("Pow", power, "base or exponent constant"),
+    Importer("Mod", modulo, "constant divisor"),
+    Importer("Not", logical_not),
+    Importer("And", logical_and),
+    Importer("Or", logical_or),
+    Importer("Where", where),
+    Importer("Cast", cast),
+    Importer("CastLike", _identity, "between float types"),
+)

@@ -1,0 +1,155 @@
+"""Convolutions and matrix products."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npucc import ops
+from npucc.frontend.node import Importer, NodeImport
+from npucc.frontend.operators.windows import as_pair, explicit_pads, in_2d, pair, read_windows
+
+
+def _weights(node: NodeImport) -> np.ndarray:
+    """Convolution weights, [a, b, kh, kw]."""
+    weights = node.floats(1, "weights")
+    if weights.ndim != node.rank() or weights.ndim not in (3, 4):
+        raise node.refuse(f"has weights of shape {list(weights.shape)} and an input of shape {list(node.shape(0))}; supported are 1-D and 2-D convolutions")
+    return weights if weights.ndim == 4 else weights[:, :, None, :]
+
+
+def _bias(node: NodeImport, channels: int) -> tuple[str, ...]:
+    if not node.has(2):
+        return ()
+    bias = node.floats(2, "bias")
+    if bias.shape != (channels,):
+        raise node.refuse(f"has a bias of shape {list(bias.shape)} for {channels} output channels", hint="the model is damaged; export it again")
+    return (node.input(2),)
+
+
+def conv(node: NodeImport) -> str:
+    weights = _weights(node)
+    groups = node.integer("group", 1)
+    channels = node.shape(0)[1]
+    if groups < 1 or weights.shape[1] * groups != channels or weights.shape[0] % groups:
+        raise node.refuse(f"has weights of shape {list(weights.shape)} and {groups} groups for {channels} input channels", hint="the model is damaged; export it again")
+    kernel = node.integers("kernel_shape")
+    windows = read_windows(node, weights.shape[2:])
+    if kernel is not None and as_pair(kernel, 1) != weights.shape[2:]:
+        raise node.refuse(f"kernel_shape={kernel} does not fit weights of shape {list(weights.shape)}", hint="the model is damaged; export it again")
+    attributes = ops.Conv(windows.strides, windows.pads, windows.dilations, groups)
+    inputs = (_weight_input(node, weights), *_bias(node, weights.shape[0]))
+    return in_2d(node, node.input(0), lambda x: node.emit("conv", (x, *inputs), attributes))
+
+
+def _weight_input(node: NodeImport, weights: np.ndarray) -> str:
+    return node.input(1) if node.rank(1) == 4 else node.new_constant(weights, "weights")
+
+
+def conv_transpose(node: NodeImport) -> str:
+    weights = _weights(node)
+    groups = node.integer("group", 1)
+    if groups < 1 or weights.shape[0] != node.shape(0)[1] or weights.shape[0] % groups:
+        raise node.refuse(f"has weights of shape {list(weights.shape)} and {groups} groups for {node.shape(0)[1]} input channels", hint="the model is damaged; export it again")
+    attributes = _transpose_attributes(node, as_pair(weights.shape[2:], 1), groups)
+    inputs = (_weight_input(node, weights), *_bias(node, weights.shape[1] * groups))
+    return in_2d(node, node.input(0), lambda x: node.emit("conv_transpose", (x, *inputs), attributes))
+
+
+def _transpose_attributes(node: NodeImport, kernel: tuple[int, int], groups: int) -> ops.ConvTranspose:
+    """Pads follow from output_shape or auto_pad where those are given."""
+    strides, dilations, output_padding = pair(node, "strides", 1), pair(node, "dilations", 1), pair(node, "output_padding", 0)
+    size = as_pair(node.shape(0)[2:], 1)
+    full = [(size[i] - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 + output_padding[i] for i in (0, 1)]
+    mode = node.word("auto_pad", "NOTSET")
+    wanted = node.integers("output_shape")
+    if wanted is None and mode == "NOTSET":
+        begins, ends = explicit_pads(node)
+        return ops.ConvTranspose(strides, (*begins, *ends), dilations, groups, output_padding)
+    if wanted is None and mode == "VALID":
+        return ops.ConvTranspose(strides, (0, 0, 0, 0), dilations, groups, output_padding)
+    target = as_pair(wanted[-(node.rank() - 2) :], 1) if wanted else (size[0] * strides[0], size[1] * strides[1])
+    total = [full[i] - target[i] for i in (0, 1)]
+    if min(total) < 0:
+        raise node.refuse(f"output size {list(target)} is larger than the {full} that kernel and strides reach", hint="use output_padding")
+    small = [part // 2 for part in total]
+    large = [part - part // 2 for part in total]
+    begins, ends = (small, large) if mode == "SAME_UPPER" else (large, small)
+    return ops.ConvTranspose(strides, (begins[0], begins[1], ends[0], ends[1]), dilations, groups, output_padding)
+
+
+def gemm(node: NodeImport) -> str:
+    """alpha · A' · B' + beta · C; constants are transposed and scaled here."""
+    alpha, beta = node.real("alpha", 1.0), node.real("beta", 1.0)
+    flip_a, flip_b = bool(node.integer("transA", 0)), bool(node.integer("transB", 0))
+    if node.is_constant(0) and not node.is_constant(1):
+        raise node.refuse("its first input is a constant and its second is not", hint="swap the operands in the model")
+    a = node.transpose(node.input(0), (1, 0)) if flip_a else node.input(0)
+    if node.is_constant(1):
+        weights = node.floats(1, "weights")
+        weights = weights.T if flip_b else weights
+        plain = alpha == 1 and not flip_b
+        b = node.input(1) if plain else node.new_constant(weights * np.float32(alpha), "weights")
+    else:
+        b = node.transpose(node.input(1), (1, 0)) if flip_b else node.input(1)
+        b = b if alpha == 1 else node.table(("mul", "x", alpha), b)
+    return _add_c(node, a, b, beta)
+
+
+def _add_c(node: NodeImport, a: str, b: str, beta: float) -> str:
+    columns = node.shape_of(b)[-1]
+    if not node.has(2) or beta == 0:
+        return node.emit("matmul", (a, b), ops.MatMul())
+    if node.is_constant(2) and node.is_constant(1):
+        c = node.floats(2, "C")
+        if c.size in (1, columns) and c.shape in ((), (1,), (columns,), (1, 1), (1, columns)):
+            bias = np.broadcast_to(c.reshape(-1) * np.float32(beta), (columns,))
+            plain = beta == 1 and c.shape == (columns,)
+            return node.emit("matmul", (a, b, node.input(2) if plain else node.new_constant(bias, "bias")), ops.MatMul())
+    c_input = node.input(2) if beta == 1 else node.table(("mul", "x", beta), node.input(2))
+    return node.binary("add", node.emit("matmul", (a, b), ops.MatMul()), c_input)
+
+
+def matmul(node: NodeImport) -> str:
+    """numpy's matmul. A constant left operand moves to the right: (A·B) = (Bᵀ·Aᵀ)ᵀ. Vectors become matrices with one row or column."""
+    if node.is_constant(0):
+        return _constant_left(node)
+    a, b = node.input(0), node.input(1)
+    a_shape, b_shape = node.shape(0), node.shape(1)
+    if node.is_constant(1):
+        weights = node.floats(1, "weights")
+        if weights.ndim == 1:
+            b = node.new_constant(weights[:, None], "weights")
+        elif weights.ndim > 2 and weights.size == weights.shape[-1] * weights.shape[-2]:
+            b = node.new_constant(weights.reshape(weights.shape[-2:]), "weights")
+    elif len(b_shape) == 1:
+        b = node.reshape(b, (*b_shape, 1))
+    if len(a_shape) == 1:
+        a = node.reshape(a, (1, *a_shape))
+    product = node.emit("matmul", (a, b), ops.MatMul())
+    return node.reshape(product, _matmul_shape(a_shape, b_shape))
+
+
+def _matmul_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    batch = np.broadcast_shapes(a[:-2], b[:-2])
+    return (*batch, *(a[-2:-1] if len(a) > 1 else ()), *(b[-1:] if len(b) > 1 else ()))
+
+
+def _constant_left(node: NodeImport) -> str:
+    a, b_shape = node.floats(0, "left operand"), node.shape(1)
+    matrix = a[None, :] if a.ndim == 1 else a
+    if matrix.size != matrix.shape[-1] * matrix.shape[-2]:
+        raise node.refuse(f"its first input is a constant of shape {list(a.shape)}, a different matrix per batch entry", hint="swap the operands in the model")
+    weights = node.new_constant(matrix.reshape(matrix.shape[-2:]).T, "weights")
+    b = node.input(1) if len(b_shape) > 1 else node.reshape(node.input(1), (*b_shape, 1))
+    rank = len(node.shape_of(b))
+    swap = (*range(rank - 2), rank - 1, rank - 2)
+    product = node.emit("matmul", (node.transpose(b, swap), weights), ops.MatMul())
+    return node.reshape(node.transpose(product, swap), _matmul_shape(a.shape, b_shape))
+
+
+TABLE: tuple[Importer, ...] = (
+    Importer("Conv", conv, "1-D and 2-D, constant weights"),
+    Importer("ConvTranspose", conv_transpose, "1-D and 2-D, constant weights"),
+    Importer("Gemm", gemm),
+    Importer("MatMul", matmul),
+)

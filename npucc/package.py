@@ -1,0 +1,199 @@
+"""The compiled model as a user holds it: run it, look into it, save it, take it out as QDQ ONNX.
+
+The one big idea: it is the `.npu` file and nothing else. A package that was just compiled and one that was loaded are the same value;
+what is derived (the graph, the machine) is made when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import isa
+from isa import Instruction, Loop, Program
+from npucc.errors import CompileError
+from npucc.feeds import Port, check_feed
+from npucc.signature import ports_of_program
+
+if TYPE_CHECKING:
+    import onnx
+
+    from npucc.graph import Graph
+    from runtime import Machine, Report, Run
+    from runtime.report import LayerReport
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SYNTHETIC, FROM_DATA, UNKNOWN = "synthetic", "data", "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A rewrite that was looked at and not done: the stage, and the reason with the node's name."""
+
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One inference: outputs as reals and as stored, in graph order, and what it cost."""
+
+    outputs: dict[str, Array]
+    raw: dict[str, Array]
+    tensors: dict[str, Array]
+    report: Report
+
+    @property
+    def cycles(self) -> int:
+        return self.report.cycles
+
+    @property
+    def macs(self) -> int:
+        return self.report.macs
+
+    @property
+    def utilization(self) -> float:
+        """Ideal MAC cycles over cycles."""
+        return self.report.utilization
+
+    @property
+    def energy_pj(self) -> float:
+        return self.report.energy_pj
+
+    @property
+    def dram_read_bytes(self) -> int:
+        return self.report.dram_read_bytes
+
+    @property
+    def dram_write_bytes(self) -> int:
+        return self.report.dram_write_bytes
+
+    @property
+    def spm_peak_bytes(self) -> int:
+        return self.report.spm_peak_bytes
+
+    @property
+    def layers(self) -> Sequence[LayerReport]:
+        return self.report.layers
+
+
+@dataclass(frozen=True)
+class Package:
+    """A program, its constants, and the integer graph that it computes (missing in packages made by `npucc asm`)."""
+
+    contents: isa.Package
+    file: str = ""
+
+    @staticmethod
+    def create(program: Program, constants: bytes, *, graph: Graph, synthetic: bool, refused: Iterable[Refused] = ()) -> Package:
+        """The package of a finished compilation."""
+        from npucc import serialize
+
+        text, blob = serialize.to_bytes(graph)
+        manifest = {
+            "tool": f"npucc {_own_version()}",
+            "calibration": SYNTHETIC if synthetic else FROM_DATA,
+            "refused": [[each.stage, each.reason] for each in refused],
+        }
+        return Package(isa.Package(program, constants, manifest, {serialize.JSON_NAME: text, serialize.BIN_NAME: blob}))
+
+    def save(self, path: str | Path) -> None:
+        """Write the `.npu` file whole or not at all; the same package gives the same bytes. Raises PackageError."""
+        self.contents.save(path)
+
+    @property
+    def program(self) -> Program:
+        return self.contents.program
+
+    @property
+    def text(self) -> str:
+        """The program as npuasm."""
+        return self.contents.text
+
+    @property
+    def instructions(self) -> int:
+        """Lines of the program that are instructions (a loop's body counts once)."""
+        return sum(_count(layer.body) for layer in self.program.layers)
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """Names, ONNX shapes and element types of the inputs."""
+        return ports_of_program(self.program)
+
+    @property
+    def calibration(self) -> str:
+        """Where the scales come from: `data`, `synthetic` (made-up inputs: accuracy means little) or `unknown`."""
+        found = self.contents.manifest.get("calibration")
+        return found if found in (SYNTHETIC, FROM_DATA) else UNKNOWN
+
+    @property
+    def refused(self) -> tuple[Refused, ...]:
+        """Rewrites that did not apply while compiling, with their reasons."""
+        entries = self.contents.manifest.get("refused")
+        pairs = [entry for entry in entries if isinstance(entry, list) and len(entry) == 2] if isinstance(entries, list) else []
+        return tuple(Refused(str(stage), str(reason)) for stage, reason in pairs)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The integer graph. Raises CompileError when the package has none, PackageError when it is damaged."""
+        from npucc import serialize
+
+        try:
+            text, blob = (self.contents.members[name] for name in (serialize.JSON_NAME, serialize.BIN_NAME))
+        except KeyError:
+            raise CompileError(
+                "the package has a program but no graph", file=self.file, hint="packages made by `npucc asm` have none; compile the ONNX model"
+            ) from None
+        return serialize.from_bytes(text, blob, file=self.file)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """The NPU with this program loaded and decoded; made once, run often."""
+        from runtime import Machine
+
+        return Machine(self.contents)
+
+    @cached_property
+    def report(self) -> Report:
+        """Cycles, bytes and energy of one inference; they do not depend on the values."""
+        raise NotImplementedError
+
+    def run(self, feed: Mapping[str, Any]) -> Result:
+        """One inference on `{input name: array of the model's shape}`. Raises DataError, RuntimeFault."""
+        return self._result(self.machine.run(check_feed(feed, self.inputs)))
+
+    def run_many(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
+        """One Result per feed, as they are asked for."""
+        return (self.run(feed) for feed in feeds)
+
+    def to_onnx(self) -> onnx.ModelProto:
+        """The same quantized model as QDQ ONNX. Raises CompileError when the package has no graph."""
+        from npucc.export import to_onnx
+
+        return to_onnx(self.graph)
+
+    def _result(self, run: Run) -> Result:
+        return Result(dict(run.outputs), dict(run.raw), dict(run.tensors), run.report)
+
+
+def load(path: str | Path) -> Package:
+    """The package in a `.npu` file, verified. Raises PackageError."""
+    return Package(isa.Package.load(path), str(path))
+
+
+def _count(body: tuple[Instruction | Loop, ...]) -> int:
+    return sum(_count(item.body) if isinstance(item, Loop) else 1 for item in body)
+
+
+def _own_version() -> str:
+    try:
+        return version("npucc")
+    except PackageNotFoundError:  # run from a folder that was never installed
+        return "0.1.0"

@@ -1,0 +1,1 @@
+PATTERN_RULES=()

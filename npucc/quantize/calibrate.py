@@ -1,0 +1,143 @@
+"""What values the float model takes: run by onnxruntime, sample by sample.
+
+The one big idea: every tensor that gets a scale is an extra output of the exported model; each sample's values go into histograms and
+channel sums at once and are dropped, so that memory holds one sample only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from npucc.errors import DataError, QuantizeError
+from npucc.export import to_onnx
+from npucc.feeds import Port, check_feed
+from npucc.graph import Graph, Node
+from npucc.ops import OPS
+from npucc.quantize.ranges import Histogram
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Progress = Callable[[str, int, int], None]
+
+THREADS = 2
+SOFTMAX_DEPTH = 16.0  # exp(−16) is less than a ten-thousandth of an 8-bit step: what lies further below the largest score is as good as there
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """`histograms`: of every tensor that is computed (not merely moved) or read in; `means`: per channel, of what matrix operators read."""
+
+    histograms: dict[str, Histogram]
+    means: dict[str, Array]
+    samples: int
+
+
+def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, progress: Progress | None = None) -> Calibration:
+    """Run at most `limit` samples of the float graph. Raises QuantizeError for samples that do not fit, and for NaN."""
+    histograms = {name: Histogram() for name in measured(graph)}
+    axes = channel_axes(graph)
+    sums = {name: np.zeros(graph.tensors[name].shape[axis]) for name, axis in axes.items()}
+    scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
+    run = _runner(graph, sorted({*histograms, *axes}))
+    total, count = _total(feeds, limit), 0
+    for feed in _checked(graph, islice(feeds, limit)):
+        for name, value in run(feed).items():
+            _refuse_nan(graph, name, value)
+            if name in axes:
+                sums[name] += _channel_means(value, axes[name])
+            if name in histograms:
+                histograms[name].add(_near_the_top(value, scores[name]) if name in scores else value)
+        count += 1
+        if progress:
+            progress("calibrate", count, total)
+    if not count:
+        raise QuantizeError("there are no calibration samples", hint="give at least one feed {input name: array}, or None for made-up inputs")
+    return Calibration(histograms, {name: value / count for name, value in sums.items()}, count)
+
+
+def measured(graph: Graph) -> tuple[str, ...]:
+    """Tensors whose values are counted: inputs, and results of operators that compute."""
+    computed = (name for node in graph if not OPS[node.op].moves_data for name in node.outputs)
+    return tuple(name for name in (*graph.inputs, *computed) if graph.tensors[name].dtype != "bool")
+
+
+def channel_axes(graph: Graph) -> dict[str, int]:
+    """Per first operand of a matrix operator with constant weights: the dimension that its sums run over."""
+    axes = {}
+    for node in graph:
+        if OPS[node.op].matrix and not graph.tensors[node.inputs[0]].is_constant and graph.tensors[node.inputs[1]].is_constant:
+            axes[node.inputs[0]] = len(graph.tensors[node.inputs[0]].shape) - 1 if node.op == "matmul" else 1
+    return axes
+
+
+def softmax_axis(graph: Graph, name: str) -> int | None:
+    """The axis, if the tensor is read by softmax only."""
+    users: tuple[Node, ...] = graph.users(name)
+    axes = {node.attributes.axis if node.op == "softmax" else None for node in users}  # type: ignore[attr-defined]
+    return axes.pop() if len(axes) == 1 and name not in graph.outputs else None
+
+
+def _near_the_top(scores: Array, axis: int) -> Array:
+    """Scores far below the largest of their row (masked ones) count as little below it: after softmax they are zero anyway."""
+    return np.maximum(scores, scores.max(axis=axis, keepdims=True) - np.float32(SOFTMAX_DEPTH))
+
+
+def _channel_means(value: Array, axis: int) -> Array:
+    others = tuple(i for i in range(value.ndim) if i != axis)
+    return np.asarray(value.mean(axis=others, dtype=np.float64))
+
+
+def _runner(graph: Graph, wanted: list[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """A function from a feed to the wanted tensors."""
+    model = to_onnx(graph)
+    have = {*graph.inputs, *(value.name for value in model.graph.output)}
+    for name in wanted:
+        if name not in have:
+            tensor = graph.tensors[name]
+            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, tensor.shape))
+    computed = [name for name in wanted if name not in graph.inputs]
+    session = float_session(model)
+
+    def run(feed: Mapping[str, Array]) -> dict[str, Array]:
+        values = session.run(computed, dict(feed)) if computed else []
+        return {**{name: feed[name] for name in wanted if name in feed}, **dict(zip(computed, values, strict=True))}
+
+    return run
+
+
+def float_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """The model in onnxruntime on the CPU, quiet and with few threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _checked(graph: Graph, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
+    ports = tuple(Port(name, graph.tensors[name].shape, graph.tensors[name].dtype) for name in graph.inputs)
+    for index, feed in enumerate(feeds):
+        try:
+            yield check_feed(feed, ports, place=f"calibration sample {index}")
+        except DataError as error:
+            raise QuantizeError(error.message, file=error.file, hint=error.hint) from None
+
+
+def _refuse_nan(graph: Graph, name: str, value: Array) -> None:
+    if value.dtype.kind == "f" and np.isnan(value).any():
+        node = graph.producer(name)
+        where = node.sources[-1] if node and node.sources else name
+        raise QuantizeError(f"the float model yields NaN in tensor {name!r}", node=where, hint="check the model and the calibration samples in onnxruntime")
+
+
+def _total(feeds: Iterable[Any], limit: int) -> int:
+    try:
+        return min(len(feeds), limit)  # type: ignore[arg-type]
+    except TypeError:
+        return limit

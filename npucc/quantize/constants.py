@@ -1,0 +1,112 @@
+"""Weights, biases and other constants as integers.
+
+The one big idea: a weight's scale is its largest magnitude per output channel over 127, widened only where the bias or the sum would
+leave 32 bits. Whatever the data, an accumulator of a quantized graph can't wrap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npucc.errors import QuantizeError
+from npucc.graph import Graph, Node, Quant
+from npucc.quantize.ranges import SMALLEST, Range, activation_quant
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+LARGEST_WEIGHT = 127
+LARGEST_SUM = 2.0**31 - 2**16
+LARGEST_STEP = 255  # of an s8 activation from its zero point
+SMALLEST_SCALE = 1e-30  # of an accumulator: below, float32 loses digits
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixConstants:
+    """A matrix operator's integer weights and bias (None: it has none) with their scales."""
+
+    weights: Array
+    weights_quant: Quant
+    bias: Array | None
+    bias_quant: Quant
+
+
+def output_axis(node: Node, weights: Array, *, per_tensor: bool) -> int | None:
+    """The weight dimension of the output channels; None where one scale must do."""
+    if per_tensor:
+        return None
+    if node.op == "conv":
+        return 0
+    if node.op == "conv_transpose":
+        return 1 if node.attributes.groups == 1 else None  # type: ignore[attr-defined]
+    return 1 if weights.ndim == 2 else None
+
+
+def quantize_matrix(weights: Array, bias: Array | None, source: Quant, axis: int | None) -> MatrixConstants:
+    """Symmetric s8 weights, s32 bias at scale s_x·s_w. `axis`: see `output_axis`."""
+    scale = _guarded_scale(weights.astype(np.float64), bias, float(source.scale), axis)
+    stored = np.clip(np.rint(weights / _along(scale, axis, weights.ndim)), -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.int8)
+    accumulator = (np.float32(source.scale) * scale).astype(np.float32)
+    bias_quant = Quant("s32", np.asarray(accumulator), 0, None if axis is None else 0)
+    return MatrixConstants(stored, Quant("s8", np.asarray(scale), 0, axis), None if bias is None else stored_bias(bias, accumulator), bias_quant)
+
+
+def stored_bias(bias: Array, scale: Array) -> Array:
+    """The bias in steps of the accumulator, int32."""
+    return np.clip(np.rint(bias.astype(np.float64) / scale.astype(np.float64)), -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
+
+
+def _guarded_scale(weights: Array, bias: Array | None, source: float, axis: int | None) -> Array:
+    """Per channel (or one): largest magnitude / 127, widened until bias and worst sum fit 32 bits. A channel of zeros gets the median scale."""
+    others = tuple(i for i in range(weights.ndim) if i != axis) if axis is not None else None
+    largest = np.abs(weights).max(axis=others) if weights.size else np.zeros(())
+    scale = np.atleast_1d(largest / LARGEST_WEIGHT).astype(np.float64)
+    usable = scale[scale > SMALLEST]
+    scale[scale <= SMALLEST] = np.median(usable) if usable.size else 1.0
+    sums = np.abs(weights).sum(axis=_summed(weights, axis)) * LARGEST_STEP * 1.01
+    worst = np.atleast_1d(sums) if axis is not None else np.atleast_1d(np.max(sums, initial=0.0))
+    needed = worst / LARGEST_SUM
+    if bias is not None and bias.size:
+        magnitude = np.abs(bias.astype(np.float64))
+        needed = needed + (magnitude if axis is not None else magnitude.max()) / source / LARGEST_SUM
+    scale = np.maximum(np.maximum(scale, needed), SMALLEST_SCALE / source)
+    return scale.astype(np.float32).reshape(largest.shape)
+
+
+def _summed(weights: Array, axis: int | None) -> tuple[int, ...]:
+    """The dimensions that one output sums over (all but `axis`; without one: a bound, all but the first and the last)."""
+    if axis is not None:
+        return tuple(i for i in range(weights.ndim) if i != axis)
+    return tuple(range(1, weights.ndim))
+
+
+def _along(scale: Array, axis: int | None, rank: int) -> Array:
+    """The scales shaped to broadcast over the weights."""
+    return scale if axis is None else scale.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
+def dequantized(constants: MatrixConstants) -> Array:
+    """What the stored weights stand for, float64."""
+    quant = constants.weights_quant
+    return constants.weights.astype(np.float64) * _along(quant.scale.astype(np.float64), quant.axis, constants.weights.ndim)
+
+
+def finite_constant(graph: Graph, node: Node, name: str, result: Range) -> Array:
+    """A constant operand with infinities replaced by values that reach beyond the result's range on any scale. Raises QuantizeError for NaN."""
+    data = graph.tensors[name].data
+    assert data is not None
+    values = data.astype(np.float64)
+    if np.isnan(values).any():
+        raise QuantizeError(f"the constant {name!r} holds NaN", node=node.sources[-1] if node.sources else node.name, hint="NaN has no integer form; correct the model")
+    reach = 4 * max(-result.low, result.high, 1.0)
+    return np.where(np.isinf(values), np.sign(values) * reach, values)
+
+
+def constant_quant(values: Array) -> Quant:
+    """For an operand that is no weight: exact for a single value, asymmetric over its own range otherwise."""
+    distinct = np.unique(values[values != 0]) if values.size else values
+    if distinct.size == 1 and abs(float(distinct[0])) > SMALLEST:
+        return Quant("s8", np.asarray(abs(distinct[0]) / LARGEST_WEIGHT, np.float32), 0)
+    return activation_quant(Range(min(float(values.min(initial=0.0)), 0.0), max(float(values.max(initial=0.0)), 0.0)))

@@ -1,0 +1,68 @@
+"""What can be chosen about quantization, and its text form for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from npucc.errors import QuantizeError
+
+SCHEMES = ("int8",)
+METHODS = ("mse", "minmax", "percentile")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """Raises QuantizeError where a value is not allowed."""
+
+    method: str = field(default="mse", metadata={"meaning": "how a range is chosen from the values seen: mse, minmax or percentile"})
+    percentile: float = field(default=99.99, metadata={"meaning": "for method=percentile: how many of a hundred values lie in the range"})
+    samples: int = field(default=128, metadata={"meaning": "calibrate with at most so many samples"})
+    per_tensor: bool = field(default=False, metadata={"meaning": "one scale for a whole weight instead of one per output channel"})
+    bias_correction: bool = field(default=True, metadata={"meaning": "shift biases by the mean error that rounding the weights causes"})
+    concat_ratio: float = field(default=4.0, metadata={"meaning": "rescale an input of a Concat whose range is so many times narrower than the result's"})
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise QuantizeError(f"there is no method {self.method!r}", hint=f"choose one of {', '.join(METHODS)}")
+        if not 50 < self.percentile <= 100:
+            raise QuantizeError(f"percentile is {self.percentile:g}", hint="expected more than 50 and at most 100, as 99.99")
+        if self.samples < 1:
+            raise QuantizeError(f"samples is {self.samples}", hint="at least one sample is needed")
+        if not self.concat_ratio >= 1:
+            raise QuantizeError(f"concat_ratio is {self.concat_ratio:g}", hint="expected at least 1; inf never rescales")
+
+    @classmethod
+    def parse(cls, text: str) -> QuantizeOptions:
+        """`int8,method=percentile,percentile=99.9`: a scheme (may be left out) and fields of this class. Raises QuantizeError."""
+        values: dict[str, object] = {}
+        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+        for index, part in enumerate(piece.strip() for piece in text.split(",")):
+            name, equals, value = (word.strip() for word in part.partition("="))
+            if not equals and index == 0 and name in SCHEMES:
+                continue
+            if name not in fields or not equals:
+                known = ", ".join(fields)
+                raise QuantizeError(f"{part!r} is no quantization option", hint=f"write int8,key=value,… with the keys {known}")
+            if name in values:
+                raise QuantizeError(f"the option {name!r} is given twice")
+            values[name] = _parse(name, value, type(fields[name].default))
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _parse(name: str, text: str, kind: type) -> object:
+    if kind is str:
+        return text
+    if kind is bool:
+        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        if text.lower() in words:
+            return words[text.lower()]
+        raise QuantizeError(f"{name}={text!r} is neither yes nor no", hint=f"write {name}=yes or {name}=no")
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise QuantizeError(f"{name}={text!r} is no number", hint=f"write {name}=… with {'a whole number' if kind is int else 'a number'}")
+    return number

@@ -1,0 +1,159 @@
+"""Ranges of values, and the scales that cover them.
+
+The one big idea: a tensor's values are remembered as a histogram whose bins are a power of two wide. When a value does not fit, pairs of
+bins merge; nothing is lost but resolution, and the result does not depend on the order of the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npucc.arithmetic import RANGES
+from npucc.graph import Quant
+from npucc.quantize.options import QuantizeOptions
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BINS = 4096  # on each side of zero; at least half of the wider side is in use, so a step of 8 bits has 8 bins or more
+SAMPLED = 1 << 18  # values counted per array; minimum and maximum always see all
+SMALLEST = 1e-12  # a range narrower than this is taken for zero: its scale would leave float32
+STEPS = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """low ≤ 0 ≤ high, finite."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def width(self) -> float:
+        return self.high - self.low
+
+    def joined(self, other: Range) -> Range:
+        """The narrowest range that holds both."""
+        return Range(min(self.low, other.low), max(self.high, other.high))
+
+    def within(self, low: float, high: float) -> Range:
+        """The part between two limits (and zero)."""
+        return Range(min(0.0, max(self.low, low)), max(0.0, min(self.high, high)))
+
+
+class Histogram:
+    """Counts of values in bins `width` wide around zero; `counts[BINS + i]` holds [i·width, (i+1)·width)."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(2 * BINS, np.int64)
+        self.width = 0.0
+        self.low = self.high = 0.0
+        self.infinite = 0
+
+    @property
+    def observed(self) -> Range:
+        return Range(self.low, self.high)
+
+    def add(self, values: Array) -> None:
+        """Count the values; infinite ones are only noted. NaN is the caller's to refuse."""
+        flat = values.reshape(-1).astype(np.float32, copy=False)
+        finite = np.isfinite(flat)
+        if not finite.all():
+            self.infinite += int(flat.size - finite.sum())
+            flat = flat[finite]
+        if not flat.size:
+            return
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        self._widen(max(-self.low, self.high))
+        sampled = flat[:: (flat.size // SAMPLED) | 1]
+        if self.width:
+            index = np.floor(sampled.astype(np.float64) / self.width).astype(np.int64)
+            self.counts += np.bincount(np.clip(index + BINS, 0, 2 * BINS - 1), minlength=2 * BINS)
+        else:
+            self.counts[BINS] += sampled.size
+
+    def merge(self, other: Histogram) -> None:
+        """Count what the other has counted. The other is left in its state, but for the width of its bins."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.infinite += other.infinite
+        self._widen(max(-self.low, self.high))
+        other._widen(max(-self.low, self.high))
+        self.counts += other.counts
+
+    def _widen(self, largest: float) -> None:
+        """Make the bins as wide as it takes to hold ±largest."""
+        if largest <= 0:
+            return
+        needed = math.ldexp(1.0, max(math.frexp(largest / BINS)[1], -120))
+        if not self.width:
+            self.counts[BINS], self.width = self.counts.sum(), needed
+        while self.width < needed:
+            pairs = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts[:] = 0
+            self.counts[BINS // 2 : BINS // 2 + BINS] = pairs
+            self.width *= 2
+
+    def values(self) -> tuple[Array, Array]:
+        """(centres, counts) of the bins that are not empty. The bin that starts at zero counts as zero."""
+        index = np.flatnonzero(self.counts)
+        centres = (index - BINS + 0.5) * self.width
+        centres[index == BINS] = 0.0
+        return centres, self.counts[index]
+
+
+def choose_range(histogram: Histogram, options: QuantizeOptions) -> Range:
+    """The range to cover with 8 bits, by the method of the options."""
+    observed = histogram.observed
+    if options.method == "minmax" or observed.width < SMALLEST:
+        return observed
+    return percentile_range(histogram, options.percentile) if options.method == "percentile" else least_error_range(histogram)
+
+
+def percentile_range(histogram: Histogram, percentile: float) -> Range:
+    """The range that leaves out the same share of values at either end."""
+    centres, counts = histogram.values()
+    below = np.cumsum(counts) / counts.sum()
+    outside = (1 - percentile / 100) / 2
+    low = centres[np.searchsorted(below, outside, side="right").clip(0, len(centres) - 1)]
+    high = centres[np.searchsorted(below, 1 - outside, side="left").clip(0, len(centres) - 1)]
+    half = histogram.width / 2
+    return Range(min(float(low) - half, 0.0), max(float(high) + half, 0.0)).within(histogram.low, histogram.high)
+
+
+def least_error_range(histogram: Histogram) -> Range:
+    """The range with the least mean squared error of rounding and clipping: both ends together first, then each end alone."""
+    observed, (centres, counts) = histogram.observed, histogram.values()
+    best = min((Range(observed.low * part, observed.high * part) for part in 0.95 ** np.arange(40)), key=lambda each: squared_error(each, centres, counts))
+    for step in (0.1, 0.03, 0.01):
+        for _ in range(2):
+            lows = [Range(best.low * (1 + step * i), best.high).within(observed.low, observed.high) for i in range(-4, 5)]
+            best = min(lows, key=lambda each: squared_error(each, centres, counts))
+            highs = [Range(best.low, best.high * (1 + step * i)).within(observed.low, observed.high) for i in range(-4, 5)]
+            best = min(highs, key=lambda each: squared_error(each, centres, counts))
+    return best
+
+
+def squared_error(candidate: Range, centres: Array, counts: Array) -> float:
+    """Mean squared error of the values when stored as s8 over the candidate."""
+    scale, zero = scale_and_zero(candidate, "s8")
+    stored = np.clip(np.rint(centres / scale) + zero, -128, 127)
+    error = (stored - zero) * scale - centres
+    return float(np.dot(error * error, counts) / counts.sum())
+
+
+def scale_and_zero(covered: Range, dtype: str) -> tuple[np.float32, int]:
+    """Asymmetric: zero is stored exactly. An empty range gets scale 1."""
+    low, high = RANGES[dtype]
+    if covered.width < SMALLEST:
+        return np.float32(1.0), low
+    scale = np.float32(covered.width / (high - low))
+    return scale, int(np.clip(np.rint(low - covered.low / float(scale)), low, high))
+
+
+def activation_quant(covered: Range, dtype: str = "s8") -> Quant:
+    """How a tensor with this range is stored."""
+    scale, zero = scale_and_zero(covered, dtype)
+    return Quant(dtype, np.asarray(scale), zero)

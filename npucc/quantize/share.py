@@ -1,0 +1,96 @@
+"""Which tensors share one scale.
+
+The one big idea: where data only moves, the stored integers move, so both ends share a scale (union-find). A Concat joins its inputs
+too, except one that others read as well and whose range is much narrower: that one keeps its own scale and is rescaled before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from npucc.graph import Editor, Graph, Node
+from npucc.ops import OPS, Table
+from npucc.quantize.ranges import Range
+
+
+@dataclass(slots=True)
+class Groups:
+    """Disjoint sets of tensors; `root` names a tensor's set."""
+
+    parents: dict[str, str] = field(default_factory=dict)
+
+    def root(self, tensor: str) -> str:
+        while (parent := self.parents.setdefault(tensor, tensor)) != tensor:
+            self.parents[tensor] = tensor = self.parents[parent]
+        return tensor
+
+    def join(self, first: str, second: str) -> None:
+        """The first's root becomes the root of both."""
+        self.parents[self.root(second)] = self.root(first)
+
+    def members(self, tensor: str) -> list[str]:
+        root = self.root(tensor)
+        return [name for name in list(self.parents) if self.root(name) == root]
+
+
+def share_scales(graph: Graph, ranges: Mapping[str, Range], *, ratio: float) -> tuple[Graph, Groups, tuple[str, ...]]:
+    """(graph with rescaling nodes, groups, names of the tensors that are rescaled). `ranges`: observed, of the measured tensors."""
+    groups = Groups()
+    for name in graph.tensors:
+        groups.root(name)
+    for node in graph:
+        if OPS[node.op].moves_data and len(node.inputs) == 1:
+            groups.join(node.inputs[0], node.outputs[0])
+    editor, rescaled = Editor(graph), []
+    for node in graph:
+        if OPS[node.op].moves_data and len(node.inputs) > 1:
+            rescaled += _join_inputs(graph, editor, node, groups, ranges, ratio)
+    return editor.freeze(), groups, tuple(rescaled)
+
+
+def _join_inputs(graph: Graph, editor: Editor, node: Node, groups: Groups, ranges: Mapping[str, Range], ratio: float) -> list[str]:
+    """Join what a Concat joins, and rescale the rest; returns the latter."""
+    covered = {name: group_range(groups, ranges, name) for name in node.inputs}
+    whole = Range()
+    for each in covered.values():
+        whole = whole.joined(each)
+    apart = [name for name, each in covered.items() if whole.width > ratio * each.width > 0 and _read_elsewhere(graph, groups, name, node)]
+    for name in apart:
+        _rescale(editor, groups, node.name, name)
+    for name in editor.nodes[node.name].inputs:
+        groups.join(node.outputs[0], name)
+    return apart
+
+
+def _rescale(editor: Editor, groups: Groups, reader: str, name: str) -> None:
+    """reader(name) → reader(table "x"(name)): the same values on another scale."""
+    copy = editor.fresh(f"{name}/rescaled")
+    editor.add_tensor(replace(editor.tensors[name], name=copy, data=None, source=""))
+    node = editor.nodes[reader]
+    editor.add_node(Node(editor.fresh(f"{copy}:table"), "table", (name,), (copy,), Table("x"), node.sources), at=reader)
+    editor.add_node(replace(node, inputs=tuple(copy if each == name else each for each in node.inputs)))
+    groups.root(copy)
+
+
+def _read_elsewhere(graph: Graph, groups: Groups, name: str, reader: Node) -> bool:
+    """Whether something besides moves within the group and `reader` reads the tensor's group."""
+    if graph.tensors[name].is_constant:
+        return False
+    root = groups.root(name)
+    for member in groups.members(name):
+        if member in graph.outputs:
+            return True
+        for user in graph.users(member):
+            moves_within = OPS[user.op].moves_data and groups.root(user.outputs[0]) == root
+            if user.name != reader.name and not moves_within:
+                return True
+    return False
+
+
+def group_range(groups: Groups, ranges: Mapping[str, Range], name: str) -> Range:
+    """What the measured tensors of a group cover together."""
+    whole = Range()
+    for member in groups.members(name):
+        whole = whole.joined(ranges.get(member, Range()))
+    return whole

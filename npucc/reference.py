@@ -1,0 +1,427 @@
+"""The meaning of an integer graph, in plain numpy: what the NPU must compute, bit by bit.
+
+The one big idea: one small function per operator, written for reading and not for speed, sharing nothing with the machine that runs
+programs. Sums are exact integers (products run on float64 BLAS, exact below 2^53, then wrap to 32 bits); every float32 step is spelled out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npucc import arithmetic
+from npucc.arithmetic import F32, RANGES, clamp_bounds
+from npucc.errors import DataError
+from npucc.graph import Graph, Node, Quant, Tensor
+from npucc.ops import OPS
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+STORAGE = {"s8": np.int8, "u8": np.uint8, "s16": np.int16, "s32": np.int32}
+
+
+def run(graph: Graph, inputs: Mapping[str, Array], *, keep: Iterable[str] | None = None) -> dict[str, Array]:
+    """Stored integers of every tensor (or of those in `keep`) for the ONNX inputs given as arrays in the graph's shapes.
+
+    Raises DataError for a missing input or a wrong shape.
+    """
+    stored = {name: store_input(graph.tensors[name], inputs) for name in graph.inputs}
+    wanted = set(graph.tensors if keep is None else keep)
+    last_use = {name: node.name for node in graph for name in node.inputs}
+    kept = {name: value for name, value in stored.items() if name in wanted}
+    for node in graph:
+        result = run_node(graph, node, stored)
+        stored |= result
+        kept |= {name: value for name, value in result.items() if name in wanted}
+        for name in {*node.inputs, *node.outputs}:
+            if name in stored and last_use.get(name, node.name) == node.name:
+                del stored[name]
+    return kept
+
+
+def run_outputs(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The graph's outputs as the real numbers that they stand for, float32 (bool stays bool), in graph order."""
+    stored = run(graph, inputs, keep=graph.outputs)
+    return {name: to_real(graph.tensors[name], stored[name]) for name in graph.outputs}
+
+
+def run_node(graph: Graph, node: Node, stored: Mapping[str, Array]) -> dict[str, Array]:
+    """{result: stored integers} of one node, given the stored integers of the tensors that it reads."""
+    operands = tuple(_operand(graph.tensors[name], stored) if name else None for name in node.inputs)
+    tensor = graph.tensors[node.outputs[0]]
+    call = Call(node, operands, tensor)
+    value = KERNELS[node.op](call)
+    assert value.shape == tensor.shape, f"{node.name}: {value.shape} is not {tensor.shape}"
+    return {tensor.name: value.astype(STORAGE[tensor.quant.dtype] if tensor.quant else value.dtype)}
+
+
+def store_input(tensor: Tensor, inputs: Mapping[str, Array]) -> Array:
+    """A graph input as it is stored: saturate(rint(x / s) + zero) in float32. Raises DataError."""
+    if tensor.name not in inputs:
+        raise DataError(f"input {tensor.name!r} is missing; found {', '.join(map(repr, inputs)) or 'none'}")
+    value = np.asarray(inputs[tensor.name])
+    if value.shape != tensor.shape:
+        raise DataError(f"input {tensor.name!r} has shape {list(value.shape)}, expected {list(tensor.shape)}")
+    return to_stored(tensor, value)
+
+
+def to_stored(tensor: Tensor, real: Array) -> Array:
+    """Real numbers as the tensor stores them."""
+    if tensor.quant is None:
+        return real
+    if tensor.quant.dtype == "u8":
+        return (real != 0).astype(np.uint8)
+    return arithmetic.quantize(real, tensor.quant).astype(STORAGE[tensor.quant.dtype])
+
+
+def to_real(tensor: Tensor, stored: Array) -> Array:
+    """What the stored integers stand for, float32 (a boolean tensor: bool)."""
+    if tensor.quant is None:
+        return stored
+    return stored.astype(bool) if tensor.dtype == "bool" else _real(stored.astype(np.int64), tensor.quant)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor with its stored integers (int64)."""
+
+    stored: Array
+    quant: Quant | None
+
+    @property
+    def scaled(self) -> Quant:
+        assert self.quant is not None
+        return self.quant
+
+    @property
+    def steps(self) -> Array:
+        """stored − zero, int64."""
+        return self.stored - (self.quant.zero if self.quant else 0)
+
+    @property
+    def real(self) -> Array:
+        """float32(stored − zero) · scale."""
+        return _real(self.stored, self.quant) if self.quant else self.stored.astype(F32)
+
+
+def _real(stored: Array, quant: Quant) -> Array:
+    scale = quant.scale.astype(F32)
+    if quant.axis is not None:
+        scale = scale.reshape([-1 if axis == quant.axis else 1 for axis in range(stored.ndim)])
+    return (stored - quant.zero).astype(F32) * scale
+
+
+def _operand(tensor: Tensor, stored: Mapping[str, Array]) -> Operand:
+    value = tensor.data if tensor.data is not None else stored[tensor.name]
+    return Operand(value.astype(np.int64) if tensor.quant else value, tensor.quant)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One node at work."""
+
+    node: Node
+    operands: tuple[Operand | None, ...]
+    tensor: Tensor
+
+    @property
+    def attributes(self) -> Any:
+        return self.node.attributes
+
+    @property
+    def quant(self) -> Quant:
+        """Of the result."""
+        assert self.tensor.quant is not None, f"{self.tensor.name} is not quantized"
+        return self.tensor.quant
+
+    def operand(self, index: int = 0) -> Operand:
+        operand = self.operands[index]
+        assert operand is not None
+        return operand
+
+    def bias(self) -> Array | int:
+        return self.operand(2).stored if len(self.operands) > 2 and self.operands[2] is not None else 0
+
+    def clamp(self, value: Array) -> Array:
+        """The value within the result's range, narrowed by the node's clamp; NaN as the zero point."""
+        low, high = clamp_bounds(getattr(self.attributes, "clamp", None), self.quant)
+        return np.clip(np.where(np.isnan(value), self.quant.zero, value), low, high).astype(np.int64)
+
+    def quantized(self, real: Array) -> Array:
+        """clamp(rint(v / s) + zero), float32."""
+        with np.errstate(all="ignore"):
+            return self.clamp(np.rint(real.astype(F32) / F32(self.quant.scale)).astype(np.float64) + self.quant.zero)
+
+    def requantized(self, total: Array, factor: Array | float) -> Array:
+        """clamp(rint(float32(total) · factor) + zero)."""
+        return self.clamp(np.rint(total.astype(F32) * np.asarray(factor, F32)).astype(np.float64) + self.quant.zero)
+
+
+def wrap(value: Array) -> Array:
+    """The value modulo 2^32 as a signed 32-bit number (int64 array)."""
+    return value.astype(np.int64).astype(np.int32).astype(np.int64)
+
+
+# ---- matrix operators -------------------------------------------------------------------------------------------------
+
+
+def _conv(call: Call) -> Array:
+    a, x, w = call.attributes, call.operand(0).steps, call.operand(1).steps
+    top, left, bottom, right = a.pads
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    batch, _, height, width = call.tensor.shape
+    total = np.zeros((batch, w.shape[0], height * width))
+    for i, j in np.ndindex(*w.shape[2:]):
+        rows = _positions(i * a.dilations[0], a.strides[0], height)
+        columns = _positions(j * a.dilations[1], a.strides[1], width)
+        total += _grouped(w[:, :, i, j], x[:, :, rows, columns], a.groups)
+    total = wrap(total.reshape(call.tensor.shape)) + _channels(call.bias())
+    return call.requantized(wrap(total), _channels(arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant)))
+
+
+def _positions(start: int, stride: int, count: int) -> slice:
+    return slice(start, start + (count - 1) * stride + 1, stride)
+
+
+def _grouped(w: Array, x: Array, groups: int) -> Array:
+    """w[N, C/groups] · x[B, C, h, w] per channel group: float64 [B, N, h·w]."""
+    batch, channels = x.shape[:2]
+    weights = w.reshape(groups, w.shape[0] // groups, w.shape[1]).astype(np.float64)
+    values = x.reshape(batch, groups, channels // groups, -1).astype(np.float64)
+    return np.matmul(weights, values).reshape(batch, w.shape[0], -1)
+
+
+def _channels(value: Any) -> Array:
+    """Per-channel numbers as [channels, 1, 1]."""
+    value = np.asarray(value)
+    return value.reshape(-1, 1, 1) if value.ndim else value
+
+
+def _conv_transpose(call: Call) -> Array:
+    a, x, w = call.attributes, call.operand(0).steps, call.operand(1).steps
+    groups, (top, left, bottom, right) = a.groups, a.pads
+    batch, channels, height, width = x.shape
+    results = call.tensor.shape[1]
+    total = np.zeros((batch, results, call.tensor.shape[2] + top + bottom, call.tensor.shape[3] + left + right))
+    per_group = w.reshape(groups, channels // groups, results // groups, *w.shape[2:]).swapaxes(1, 2)
+    matrix = per_group.reshape(results, channels // groups, *w.shape[2:])
+    for i, j in np.ndindex(*w.shape[2:]):
+        rows = _positions(i * a.dilations[0], a.strides[0], height)
+        columns = _positions(j * a.dilations[1], a.strides[1], width)
+        total[:, :, rows, columns] += _grouped(matrix[:, :, i, j], x, groups).reshape(batch, results, height, width)
+    inside = total[:, :, top : total.shape[2] - bottom, left : total.shape[3] - right]
+    sums = wrap(wrap(inside) + _channels(call.bias()))
+    return call.requantized(sums, _channels(arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant)))
+
+
+def _matmul(call: Call) -> Array:
+    left, right = call.operand(0), call.operand(1)
+    total = wrap(np.matmul(left.steps.astype(np.float64), right.steps.astype(np.float64)))
+    return call.requantized(wrap(total + call.bias()), arithmetic.multiplier(left.scaled, right.scaled, call.quant))
+
+
+# ---- elementwise ------------------------------------------------------------------------------------------------------
+
+
+def fused_multiply_add(a: Array, b: Any, c: Any) -> Array:
+    """a·b + c rounded to float32 once (the float64 sum is exact for byte-sized a, but for far smaller terms)."""
+    return (np.asarray(a, np.float64) * np.asarray(b, np.float64) + np.asarray(c, np.float64)).astype(F32)
+
+
+def _all_bytes(call: Call) -> bool:
+    quants = (call.operand(0).quant, call.operand(1).quant, call.quant)
+    return all(quant is not None and quant.dtype == "s8" for quant in quants)
+
+
+def _add(call: Call) -> Array:
+    """As onnxruntime's kernel: two fused multiply-adds on unsigned bytes."""
+    if not _all_bytes(call):
+        return call.quantized(call.operand(0).real + call.operand(1).real)
+    a, b, y = call.operand(0).scaled, call.operand(1).scaled, call.quant
+    ratio_a, ratio_b = F32(a.scale / y.scale), F32(b.scale / y.scale)
+    zeros = fused_multiply_add(ratio_a, F32(a.zero + 128), F32(ratio_b * F32(b.zero + 128)))
+    shift = F32(F32(y.zero + 128) - zeros)
+    inner = fused_multiply_add(call.operand(1).stored + 128, ratio_b, shift)
+    return call.clamp(np.rint(fused_multiply_add(call.operand(0).stored + 128, ratio_a, inner)).astype(np.float64) - 128)
+
+
+def _mul(call: Call) -> Array:
+    """As onnxruntime's kernel: the product of integers, scaled, the zero point of the unsigned byte added before rounding."""
+    if not _all_bytes(call):
+        return call.quantized(call.operand(0).real * call.operand(1).real)
+    factor = F32(arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant))
+    scaled = (call.operand(0).steps * call.operand(1).steps).astype(F32) * factor
+    return call.clamp(np.rint(scaled + F32(call.quant.zero + 128)).astype(np.float64) - 128)
+
+
+def _on_reals(function: Callable[[Array, Array], Array]) -> Callable[[Call], Array]:
+    def kernel(call: Call) -> Array:
+        with np.errstate(all="ignore"):
+            return call.quantized(function(call.operand(0).real, call.operand(1).real))
+
+    return kernel
+
+
+COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+
+
+def _compare(call: Call) -> Array:
+    return COMPARISONS[call.attributes.kind](call.operand(0).real, call.operand(1).real).astype(np.uint8)
+
+
+def _where(call: Call) -> Array:
+    return call.quantized(np.where(call.operand(0).stored != 0, call.operand(1).real, call.operand(2).real))
+
+
+def _table(call: Call) -> Array:
+    source = call.operand(0).scaled
+    entries = arithmetic.table(call.attributes.expression, source, call.quant)
+    return entries[call.operand(0).stored - RANGES[source.dtype][0]]
+
+
+# ---- windows and reductions -------------------------------------------------------------------------------------------
+
+
+def _windows(call: Call, x: Array, fill: int) -> list[Array]:
+    """Each tap of the pooling window as an array in the result's shape; `fill` stands outside the input."""
+    a, (height, width) = call.attributes, call.tensor.shape[2:]
+    top, left, bottom, right = a.pads
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=fill)
+    taps = []
+    for i, j in np.ndindex(*a.kernel):
+        rows = _positions(i * a.dilations[0], a.strides[0], height)
+        taps.append(x[:, :, rows, _positions(j * a.dilations[1], a.strides[1], width)])
+    return taps
+
+
+def _max_pool(call: Call) -> Array:
+    source = call.operand(0)
+    return np.maximum.reduce(_windows(call, source.stored, RANGES[source.scaled.dtype][0]))
+
+
+def _average_pool(call: Call) -> Array:
+    source, a = call.operand(0), call.attributes
+    total = np.sum(_windows(call, source.steps, 0), axis=0)
+    inside = np.sum(_windows(call, np.ones_like(source.stored), int(a.count_include_pad)), axis=0)
+    return call.requantized(total, F32(arithmetic.ratio(source.scaled, call.quant)) / inside.astype(F32))
+
+
+def _reduce_mean(call: Call) -> Array:
+    source, axes = call.operand(0), call.attributes.axes
+    count = int(np.prod([source.stored.shape[axis] for axis in axes]))
+    return call.requantized(source.steps.sum(axis=axes, keepdims=True), arithmetic.mean_multiplier(source.scaled, call.quant, count))
+
+
+def _reduce_sum(call: Call) -> Array:
+    source = call.operand(0)
+    total = source.steps.sum(axis=call.attributes.axes, keepdims=True)
+    return call.requantized(total, arithmetic.ratio(source.scaled, call.quant))
+
+
+def _softmax(call: Call) -> Array:
+    source, axis = call.operand(0), call.attributes.axis
+    entries = arithmetic.softmax_exponentials(source.scaled, source.stored.shape[axis])
+    distance = source.stored - source.stored.max(axis=axis, keepdims=True)
+    exponential = entries[distance + len(entries) - 1]
+    total = exponential.sum(axis=axis, keepdims=True)
+    return call.quantized(exponential.astype(F32) / total.astype(F32))
+
+
+def _layer_norm(call: Call) -> Array:
+    """Mean and variance from exact sums, in units of the source's steps, where epsilon is epsilon / s²."""
+    source, size = call.operand(0), call.operand(0).stored.shape[-1]
+    steps, scale = source.steps, F32(source.scaled.scale)
+    part = F32(1) / F32(size)
+    mean = steps.sum(axis=-1, keepdims=True).astype(F32) * part
+    variance = (steps * steps).sum(axis=-1, keepdims=True).astype(F32) * part - mean * mean
+    inverse = F32(1) / np.sqrt(variance + F32(F32(call.attributes.epsilon) / F32(scale * scale)))
+    value = (steps.astype(F32) - mean) * inverse
+    for index, combine in ((1, np.multiply), (2, np.add)):
+        operand = call.operands[index] if len(call.operands) > index else None
+        value = value if operand is None else combine(value, operand.real)
+    return call.quantized(value)
+
+
+# ---- data movement ----------------------------------------------------------------------------------------------------
+
+
+def _resize(call: Call) -> Array:
+    a, source = call.attributes, call.operand(0)
+    sizes = source.stored.shape[-2:]
+    if a.mode == "nearest":
+        pairs = zip(sizes, a.size, a.scales, strict=True)
+        rows, columns = (arithmetic.nearest_indices(n, m, s, a.coordinates, a.nearest_mode) for n, m, s in pairs)
+        return source.stored[..., rows[:, None], columns]
+    pairs = zip(sizes, a.size, a.scales, strict=True)
+    (i0, i1, a0, a1), (j0, j1, b0, b1) = (arithmetic.interpolation(n, m, s, a.coordinates) for n, m, s in pairs)
+    x, (i0, i1, a0, a1) = source.real, (part[:, None] for part in (i0, i1, a0, a1))
+    value = (b0 * a0) * x[..., i0, j0] + (b1 * a0) * x[..., i0, j1]
+    value = value + (b0 * a1) * x[..., i1, j0]
+    return call.quantized(value + (b1 * a1) * x[..., i1, j1])
+
+
+def _slice(call: Call) -> Array:
+    a = call.attributes
+    picks = [np.arange(size) * step + start for start, size, step in zip(a.starts, a.sizes, a.steps, strict=True)]
+    return call.operand(0).stored[np.ix_(*picks)]
+
+
+def _pad(call: Call) -> Array:
+    a, source = call.attributes, call.operand(0)
+    widths = list(zip(a.before, a.after, strict=True))
+    if a.mode != "constant":
+        return np.pad(source.stored, widths, mode=a.mode)
+    fill = int(arithmetic.quantize(np.asarray(a.value, F32), source.scaled)) if source.quant else a.value
+    return np.pad(source.stored, widths, constant_values=fill)
+
+
+def _moving(function: Callable[[Call, list[Array]], Array]) -> Callable[[Call], Array]:
+    """A kernel that only moves stored integers: operands and result must share their scale."""
+
+    def kernel(call: Call) -> Array:
+        operands = [operand for operand in call.operands if operand is not None]
+        assert all(_key(operand.quant) == _key(call.tensor.quant) for operand in operands), f"{call.node.name}: operands and result have different scales"
+        return function(call, [operand.stored for operand in operands])
+
+    return kernel
+
+
+def _key(quant: Quant | None) -> Any:
+    return quant and quant.key
+
+
+KERNELS: dict[str, Callable[[Call], Array]] = {
+    "conv": _conv,
+    "conv_transpose": _conv_transpose,
+    "matmul": _matmul,
+    "add": _add,
+    "sub": _on_reals(np.subtract),
+    "mul": _mul,
+    "div": _on_reals(np.divide),
+    "max": _on_reals(np.maximum),
+    "min": _on_reals(np.minimum),
+    "compare": _compare,
+    "where": _where,
+    "table": _table,
+    "max_pool": _moving(lambda call, _: _max_pool(call)),
+    "average_pool": _average_pool,
+    "reduce_mean": _reduce_mean,
+    "reduce_sum": _reduce_sum,
+    "reduce_max": _moving(lambda call, values: values[0].max(axis=call.attributes.axes, keepdims=True)),
+    "reduce_min": _moving(lambda call, values: values[0].min(axis=call.attributes.axes, keepdims=True)),
+    "softmax": _softmax,
+    "layer_norm": _layer_norm,
+    "resize": _moving(lambda call, _: _resize(call)),
+    "concat": _moving(lambda call, values: np.concatenate(values, axis=call.attributes.axis)),
+    "slice": _moving(lambda call, _: _slice(call)),
+    "transpose": _moving(lambda call, values: values[0].transpose(call.attributes.permutation)),
+    "reshape": _moving(lambda call, values: values[0].reshape(call.attributes.shape)),
+    "expand": _moving(lambda call, values: np.broadcast_to(values[0], np.broadcast_shapes(values[0].shape, call.attributes.shape))),
+    "pad": _moving(lambda call, _: _pad(call)),
+}
+assert KERNELS.keys() == OPS.keys()

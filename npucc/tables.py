@@ -1,0 +1,96 @@
+"""Reports as tables for a reader. Every number is taken from the values that `--json` prints; nothing is computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+CYCLE_PARTS = ("ideal", "underuse", "fill", "dma_stall", "sync_stall")
+PART_TITLES = ("ideal", "under-use", "fill", "DMA stall", "sync stall")
+
+
+def grid(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1, footer: Sequence[object] | None = None) -> Table:
+    """A plain table: the first `left` columns are names (left, shortened where the terminal is narrow), the others numbers (right)."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_footer=footer is not None)
+    for index, header in enumerate(headers):
+        foot = str(footer[index]) if footer is not None else ""
+        if index < left:
+            table.add_column(header, footer=foot, overflow="ellipsis", no_wrap=True, min_width=4)
+        else:
+            table.add_column(header, footer=foot, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
+
+
+def facts(rows: Iterable[tuple[str, object]]) -> Table:
+    """Name and value, one pair per line."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, str(value))
+    return table
+
+
+def totals(report: Mapping[str, Any], *, clock_hz: float) -> list[tuple[str, str]]:
+    """The figures of one inference."""
+    cycles = int(report["cycles"])
+    return [
+        ("cycles", f"{cycles:,} ({duration(cycles / clock_hz)} at {clock_hz / 1e6:,.0f} MHz)"),
+        ("MACs", f"{int(report['macs']):,}"),
+        ("utilization", f"{report['utilization']:.1%} of the peak MAC rate"),
+        ("DRAM", f"{size(report['dram_read_bytes'])} read, {size(report['dram_write_bytes'])} written"),
+        ("scratchpad peak", size(report["spm_peak_bytes"])),
+        ("energy", f"{energy(report['energy_pj'])} (estimate; {energy_source(report)})"),
+    ]
+
+
+def energy_source(report: Mapping[str, Any]) -> str:
+    """Where the energy per event comes from."""
+    return str(report.get("energy", {}).get("source", "counted events × the target's energy table"))
+
+
+def layers(report: Mapping[str, Any], *, top: int | None = None) -> Table:
+    """Layers with the parts of their cycles: all in program order, or the `top` longest."""
+    records: list[Mapping[str, Any]] = list(report["layers"])
+    total = max(int(report["cycles"]), 1)
+    chosen = records if top is None or top >= len(records) else sorted(records, key=lambda layer: -int(layer["cycles"]))[:top]
+    title = f"{len(records)} layers" if len(chosen) == len(records) else f"the {len(chosen)} longest of {len(records)} layers"
+    headers = ("layer", "op", "cycles", "%", *PART_TITLES, "MACs", "DRAM", "energy")
+    footer = ("total", "", f"{int(report['cycles']):,}", "100.0", *(f"{sum(int(layer[part]) for layer in records):,}" for part in CYCLE_PARTS),
+              f"{int(report['macs']):,}", size(report["dram_read_bytes"] + report["dram_write_bytes"]), energy(report["energy_pj"]))  # fmt: skip
+    return grid(title, headers, (_layer_row(layer, total) for layer in chosen), left=2, footer=footer)
+
+
+def _layer_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
+    parts = (f"{int(layer[part]):,}" for part in CYCLE_PARTS)
+    share = f"{100 * layer['cycles'] / total:.1f}"
+    return (layer["name"], layer["op"], f"{int(layer['cycles']):,}", share, *parts, f"{int(layer['macs']):,}", size(layer["dram_bytes"]), energy(layer["energy_pj"]))
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{int(count)} B"
+
+
+def energy(picojoules: float) -> str:
+    """Energy for a reader."""
+    for unit, scale in (("J", 1e12), ("mJ", 1e9), ("µJ", 1e6), ("nJ", 1e3)):
+        if picojoules >= scale:
+            return f"{picojoules / scale:,.2f} {unit}"
+    return f"{picojoules:.0f} pJ"
+
+
+def duration(seconds: float) -> str:
+    """Time for a reader."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:,.3f} {unit}"
+    return f"{seconds * 1e6:,.1f} µs"

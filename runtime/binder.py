@@ -1,0 +1,202 @@
+"""From steps to closures: every operand of every dynamic instruction becomes an array, once.
+
+The one big idea: in a fixed order of execution, who wrote which bytes last is known before anything runs. So operands that
+always hold the same constants are decoded at load time, and an input gathered by one convolution is not gathered again for the
+next one that reads the very same bytes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isa.program import Instruction, Program, Tile, address_at
+from isa.spec import SPEC
+from runtime import decode
+from runtime.errors import RuntimeFault
+from runtime.kernels import KERNELS
+from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
+from runtime.scratch import Scratch
+from runtime.site import Site
+from runtime.stream import Step
+
+#: bytes of decoded weights and tables that a machine keeps; beyond them, weights are decoded at each execution
+LARGEST_MEMO = 1 << 30
+#: bytes kept per byte of a constant operand: itself, and as float32
+DECODED_SIZE = 5
+#: results whose every element depends only on the elements of the operands at the same place: they may be computed in place
+ELEMENTWISE = frozenset(spec.name for spec in SPEC.values() if spec.operands[0].dims.startswith("*d"))
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A tile at the address it has in one dynamic instruction."""
+
+    tile: Tile
+    address: int
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return extent(self.tile, self.address)
+
+
+class Writers:
+    """Who wrote each byte of a memory last: disjoint intervals in order, each with the number of the writing step."""
+
+    def __init__(self) -> None:
+        self.lows: list[int] = []
+        self.highs: list[int] = []
+        self.steps: list[int] = []
+
+    def write(self, low: int, high: int, step: int) -> None:
+        """Bytes [low, high) now come from `step`."""
+        first, last = self._range(low, high)
+        lows, highs, steps = [low], [high], [step]
+        if first < last and self.lows[first] < low:
+            lows, highs, steps = [self.lows[first], *lows], [low, *highs], [self.steps[first], *steps]
+        if first < last and self.highs[last - 1] > high:
+            lows, highs, steps = [*lows, high], [*highs, self.highs[last - 1]], [*steps, self.steps[last - 1]]
+        self.lows[first:last], self.highs[first:last], self.steps[first:last] = lows, highs, steps
+
+    def last(self, low: int, high: int) -> int:
+        """The latest step that wrote any of the bytes; -1 when none did."""
+        first, last = self._range(low, high)
+        return max(self.steps[first:last], default=-1)
+
+    def only(self, low: int, high: int) -> int:
+        """The one step that wrote all of the bytes; -1 when there is no such step."""
+        first, last = self._range(low, high)
+        return self.steps[first] if last - first == 1 and self.lows[first] <= low and self.highs[first] >= high else -1
+
+    def _range(self, low: int, high: int) -> tuple[int, int]:
+        """The intervals [first, last) that touch [low, high)."""
+        return bisect_right(self.highs, low), bisect_left(self.lows, high)
+
+
+class Binder:
+    """Binds steps in the order of their execution. With `known_order` false nothing is assumed about what ran before a step."""
+
+    def __init__(self, program: Program, memories: dict[str, Memory], memo: dict[Any, Any], *, known_order: bool):
+        self.program, self.memories, self.memo, self.known_order = program, memories, memo, known_order
+        self.scratch = Scratch()
+        self.writers = {space: Writers() for space in memories}
+        self.loads: dict[int, tuple[Located, Located]] = {}
+        self.last_window: tuple[Any, int] | None = None
+        self._decoded: dict[int, tuple[dict[str, Tile], dict[str, Any]]] = {}
+        self._constants = (program.constants_address, program.constants_address + program.constants_bytes)
+
+    def bind(self, number: int, step: Step) -> Callable[[], None]:
+        """The closure of the step that executes as the `number`-th. Raises RuntimeFault."""
+        instruction = step.line.instruction
+        tiles, attributes = self._decode(instruction)
+        located = {name: Located(tile, address_at(tile, step.iterations)) for name, tile in tiles.items()}
+        views = {name: self.memories[at.tile.space].view(at.tile, at.address, line=instruction.line) for name, at in located.items()}
+        result, *others = located.items()
+        snapshots = self._snapshots(instruction, result, others, views)
+        known = {} if snapshots or not self.known_order else self._known(dict(others))
+        same_input = self._same_input(instruction, located, attributes) if self.known_order else False
+        run = KERNELS[instruction.name](Site(instruction, views, attributes, self.scratch, self.memo, known, same_input))
+        self._record(number, instruction, located)
+        return _after_copying(snapshots, run) if snapshots else run
+
+    def _decode(self, instruction: Instruction) -> tuple[dict[str, Tile], dict[str, Any]]:
+        decoded = self._decoded.get(id(instruction))
+        if decoded is None:
+            decoded = self._decoded[id(instruction)] = (decode.operands(instruction), decode.attributes(instruction))
+            result = next(iter(decoded[0].values()))
+            if overlaps_itself(result):
+                raise RuntimeFault(f"{instruction.name}: elements of the result share bytes", line=instruction.line, hint="use strides that keep them apart")
+        return decoded
+
+    def _snapshots(
+        self, instruction: Instruction, result: tuple[str, Located], others: list[tuple[str, Located]], views: dict[str, Array]
+    ) -> list[tuple[Array, Array]]:
+        """Replace operands that the result partly overwrites by copies, as (copy, original): an instruction reads before it writes."""
+        y = result[1]
+        low, high = y.extent
+        copies = []
+        for name, at in others:
+            if at.tile.space != y.tile.space or at.extent[0] >= high or at.extent[1] <= low:
+                continue
+            same = (at.address, at.tile.strides, at.tile.shape) == (y.address, y.tile.strides, y.tile.shape)
+            if same and instruction.name in ELEMENTWISE and views[name].itemsize == views[result[0]].itemsize:
+                continue
+            original = views[name]
+            views[name] = np.empty(original.shape, original.dtype)
+            copies.append((views[name], original))
+        return copies
+
+    def _known(self, operands: dict[str, Located]) -> dict[str, tuple[Any, Array]]:
+        """Operands that hold the same constants in every run."""
+        found = {}
+        for name, at in operands.items():
+            if name in ("w", "b", "s") and at.tile.space == "spm" and (constant := self._constant(at)) is not None:
+                found[name] = constant
+        return found
+
+    def _constant(self, at: Located) -> tuple[Any, Array] | None:
+        """(key, content) of a tile whose bytes were all loaded by one instruction from the program's constants, if so."""
+        loaded = self.loads.get(self.writers["spm"].only(*at.extent))
+        if loaded is None:
+            return None
+        y, x = loaded
+        offset, origin = at.address - y.address, y.extent[0]
+        key = (x.address, x.tile.strides, y.tile.shape, y.tile.strides, y.tile.dtype, offset, at.tile.dtype, at.tile.shape, at.tile.strides)
+        memo = ("content", key)
+        if memo not in self.memo:
+            spent = self.memo.get("bytes", 0)
+            if spent > LARGEST_MEMO:
+                return None
+            self.memo["bytes"] = spent + at.tile.bytes * DECODED_SIZE
+            image = Memory("spm", y.extent[1] - origin + 8)
+            shift = origin % 8  # keep the alignment of the original
+            target = image.view(y.tile, y.address - origin + shift)
+            np.copyto(target, self.memories["dram"].view(x.tile, x.address))
+            covered = image.view(at.tile, at.address - origin + shift)
+            self.memo[memo] = covered.copy() if y.tile.elements * NUMPY[y.tile.dtype].itemsize == y.extent[1] - origin else None
+        content = self.memo[memo]
+        return None if content is None else (key, content)
+
+    def _same_input(self, instruction: Instruction, located: dict[str, Located], attributes: dict[str, Any]) -> bool:
+        """Whether x was read by the previous conv in the same way and not written since."""
+        if instruction.name != "conv":
+            return False
+        x, w, y = (located[name] for name in ("x", "w", "y"))
+        way = (x.address, x.tile.dtype, x.tile.shape, x.tile.strides, w.tile.shape[:3], y.tile.shape[:2])
+        way += tuple(attributes[name] for name in ("stride", "dilation", "pad", "zero", "groups"))
+        window = (way, self.writers["spm"].last(*x.extent))
+        same, self.last_window = window == self.last_window, window
+        return same
+
+    def _record(self, number: int, instruction: Instruction, located: dict[str, Located]) -> None:
+        """Note what the step writes, and whether it is a load of constants."""
+        names = list(located)
+        result = located[names[0]]
+        self.writers[result.tile.space].write(*result.extent, number)
+        if instruction.name == "ld":
+            low, high = located[names[1]].extent
+            if self._constants[0] <= low and high <= self._constants[1]:
+                self.loads[number] = (result, located[names[1]])
+
+
+def _after_copying(copies: list[tuple[Array, Array]], run: Callable[[], None]) -> Callable[[], None]:
+    def copy_and_run() -> None:
+        for copy, original in copies:
+            np.copyto(copy, original)
+        run()
+
+    return copy_and_run
+
+
+def written_ranges(steps: Iterable[Step]) -> dict[str, list[tuple[int, int]]]:
+    """The bytes of each memory that the steps write, as sorted disjoint [low, high) ranges."""
+    ranges: dict[str, set[tuple[int, int]]] = {}
+    for step in steps:
+        tiles = step.line.instruction.tiles
+        if tiles:
+            ranges.setdefault(tiles[0].space, set()).add(extent(tiles[0], address_at(tiles[0], step.iterations)))
+    return {space: merge(found) for space, found in ranges.items()}

@@ -1,0 +1,115 @@
+"""Exact integer matrix products at the speed of the floating-point BLAS.
+
+The one big idea: a float32 product of integers is exact, in any order of summation, as long as no partial sum can exceed 2**24
+(float64: 2**53). A partial sum of x·w is at most max|x| · sum|w|, so the columns of the weights tell where K must be cut; the
+parts are added as int32, which wraps as the accumulators do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.memory import Array
+from runtime.scratch import Scratch
+
+#: the largest sum that each float type holds exactly
+EXACT = {np.dtype(np.float32): 1 << 24, np.dtype(np.float64): 1 << 53}
+#: the largest magnitude of a stored value
+LARGEST = {np.dtype(np.int8): 1 << 7, np.dtype(np.int16): 1 << 15}
+
+
+def working_type(source: np.dtype[Any]) -> np.dtype[Any]:
+    """float32 for int8 operands, float64 for int16 ones."""
+    return np.dtype(np.float32) if source == np.int8 else np.dtype(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One BLAS call: left[..., M, K] @ right[..., K, N]; `bound` is the largest magnitude any of its partial sums can reach."""
+
+    left: Array
+    right: Array
+    bound: int
+
+
+def cut(left: Array, right: Array, *, largest: int, known: bool) -> list[Part]:
+    """The product as parts that are exact each. With `known` the content of `right` is final, and bounds come from it; else from its type.
+
+    `largest` bounds |left|; `right` holds int8 values (or, unknown, values up to 255 once a zero point is subtracted: see `cut_evenly`).
+    """
+    if not known:
+        return cut_evenly(left, right, largest * LARGEST[np.dtype(np.int8)])
+    bound = largest * int(np.abs(right).sum(axis=-2, dtype=np.float64).max())
+    depth = right.shape[-2]
+    if bound <= EXACT[left.dtype] or depth == 1:
+        return [Part(left, right, bound)]
+    half = depth // 2
+    return [
+        *cut(left[..., :half], right[..., :half, :], largest=largest, known=True),
+        *cut(left[..., half:], right[..., half:, :], largest=largest, known=True),
+    ]  # fmt: skip
+
+
+def cut_evenly(left: Array, right: Array, largest_product: int) -> list[Part]:
+    """The product cut along K so that each part is exact for any content whose products stay within `largest_product`."""
+    depth, step = right.shape[-2], max(1, EXACT[left.dtype] // largest_product)
+    return [
+        Part(left[..., k : k + step], right[..., k : k + step, :], largest_product * min(step, depth - k))
+        for k in range(0, depth, step)
+    ]  # fmt: skip
+
+
+def sums(parts: list[Part]) -> list[list[Part]]:
+    """Parts in order, gathered as long as they may be added in floating point."""
+    gathered: list[list[Part]] = []
+    total = 0
+    for part in parts:
+        if gathered and total + part.bound <= EXACT[part.left.dtype]:
+            gathered[-1].append(part)
+            total += part.bound
+        else:
+            gathered.append([part])
+            total = part.bound
+    return gathered
+
+
+def bind_product(parts: list[Part], y: Array, scratch: Scratch, *, bias: Array | None, accumulate: bool) -> Callable[[], None]:
+    """A closure for y = (bias, or y if `accumulate`) + the sum of `parts`, wrapping in 32 bits.
+
+    y: int32, of the shape of the product ([..., M, N], any strides). `bias` broadcasts to y.
+    """
+    dtype = parts[0].left.dtype
+    shape = (*parts[0].left.shape[:-1], parts[0].right.shape[-1])
+    product, partial = scratch.take("product", shape, dtype), scratch.take("partial", shape, dtype)
+    whole = scratch.take("integers", shape, np.int32)
+    groups = [[(part.left, part.right) for part in group] for group in sums(parts)]
+
+    def run() -> None:
+        keep = accumulate
+        for (left, right), *more in groups:
+            np.matmul(left, right, out=product)
+            for other_left, other_right in more:
+                np.matmul(other_left, other_right, out=partial)
+                np.add(product, partial, out=product)
+            if keep:
+                to_int32(product, whole)
+                np.add(y, whole, out=y)
+            else:
+                to_int32(product, y)
+            keep = True
+        if bias is not None:
+            np.add(y, bias, out=y)
+
+    return run
+
+
+def to_int32(product: Array, out: Array) -> None:
+    """Integer-valued floats into int32, wrapping. float32 products stay within 2**24; float64 ones take the way over int64."""
+    if product.dtype == np.float32:
+        np.copyto(out, product, casting="unsafe")
+    else:
+        np.copyto(out, product.astype(np.int64), casting="unsafe")

@@ -1,0 +1,223 @@
+"""The vector engine's elementwise instructions: add … min, cmp, select, cvt, sqrt, lut, fill.
+
+The one big idea: each instruction has one plain evaluator, float32 step by float32 step. Where every operand is one byte
+wide, the evaluator runs once over all 256 (or 256 x 256) inputs and the instruction becomes a table look-up; the bytes are
+the same by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from runtime.memory import NAMES, NUMPY, Array
+from runtime.requantize import real, round_and_clamp, store
+from runtime.scratch import collapse, pieces
+from runtime.site import Site
+
+Evaluate = Callable[..., Array]
+#: elements below which filling a 256 x 256 table costs more than it saves
+TABLE_PAYS = 4096
+ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum,
+}  # fmt: skip
+RELATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+#: how far an s8 code is shifted to count from 0, as the unsigned arithmetic of `add` and `mul` on bytes does
+UNSIGNED = 128
+
+
+def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
+    """float32(a * b + c) with one rounding, for float32 arrays. The product is exact in float64; the sum is rounded to odd, then to float32."""
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + addend
+    rest = total - product
+    error = (product - (total - rest)) + (addend - rest)
+    inexact = (error != 0) & np.isfinite(error) & (total.view(np.int64) & 1 == 0)
+    toward = np.where(error > 0, np.inf, -np.inf)
+    return np.where(inexact, np.nextafter(total, toward), total).astype(np.float32)
+
+
+def add_bytes(a: Array, b: Array, attributes: dict[str, Any]) -> Array:
+    """s8 + s8 → s8 in the order of onnxruntime's QLinearAdd: fma(A, ra, fma(B, rb, F)), zero point inside the rounding."""
+    (scale_a, zero_a), (scale_b, zero_b), (scale_y, zero_y) = (attributes[name] for name in ("qa", "qb", "qy"))
+    ratio_a, ratio_b = (np.float32([scale]) / np.float32([scale_y]) for scale in (scale_a, scale_b))
+    offset_a, offset_b, offset_y = (np.float32([zero + UNSIGNED]) for zero in (zero_a, zero_b, zero_y))
+    start = offset_y - fused_multiply_add(ratio_a, offset_a, ratio_b * offset_b)
+    codes_a, codes_b = (np.asarray(stored, np.float32) + np.float32(UNSIGNED) for stored in (a, b))
+    values = fused_multiply_add(codes_a, ratio_a, fused_multiply_add(codes_b, ratio_b, start))
+    return round_and_clamp(values, -UNSIGNED, "s8", attributes["clamp"])
+
+
+def multiply_bytes(a: Array, b: Array, attributes: dict[str, Any]) -> Array:
+    """s8 * s8 → s8 in the order of onnxruntime's QLinearMul: one ratio, zero point inside the rounding."""
+    (scale_a, zero_a), (scale_b, zero_b), (scale_y, zero_y) = (attributes[name] for name in ("qa", "qb", "qy"))
+    ratio = np.float32(scale_a) * np.float32(scale_b) / np.float32(scale_y)
+    products = (a.astype(np.int32) - zero_a) * (b.astype(np.int32) - zero_b)
+    values = products.astype(np.float32) * ratio + np.float32(zero_y + UNSIGNED)
+    return round_and_clamp(values, -UNSIGNED, "s8", attributes["clamp"])
+
+
+def _binary(site: Site) -> Evaluate:
+    """The evaluator of add, sub, mul, div, max, min: (a[, b]) → y."""
+    name, attributes = site.instruction.name, dict(site.attributes)
+    result, dtypes = NAMES[site.views["y"].dtype], {NAMES[view.dtype] for view in site.views.values()}
+    if "b" in site.views and dtypes == {"s8"} and name in ("add", "mul"):
+        bytewise = {"add": add_bytes, "mul": multiply_bytes}[name]
+        return lambda a, b: bytewise(a, b, attributes)
+    combine, immediate = ARITHMETIC[name], np.float32(attributes["imm"])
+
+    def evaluate(a: Array, b: Array | None = None) -> Array:
+        right = np.full((), immediate) if b is None else real(b, attributes["qb"])
+        return store(combine(real(a, attributes["qa"]), right), attributes["qy"], result, attributes["clamp"])
+
+    return evaluate
+
+
+def _compare(site: Site) -> Evaluate:
+    """The evaluator of cmp: (a[, b]) → 0 or 1."""
+    attributes, result = site.attributes, site.views["y"].dtype
+    relation, immediate = RELATIONS[attributes["op"]], np.float32(attributes["imm"])
+
+    def evaluate(a: Array, b: Array | None = None) -> Array:
+        right = np.full((), immediate) if b is None else real(b, attributes["qb"])
+        return relation(real(a, attributes["qa"]), right).astype(result)
+
+    return evaluate
+
+
+def _select(site: Site) -> Evaluate:
+    """The evaluator of select: (c, a, b) → y."""
+    attributes, result = site.attributes, NAMES[site.views["y"].dtype]
+
+    def evaluate(c: Array, a: Array, b: Array) -> Array:
+        chosen = np.where(c != 0, real(a, attributes["qa"]), real(b, attributes["qb"]))
+        return store(chosen, attributes["qy"], result, attributes["clamp"])
+
+    return evaluate
+
+
+def _unary(site: Site) -> Evaluate:
+    """The evaluator of cvt and sqrt: x → y."""
+    attributes, result = site.attributes, NAMES[site.views["y"].dtype]
+    root = site.instruction.name == "sqrt"
+
+    def evaluate(x: Array) -> Array:
+        values = real(x, attributes["qx"])
+        return store(np.sqrt(values) if root else values, attributes["qy"], result, attributes["clamp"])
+
+    return evaluate
+
+
+def bind_elementwise(site: Site) -> Callable[[], None]:
+    """Any elementwise instruction: table look-ups where the operands are bytes, else its evaluator piece by piece."""
+    make = {"cmp": _compare, "select": _select, "cvt": _unary, "sqrt": _unary}.get(site.instruction.name, _binary)
+    evaluate = make(site)
+    y, *sources = collapse(list(site.views.values()))
+    if all(source.dtype.itemsize == 1 for source in sources):
+        if len(sources) == 1:
+            return _look_up_one(site, y, sources[0], _table(site, evaluate, [source.dtype for source in sources]))
+        if len(sources) == 2 and y.size >= TABLE_PAYS:
+            return _look_up_two(site, y, sources, _table(site, evaluate, [source.dtype for source in sources]))
+    work = pieces([y, *sources])
+
+    def run() -> None:
+        with np.errstate(all="ignore"):
+            for result, *parts in work:
+                np.copyto(result, evaluate(*parts))
+
+    return run
+
+
+def _table(site: Site, evaluate: Evaluate, dtypes: list[np.dtype[Any]]) -> Array:
+    """The evaluator's result for every byte (or pair of bytes, the first operand in the high half), in the order of unsigned codes."""
+    key = ("table", site.instruction.name, tuple(site.instruction.attributes), tuple(dtypes), site.views["y"].dtype)
+    if key not in site.memo:
+        codes: Array = np.arange(256, dtype=np.uint8)
+        operands = [codes] if len(dtypes) == 1 else [np.repeat(codes, 256), np.tile(codes, 256)]
+        with np.errstate(all="ignore"):
+            site.memo[key] = evaluate(*(operand.view(dtype) for operand, dtype in zip(operands, dtypes, strict=True)))
+    table: Array = site.memo[key]
+    return table
+
+
+def _look_up_one(site: Site, y: Array, x: Array, table: Array) -> Callable[[], None]:
+    work = [(result, part, site.scratch.take("index", part.shape, np.intp), site.scratch.take("found", part.shape, y.dtype)) for result, part in pieces([y, x.view(np.uint8)])]
+
+    def run() -> None:
+        for result, part, index, found in work:
+            np.copyto(index, part)
+            np.take(table, index, out=found, mode="clip")
+            np.copyto(result, found)
+
+    return run
+
+
+def _look_up_two(site: Site, y: Array, sources: list[Array], table: Array) -> Callable[[], None]:
+    take = site.scratch.take
+    work = [
+        (result, high, low, take("pair", high.shape, np.uint16), take("low", high.shape, np.uint16), take("index", high.shape, np.intp), take("found", high.shape, y.dtype))
+        for result, high, low in pieces([y, *(source.view(np.uint8) for source in sources)])
+    ]  # fmt: skip
+
+    def run() -> None:
+        for result, high, low, pair, low_half, index, found in work:
+            np.copyto(pair, high)
+            np.left_shift(pair, 8, out=pair)
+            np.copyto(low_half, low)
+            np.bitwise_or(pair, low_half, out=pair)
+            np.copyto(index, pair)
+            np.take(table, index, out=found, mode="clip")
+            np.copyto(result, found)
+
+    return run
+
+
+def bind_lut(site: Site) -> Callable[[], None]:
+    """y = t[min(max(x - base, 0), e - 1)]."""
+    y, x, table = site.views["y"], site.views["x"], site.views["t"]
+    if y.dtype != table.dtype:
+        site.fault(f"y is {NAMES[y.dtype]}, but its table t is {NAMES[table.dtype]}", "give both the same type")
+    base, last = int(site.attributes["base"]), len(table) - 1
+    y, x = collapse([y, x])
+    if x.dtype.itemsize > 1:
+        work = pieces([y, x])
+
+        def run() -> None:
+            for result, part in work:
+                np.copyto(result, np.take(table, np.clip(part.astype(np.int64) - base, 0, last)))
+
+        return run
+    codes = np.arange(256, dtype=np.uint8).view(x.dtype).astype(np.int64)
+    order = np.clip(codes - base, 0, last)
+    expanded = np.empty(256, y.dtype)
+    look_up = _look_up_one(site, y, x, expanded)
+
+    def run_bytes() -> None:
+        np.take(table, order, out=expanded, mode="clip")
+        look_up()
+
+    return run_bytes
+
+
+def bind_fill(site: Site) -> Callable[[], None]:
+    """y = value."""
+    y, value = site.views["y"], float(site.attributes["value"])
+    if y.dtype != np.float32:
+        limits = np.iinfo(y.dtype)
+        if value != np.rint(value) or not limits.min <= value <= limits.max:
+            site.fault(f"{value!r} is not a value of {NAMES[y.dtype]}", f"give an integer from {limits.min} to {limits.max}")
+    stored = NUMPY[NAMES[y.dtype]].type(value)
+    return lambda: np.copyto(y, stored)
+
+
+def bind_copy(site: Site) -> Callable[[], None]:
+    """ld and st: y[...] = x[...]."""
+    y, x = site.views["y"], site.views["x"]
+    if y.dtype != x.dtype:
+        site.fault(f"it copies {NAMES[x.dtype]} to {NAMES[y.dtype]}", "give both tiles the same type; cvt converts")
+    y, x = collapse([y, x])
+    return lambda: np.copyto(y, x)

@@ -1,0 +1,281 @@
+"""The matrix engine's instructions: conv, matmul, dwconv.
+
+The one big idea: a convolution gathers its windows into the rows of a float matrix and becomes an exact matrix product. Windows
+are gathered along one row of the input only; the vertical taps are whole-row offsets into that matrix, so each input value is
+copied kernel-width times, not kernel-width x kernel-height times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from runtime.gemm import LARGEST, Part, bind_product, cut, cut_evenly, to_int32, working_type
+from runtime.memory import Array
+from runtime.scratch import PIECE
+from runtime.site import Site
+from runtime.windows import Geometry, gather, geometry, pad, tap
+
+Run = Callable[[], None]
+#: below this many values per row of windows the BLAS calls get too small: gather whole windows instead
+SHORT_WINDOW = 48
+#: a float32 sum of this many int8 x int8 products is always exact
+EXACT_TAPS = 1 << 10
+
+
+def bind_conv(site: Site) -> Run:
+    """y[h,w,n] = (b[n] or y) + windows of x times w."""
+    y, x, w = (site.views[name] for name in ("y", "x", "w"))
+    groups = int(site.attributes["groups"])
+    if groups < 1 or x.shape[2] != groups * w.shape[2] or y.shape[2] % groups:
+        site.fault(
+            f"{groups} groups of {w.shape[2]} channels do not make x's {x.shape[2]} channels and y's {y.shape[2]} outputs",
+            "x has groups times as many channels as w, and groups divides n",
+        )  # fmt: skip
+    _refuse_bias_and_accumulate(site, "b")
+    shape = geometry(site, w.shape[:2])
+    if groups == 1:
+        return _plain_conv(site, shape)
+    return _grouped_conv(site, shape, groups)
+
+
+def _plain_conv(site: Site, shape: Geometry) -> Run:
+    x, w, y = site.views["x"], site.views["w"], site.views["y"]
+    dtype = working_type(x.dtype)
+    weights, refresh_weights = _weights(site, "w", dtype, lambda stored: stored.reshape(-1, stored.shape[-1]))
+    columns, lefts = _columns(site, shape, dtype)
+    depth = weights.shape[0] // len(lefts)
+    parts = [
+        part
+        for k, left in enumerate(lefts)
+        for part in _cut(left, weights[k * depth : (k + 1) * depth], x.dtype, known="w" in site.constants)
+    ]  # fmt: skip
+    return _sequence(columns, refresh_weights, _product(site, parts, y.reshape(-1, w.shape[3]) if _mergeable(y) else y, site.views.get("b"), shape))
+
+
+def _product(site: Site, parts: list[Part], y: Array, bias: Array | None, shape: Geometry | None = None) -> Run:
+    if y.ndim == 3 and shape is not None:  # a padded accumulator tile: matrices of one output row each
+        height, width = shape.outputs
+        parts = [Part(part.left.reshape(height, width, -1), part.right, part.bound) for part in parts]
+    return bind_product(parts, y, site.scratch, bias=bias, accumulate=bool(site.attributes["accumulate"]))
+
+
+def _mergeable(y: Array) -> bool:
+    """Whether [h, w, n] can be seen as [h·w, n] in place."""
+    return y.shape[0] == 1 or y.shape[1] == 1 or y.strides[0] == y.strides[1] * y.shape[1]
+
+
+def _cut(left: Array, right: Array, source: np.dtype[Any], *, known: bool) -> list[Part]:
+    return cut(left, right, largest=LARGEST[source], known=known)
+
+
+def _sequence(*steps: Run | None) -> Run:
+    """One closure for several."""
+    present = [step for step in steps if step is not None]
+    if len(present) == 1:
+        return present[0]
+
+    def run() -> None:
+        for step in present:
+            step()
+
+    return run
+
+
+def _weights(site: Site, name: str, dtype: np.dtype[Any], arrange: Callable[[Array], Array], zero: int = 0, variant: int = 0) -> tuple[Array, Run | None]:
+    """Operand `name` less `zero` as a float matrix, and the closure that decodes it anew (None when its content never changes).
+
+    `variant` tells apart what `arrange` makes of the same content.
+    """
+    if name in site.constants:
+        key, content = site.constants[name]
+        memo = ("weights", key, dtype, zero, site.instruction.name, variant)
+        if memo not in site.memo:
+            site.memo[memo] = np.ascontiguousarray(arrange(content.astype(dtype) - zero), dtype)
+        known: Array = site.memo[memo]
+        return known, None
+    stored = site.views[name]
+    decoded = site.scratch.take("weights", stored.shape, dtype)
+    arranged = arrange(decoded)
+    in_place = np.may_share_memory(arranged, decoded)
+    matrix = arranged if in_place else site.scratch.take("matrix", arranged.shape, dtype)
+
+    def refresh() -> None:
+        np.copyto(decoded, stored)
+        if zero:
+            np.subtract(decoded, zero, out=decoded)
+        if not in_place:
+            np.copyto(matrix, arrange(decoded))
+
+    return matrix, refresh
+
+
+def _columns(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run | None, list[Array]]:
+    """The left matrices [h·w, depth], one per equal share of the weights' rows, and the closure that gathers them."""
+    channels = site.views["x"].shape[2]
+    if shape.kernel[0] == 1 or shape.kernel[1] * channels < SHORT_WINDOW:
+        return _whole_windows(site, shape, dtype)
+    padded = pad(site, shape, int(site.attributes["zero"]))
+    stride, width = shape.stride[0], shape.outputs[1]
+    starts = [k * shape.dilation[0] for k in range(shape.kernel[0])]
+    phases = sorted({start % stride for start in starts})
+    rows = {phase: max(start // stride for start in starts if start % stride == phase) + shape.outputs[0] for phase in phases}
+    depth = shape.kernel[1] * channels
+    buffer = site.scratch.take("columns", (sum(rows.values()), width, depth), dtype)
+    targets, first = {}, 0
+    for phase in phases:
+        targets[phase] = buffer[first : first + rows[phase]]
+        first += rows[phase]
+    copies = []
+    for phase in phases:
+        line = Geometry((rows[phase], width), (1, shape.kernel[1]), shape.stride, shape.dilation, shape.pad)
+        copies.append((targets[phase].reshape(rows[phase], width, 1, shape.kernel[1], channels), gather(padded.array[phase:], line)))
+    lefts = [targets[start % stride][start // stride :][: shape.outputs[0]].reshape(-1, depth) for start in starts]
+    return None if site.same_input else _gathering(padded.refresh, copies), lefts
+
+
+def _whole_windows(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run | None, list[Array]]:
+    padded = pad(site, shape, int(site.attributes["zero"]))
+    windows = gather(padded.array, shape)
+    buffer = site.scratch.take("columns", windows.shape, dtype)
+    return None if site.same_input else _gathering(padded.refresh, [(buffer, windows)]), [buffer.reshape(-1, shape.taps * windows.shape[4])]
+
+
+def _gathering(refresh: Run, copies: list[tuple[Array, Array]]) -> Run:
+    def run() -> None:
+        refresh()
+        for target, source in copies:
+            np.copyto(target, source)
+
+    return run
+
+
+def _grouped_conv(site: Site, shape: Geometry, groups: int) -> Run:
+    """Groups side by side: left [G, h·w, taps·g], weights [G, taps·g, n/G]."""
+    x, w, y = site.views["x"], site.views["w"], site.views["y"]
+    dtype, (height, width) = working_type(x.dtype), shape.outputs
+    share, outputs = w.shape[2], w.shape[3] // groups
+    weights, refresh_weights = _weights(site, "w", dtype, lambda stored: stored.reshape(-1, groups, outputs).swapaxes(0, 1), variant=groups)
+    padded = pad(site, shape, int(site.attributes["zero"]))
+    windows = _split_channels(gather(padded.array, shape), groups)
+    buffer = site.scratch.take("columns", (groups, height, width, *shape.kernel, share), dtype)
+    gathering = None if site.same_input else _gathering(padded.refresh, [(buffer.transpose(1, 2, 3, 4, 0, 5), windows)])
+    parts = _cut(buffer.reshape(groups, height * width, -1), weights, x.dtype, known="w" in site.constants)
+    shares = _split_channels(y, groups)
+    target = shares.reshape(height * width, groups, outputs).swapaxes(0, 1) if _mergeable(y) else None
+    bias = site.views["b"].reshape(groups, 1, outputs) if "b" in site.views else None
+    if target is not None:
+        return _sequence(gathering, refresh_weights, _product(site, parts, target, bias))
+    whole = site.scratch.take("accumulators", (groups, height * width, outputs), np.int32)
+    rows = whole.reshape(groups, height, width, outputs).transpose(1, 2, 0, 3)
+    fetch = (lambda: np.copyto(rows, shares)) if site.attributes["accumulate"] else None
+    return _sequence(gathering, refresh_weights, fetch, _product(site, parts, whole, bias), lambda: np.copyto(shares, rows))
+
+
+def _split_channels(array: Array, groups: int) -> Array:
+    """[..., c] as [..., groups, c / groups] in place."""
+    share, channel = array.shape[-1] // groups, array.strides[-1]
+    return as_strided(array, (*array.shape[:-1], groups, share), (*array.strides[:-1], share * channel, channel))
+
+
+def bind_matmul(site: Site) -> Run:
+    """y[m,n] = (c[n] or y) + (a - za)[m,k] times (b - zb)[k,n]."""
+    a, y = site.views["a"], site.views["y"]
+    zero_a, zero_b = int(site.attributes["za"]), int(site.attributes["zb"])
+    for name, zero in (("a", zero_a), ("b", zero_b)):
+        limits = np.iinfo(site.views[name].dtype)
+        if not limits.min <= zero <= limits.max:
+            site.fault(f"z{name}={zero} is not a value of {name}", f"give a zero point from {limits.min} to {limits.max}")
+    _refuse_bias_and_accumulate(site, "c")
+    dtype = working_type(a.dtype)
+    left = site.scratch.take("left", a.shape, dtype)
+    right, refresh_right = _weights(site, "b", dtype, lambda stored: stored, zero_b)
+    largest = LARGEST[a.dtype] + abs(zero_a)
+    if "b" in site.constants:
+        parts = cut(left, right, largest=largest, known=True)
+    else:
+        parts = cut_evenly(left, right, largest * (LARGEST[np.dtype(np.int8)] + abs(zero_b)))
+
+    def refresh_left() -> None:
+        np.copyto(left, a)
+        if zero_a:
+            np.subtract(left, zero_a, out=left)
+
+    return _sequence(refresh_left, refresh_right, _product(site, parts, y, site.views.get("c")))
+
+
+def bind_dwconv(site: Site) -> Run:
+    """y[h,w,c] = (b[c] or y) + windows of each channel times its taps: one multiply-add over whole rows per tap."""
+    x, w = site.views["x"], site.views["w"]
+    if x.shape[2] != w.shape[2]:
+        site.fault(f"x has {x.shape[2]} channels, w {w.shape[2]}", "give both the same number")
+    _refuse_bias_and_accumulate(site, "b")
+    shape = geometry(site, w.shape[:2])
+    dtype = np.dtype(np.float32) if x.dtype == np.int8 and shape.taps <= EXACT_TAPS else np.dtype(np.float64)
+    repeat = shape.outputs[1]
+    rows, refresh_rows = _weights(site, "w", dtype, lambda stored: np.tile(stored.reshape(shape.taps, -1), (1, repeat)), variant=repeat)
+    refresh, taps = _tap_rows(site, shape, dtype)
+    return _sequence(refresh, refresh_rows, _multiply_add(site, taps, rows, dtype))
+
+
+def _tap_rows(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run, list[Array]]:
+    """For each tap the values it multiplies as [h, w·c] rows, and the closure that converts the input to float."""
+    padded = pad(site, shape, int(site.attributes["zero"]))
+    height, _, channels = padded.array.shape
+    stride, width = shape.stride[1], shape.outputs[1]
+    starts = [tap_index * shape.dilation[1] for tap_index in range(shape.kernel[1])]
+    converted, copies = {}, []
+    for phase in sorted({start % stride for start in starts}):
+        source = padded.array[:, phase::stride]
+        converted[phase] = site.scratch.take(f"phase{phase}", source.shape, dtype)
+        copies.append((converted[phase], source))
+    taps = []
+    for k in range(shape.kernel[0]):
+        for start in starts:
+            chosen = converted[start % stride][:, start // stride :][:, :width]
+            rows = tap(chosen, shape, 0, k)
+            taps.append(_join_columns(rows))
+    return _gathering(padded.refresh, copies), taps
+
+
+def _join_columns(rows: Array) -> Array:
+    """[h, w, c] with dense (w, c) as [h, w·c] in place."""
+    height, width, channels = rows.shape
+    return as_strided(rows, (height, width * channels), (rows.strides[0], rows.itemsize))
+
+
+def _multiply_add(site: Site, taps: list[Array], weights: Array, dtype: np.dtype[Any]) -> Run:
+    """Sum of taps times weights, in blocks of rows that stay in the cache, into y."""
+    y, bias, keep = site.views["y"], site.views.get("b"), bool(site.attributes["accumulate"])
+    height, width, channels = y.shape
+    block = max(1, PIECE // (width * channels))
+    work = []
+    for start in range(0, height, block):
+        part = y[start : start + block]
+        total, product = (site.scratch.take(role, (part.shape[0], width * channels), dtype) for role in ("total", "term"))
+        whole = site.scratch.take("integers", part.shape, np.int32)
+        work.append((part, total, product, whole, total.reshape(part.shape), [rows[start : start + block] for rows in taps]))
+
+    def run() -> None:
+        for part, total, product, whole, shaped, (first, *others) in work:
+            np.multiply(first, weights[0], out=total)
+            for index, rows in enumerate(others, 1):
+                np.multiply(rows, weights[index], out=product)
+                np.add(total, product, out=total)
+            if keep:
+                to_int32(shaped, whole)
+                np.add(part, whole, out=part)
+            else:
+                to_int32(shaped, part)
+            if bias is not None:
+                np.add(part, bias, out=part)
+
+    return run
+
+
+def _refuse_bias_and_accumulate(site: Site, name: str) -> None:
+    if site.attributes["accumulate"] and name in site.views:
+        site.fault(f"it has both accumulate=1 and the bias {name}", "give the bias to the first instruction of the sum only")

@@ -1,0 +1,237 @@
+"""The virtual NPU: load a program once, run it often.
+
+The one big idea: loading turns the program into a flat list of closures over the machine's memories; running writes the inputs,
+calls them in order, and reads the outputs. Values never depend on timing, and cycles never on values, so both are had apart.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from isa.program import Program, TensorRecord
+from runtime import boundary
+from runtime.binder import Binder, written_ranges
+from runtime.errors import RuntimeFault
+from runtime.memory import Array, Memory, extent
+from runtime.report import LayerReport, Report, make_report
+from runtime.stream import Step, program_order, random_order, unrolled
+from runtime.timing import Timeline, simulate
+
+#: which named tensors to keep: all, some, or a function that takes (record, stored values) when the tensor's layer is complete
+Dump = bool | Collection[str] | Callable[[TensorRecord, Array], None] | None
+
+
+class Packaged(Protocol):
+    """Anything that holds a program and the bytes of its constants, such as `isa.Package`."""
+
+    @property
+    def program(self) -> Program: ...
+    @property
+    def constants(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One inference. Arrays are in the model's (logical) shapes.
+
+    `outputs`: what the outputs stand for (float32, or the model's integer or boolean type); `raw`: as stored;
+    `tensors`: the stored values of the tensors that `dump` asked for; `report`: cycles, bytes, energy.
+    """
+
+    outputs: dict[str, Array]
+    raw: dict[str, Array]
+    tensors: dict[str, Array]
+    report: Report
+
+    @property
+    def cycles(self) -> int:
+        return self.report.cycles
+
+    @property
+    def layers(self) -> tuple[LayerReport, ...]:
+        return self.report.layers
+
+    @property
+    def energy_pj(self) -> float:
+        return self.report.energy_pj
+
+
+class Machine:
+    """The NPU that a program's target describes, with the program loaded. One machine runs one inference at a time."""
+
+    def __init__(self, program: Program | Packaged, constants: bytes | None = None, *, memo: dict[Any, Any] | None = None):
+        """Load a package, or a program and its constants. Raises RuntimeFault when the program can't be run.
+
+        `memo` is shared by machines of the same program (see `run_many`).
+        """
+        if not isinstance(program, Program):
+            program, constants = program.program, program.constants
+        self.program, self.constants = program, constants or b""
+        self._memo: dict[Any, Any] = {} if memo is None else memo
+        self._check_sizes()
+        target = program.target
+        sizes = {"dram": program.dram_bytes, "spm": target.spm_bytes, "acc": target.acc_bytes}
+        self.memories = {space: Memory(space, size) for space, size in sizes.items()}
+        self._load_constants()
+        self.steps = unrolled(program)
+        self._inputs = [(record, self._view(record)) for record in program.inputs]
+        self._outputs = [(record, self._view(record)) for record in program.outputs]
+        self._named = {number: tuple((record, self._view(record)) for record in records) for number, records in self._tensors_by_layer().items()}
+        self._order = program_order(self.steps)
+        self._closures = self._bind(self._order, known_order=not self._constants_change)
+
+    def run(self, inputs: Mapping[str, Any], *, order: str = "program", seed: int = 0, dump: Dump = None) -> Run:
+        """One inference on {name: array of the model's shape}; the same inputs give the same bytes.
+
+        `order="random"` executes one of the orders that queues and events allow, chosen by `seed`; `dump` then must be None.
+        Raises RuntimeFault for inputs that do not fit.
+        """
+        if order not in ("program", "random"):
+            raise RuntimeFault(f"unknown order {order!r}", hint="use 'program' or 'random'")
+        self._write_inputs(inputs)
+        tensors: dict[str, Array] = {}
+        if order == "random":
+            if dump is not None and dump is not False:
+                raise RuntimeFault("tensors can't be kept in random order", hint="layers overlap there; use order='program'")
+            for closure in self._bind(random_order(self.steps, seed), known_order=False):
+                closure()
+        elif dump is None or dump is False:
+            for closure in self._closures:
+                closure()
+        else:
+            self._run_layers(_collector(dump, tensors))
+        raw = {record.name: view.copy() for record, view in self._outputs}
+        outputs = {record.name: boundary.to_real(record, raw[record.name]) for record, _ in self._outputs}
+        return Run(outputs, raw, tensors, self.report)
+
+    def run_many(self, samples: Iterable[Mapping[str, Any]], *, workers: int = 1, dump: Dump = None) -> Iterator[Run]:
+        """One Run per sample, in order. `workers` machines run side by side in threads; at most twice as many samples wait at a time."""
+        if workers <= 1:
+            yield from (self.run(sample, dump=dump) for sample in samples)
+            return
+        machines = [self, *(Machine(self.program, self.constants, memo=self._memo) for _ in range(workers - 1))]
+        free = deque(machines)
+
+        def task(sample: Mapping[str, Any]) -> Run:
+            machine = free.popleft()
+            try:
+                return machine.run(sample, dump=dump)
+            finally:
+                free.append(machine)
+
+        with ThreadPoolExecutor(workers) as pool:
+            pending: deque[Future[Run]] = deque()
+            for sample in samples:
+                pending.append(pool.submit(task, sample))
+                if len(pending) >= 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """When each instruction runs."""
+        return simulate(self.program)
+
+    @cached_property
+    def report(self) -> Report:
+        """Cycles, bytes and energy of one inference; they do not depend on the inputs."""
+        return make_report(self.program, self.timeline)
+
+    def _check_sizes(self) -> None:
+        program = self.program
+        low, high = program.constants_address, program.constants_address + program.constants_bytes
+        if len(self.constants) != program.constants_bytes:
+            raise RuntimeFault(f"the constants have {len(self.constants)} bytes", hint=f"the program says {program.constants_bytes}")
+        if low < 0 or high > program.dram_bytes:
+            raise RuntimeFault(f"the constants lie at {low} to {high}", hint=f"the program uses {program.dram_bytes} bytes of dram")
+        if program.dram_bytes > program.target.dram_bytes:
+            raise RuntimeFault(f"the program uses {program.dram_bytes} bytes of dram", hint=f"its target has {program.target.dram_bytes}")
+
+    def _load_constants(self) -> None:
+        start = self.program.constants_address
+        self.memories["dram"].bytes[start : start + len(self.constants)] = np.frombuffer(self.constants, np.uint8)
+
+    @cached_property
+    def _dirty(self) -> dict[str, list[tuple[int, int]]]:
+        """The bytes that a run may change, by memory."""
+        ranges = written_ranges(self.steps)
+        ranges["dram"] = ranges.get("dram", []) + [extent(record.tile, record.tile.address) for record in self.program.inputs]
+        return ranges
+
+    @cached_property
+    def _constants_change(self) -> bool:
+        """Whether the program or its inputs write over its constants."""
+        low, high = self.program.constants_address, self.program.constants_address + self.program.constants_bytes
+        return any(first < high and low < last for first, last in self._dirty["dram"])
+
+    def _view(self, record: TensorRecord) -> Array:
+        return self.memories[record.tile.space].view(record.tile, record.tile.address)
+
+    def _tensors_by_layer(self) -> dict[int, list[TensorRecord]]:
+        """Named tensors by the number of the layer that completes them; -1 for those that hold before the first."""
+        numbers = {"": -1, **{layer.name: number for number, layer in enumerate(self.program.layers)}}
+        found: dict[int, list[TensorRecord]] = {}
+        for record in self.program.tensors:
+            if record.layer not in numbers:
+                raise RuntimeFault(f"tensor {record.name!r} belongs to layer {record.layer!r}, which does not exist")
+            found.setdefault(numbers[record.layer], []).append(record)
+        return found
+
+    def _bind(self, order: list[int], *, known_order: bool) -> list[Callable[[], None]]:
+        binder = Binder(self.program, self.memories, self._memo, known_order=known_order)
+        return [binder.bind(number, self.steps[index]) for number, index in enumerate(order)]
+
+    def _write_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Bring the memories to the state before a run: zero, with constants and inputs."""
+        boundary.check_names(inputs, self.program.inputs)
+        stored = [boundary.to_stored(record, inputs[record.name], view.dtype) for record, view in self._inputs]
+        for space, ranges in self._dirty.items():
+            self.memories[space].clear(ranges)
+        if self._constants_change:
+            self._load_constants()
+        for (_, view), values in zip(self._inputs, stored, strict=True):
+            np.copyto(view, values)
+
+    def _run_layers(self, keep: Callable[[TensorRecord, Array], None]) -> None:
+        """Run in program order, handing each named tensor over when the last instruction of its layer is done."""
+        left = [0] * len(self.program.layers)
+        for step in self.steps:
+            left[step.layer] += 1
+        for record, view in self._named.get(-1, ()):
+            keep(record, view)
+        for number in (number for number, count in enumerate(left) if count == 0):
+            self._hand_over(number, keep)
+        for index, closure in zip(self._order, self._closures, strict=True):
+            closure()
+            layer = self.steps[index].layer
+            left[layer] -= 1
+            if left[layer] == 0:
+                self._hand_over(layer, keep)
+
+    def _hand_over(self, layer: int, keep: Callable[[TensorRecord, Array], None]) -> None:
+        for record, view in self._named.get(layer, ()):
+            keep(record, view)
+
+
+def _collector(dump: bool | Collection[str] | Callable[[TensorRecord, Array], None], tensors: dict[str, Array]) -> Callable[[TensorRecord, Array], None]:
+    """What to do with a named tensor once it is complete."""
+    if not isinstance(dump, bool) and callable(dump):
+        return dump
+    wanted = None if dump is True else set(dump)  # type: ignore[arg-type]
+
+    def keep(record: TensorRecord, stored: Array) -> None:
+        if wanted is None or record.name in wanted:
+            tensors[record.name] = stored.copy()
+
+    return keep
+
+
+__all__ = ["Dump", "Machine", "Packaged", "Run", "Step"]

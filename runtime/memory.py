@@ -1,0 +1,91 @@
+"""The three memories of the machine, and the only door to them: bounds-checked strided views.
+
+The one big idea: a tile of the instruction set *is* a numpy strided view of a flat byte array, so that decoding an
+operand once gives the array that every execution reads or writes. No view is made before its extent and alignment are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isa.program import DTYPES, SPACES, Tile
+from runtime.errors import RuntimeFault
+
+Array = NDArray[Any]
+NUMPY: dict[str, np.dtype[Any]] = {
+    "s8": np.dtype(np.int8), "u8": np.dtype(np.uint8), "s16": np.dtype(np.int16),
+    "s32": np.dtype(np.int32), "s64": np.dtype(np.int64), "f32": np.dtype(np.float32),
+}  # fmt: skip
+NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in NUMPY.items()}
+LARGEST_MEMORY = 1 << 36  # bytes; a larger one is a damaged program, not a chip
+LARGEST_TILE = 1 << 28  # elements, counting broadcast ones
+CACHE_LINE = 64
+
+
+class Memory:
+    """One flat byte memory, zeroed. Raises RuntimeFault when the size is impossible."""
+
+    def __init__(self, space: str, size: int):
+        if not 0 <= size <= LARGEST_MEMORY:
+            raise RuntimeFault(f"the {space} memory has {size} bytes", hint=f"it can have 0 to {LARGEST_MEMORY}")
+        try:
+            backing = np.zeros(size + CACHE_LINE, np.uint8)
+        except MemoryError as error:
+            raise RuntimeFault(f"this computer can't hold a {space} memory of {size} bytes", hint="use a smaller model or target") from error
+        start = -backing.ctypes.data % CACHE_LINE
+        self.space, self.size = space, size
+        self.bytes: NDArray[np.uint8] = backing[start : start + size]
+
+    def view(self, tile: Tile, address: int, *, line: int = 0) -> Array:
+        """The tile at `address` as an array that shares this memory. Raises RuntimeFault when it leaves the memory or is not aligned."""
+        dtype, width = NUMPY[tile.dtype], DTYPES[tile.dtype]
+        if len(tile.shape) != len(tile.strides) or any(size < 1 for size in tile.shape) or tile.elements > LARGEST_TILE:
+            raise RuntimeFault(f"a tile of shape {list(tile.shape)} with strides {list(tile.strides)} can't be read or written", line=line)
+        if width > 1 and any(step % width for step in (address, *tile.strides)):
+            raise RuntimeFault(
+                f"{SPACES[tile.space]}{address:#x}:{tile.dtype}{{{','.join(map(str, tile.strides))}}} is not aligned",
+                line=line, hint=f"address and strides of {tile.dtype} must be multiples of {width}",
+            )  # fmt: skip
+        low, high = extent(tile, address)
+        if low < 0 or high > self.size:
+            raise RuntimeFault(
+                f"the tile {SPACES[tile.space]}{address:#x}:{tile.dtype}{list(tile.shape)} touches bytes {low} to {high}",
+                line=line, hint=f"{tile.space} has {self.size} bytes",
+            )  # fmt: skip
+        return np.ndarray(tile.shape, dtype, buffer=self.bytes.data, offset=address, strides=tile.strides)
+
+    def clear(self, intervals: Iterable[tuple[int, int]]) -> None:
+        """Zero the given [low, high) byte ranges."""
+        for low, high in intervals:
+            self.bytes[low:high] = 0
+
+
+def extent(tile: Tile, address: int) -> tuple[int, int]:
+    """Lowest byte touched and one past the highest, with the tile at `address`."""
+    low, high = tile.extent()
+    return low - tile.address + address, high - tile.address + address
+
+
+def overlaps_itself(tile: Tile) -> bool:
+    """Whether two elements may share a byte: then the order of writes would matter (conservative for unusual strides)."""
+    reach = DTYPES[tile.dtype]
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(tile.strides, tile.shape, strict=True) if size > 1):
+        if stride < reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def merge(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of byte ranges as sorted, disjoint ranges."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(intervals):
+        if merged and low <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
+        else:
+            merged.append((low, high))
+    return merged

@@ -1,0 +1,133 @@
+"""Between integers and reals: the float32 steps that every kernel shares.
+
+The one big idea: each step is one IEEE-754 single-precision operation, rounded once, in a fixed order; so the same integers
+come out on every machine. `rint` rounds half to even; the zero point is added after rounding; clipping happens in float,
+before the narrow cast, so that no cast is ever out of range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from runtime.memory import NAMES, NUMPY, Array
+from runtime.scratch import collapse, pieces
+from runtime.site import Site
+
+DEFAULT_CLAMP = (-128, 127)
+#: channels below which the scales are repeated into full rows
+SHORT_ROW = 1024
+
+
+def bounds(dtype: str, clamp: tuple[int, int]) -> tuple[int, int]:
+    """Lowest and highest stored value: the clamp within the type's range; the default clamp means the whole range."""
+    limits = np.iinfo(NUMPY[dtype])
+    if tuple(clamp) == DEFAULT_CLAMP:
+        return int(limits.min), int(limits.max)
+    return max(clamp[0], int(limits.min)), min(clamp[1], int(limits.max))
+
+
+def real(stored: Array, quant: tuple[float, int]) -> Array:
+    """float32(x - zero) * scale as a new float32 array; float tiles are what they are."""
+    if stored.dtype == np.float32:
+        return stored.copy()
+    scale, zero = quant
+    values: Array
+    if stored.dtype.itemsize <= 2:
+        values = stored.astype(np.float32)
+        if zero:
+            values -= np.float32(zero)
+    else:
+        values = (stored.astype(np.int64) - zero).astype(np.float32)
+    if scale != 1.0:
+        values *= np.float32(scale)
+    return values
+
+
+def store(values: Array, quant: tuple[float, int], dtype: str, clamp: tuple[int, int]) -> Array:
+    """clamp(rint(v / scale) + zero) as an array of `dtype`; NaN becomes the zero point. For f32: v itself. May change `values`."""
+    if dtype == "f32":
+        return values
+    scale, zero = quant
+    if scale != 1.0:
+        np.divide(values, np.float32(scale), out=values)
+    return round_and_clamp(values, zero, dtype, clamp)
+
+
+def round_and_clamp(values: Array, zero: int, dtype: str, clamp: tuple[int, int]) -> Array:
+    """clamp(rint(v) + zero) as an array of `dtype`; NaN becomes the zero point. May change `values`."""
+    low, high = bounds(dtype, clamp)
+    np.rint(values, out=values)
+    unknown = np.isnan(values)
+    if unknown.any():
+        values[unknown] = 0
+    if dtype in ("s32", "s64"):
+        return _wide(values, zero, dtype, low, high)
+    # |rint(v)| below 2**24 - 2**15: the sum is exact; above: it saturates either way
+    values += np.float32(zero)
+    return np.clip(values, np.float32(low), np.float32(high), out=values).astype(NUMPY[dtype])
+
+
+def _wide(rounded: Array, zero: int, dtype: str, low: int, high: int) -> Array:
+    """The same for results that float32 does not hold exactly: to 64 bits (from 2**63 on it saturates), then add and clamp as integers."""
+    too_high, too_low = rounded >= 2.0**63, rounded <= -(2.0**63)
+    integers = np.where(too_high | too_low, 0, rounded).astype(np.int64) + zero
+    integers[too_high], integers[too_low] = high, low
+    return np.clip(integers, low, high).astype(NUMPY[dtype])
+
+
+def bind_requant(site: Site) -> Callable[[], None]:
+    """y[..., n] = clamp(rint(float32(a[..., n]) * s[n]) + zero)."""
+    a, y = site.views["a"], site.views["y"]
+    quant = (int(site.attributes["zero"]), tuple(site.attributes["clamp"]))
+    if "s" not in site.views:
+        scale: Array = np.asarray(site.attributes["scale"], np.float32)
+        return _requant(site, *collapse([a, y]), lambda rows: scale, quant)
+    a, y = collapse([a.reshape(1, *a.shape), y.reshape(1, *y.shape)], keep=1)
+    if "s" not in site.constants:
+        live = site.views["s"]
+        return _requant(site, a, y, lambda rows: live, quant)
+    key, scales = site.constants["s"]
+    return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant)
+
+
+def _repeated(site: Site, key: Any, scales: Array, rows: int) -> Array:
+    """The scales once per row when rows are short: then the product runs over one long contiguous row."""
+    if len(scales) > SHORT_ROW:
+        return scales
+    memo = ("scales", key, rows)
+    if memo not in site.memo:
+        site.memo[memo] = np.tile(scales, (rows, 1))
+    repeated: Array = site.memo[memo]
+    return repeated
+
+
+def _requant(site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], quant: tuple[int, tuple[int, int]]) -> Callable[[], None]:
+    zero, clamp = quant
+    dtype = NAMES[y.dtype]
+    low, high = (np.float32(bound) for bound in bounds(dtype, clamp))
+    work = [
+        (part, result, scale_for(part.shape[0]), site.scratch.take("requant", part.shape, np.float32))
+        for part, result in pieces([a, y])
+    ]  # fmt: skip
+    offset = np.float32(zero)
+
+    def run() -> None:
+        for part, result, scale, values in work:
+            np.copyto(values, part, casting="unsafe")
+            np.multiply(values, scale, out=values)
+            np.rint(values, out=values)
+            if offset:
+                np.add(values, offset, out=values)
+            np.clip(values, low, high, out=values)
+            np.copyto(result, values, casting="unsafe")
+
+    def run_guarded() -> None:
+        if np.isfinite(work[0][2]).all():
+            return run()
+        for part, result, scale, _ in work:
+            np.copyto(result, round_and_clamp(part.astype(np.float32) * scale, zero, dtype, clamp))
+
+    return run if "s" not in site.views or "s" in site.constants and np.isfinite(work[0][2]).all() else run_guarded

@@ -1,0 +1,60 @@
+"""Working arrays that the kernels share: taken when a program is bound, so that a run allocates nothing large.
+
+The one big idea: kernels run one after the other, so two of them may use the same bytes. Arrays of one role are views of
+one buffer per power of two of their size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from runtime.memory import CACHE_LINE, Array
+
+#: elements that a kernel works on at once, so that its float32 working arrays stay in the first- and second-level cache
+PIECE = 16384
+
+
+class Scratch:
+    """A pool of working arrays by role."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int], Array] = {}
+
+    def take(self, role: str, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """An array whose content lasts until the next kernel that takes the same role."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        capacity = max(1 << max(size - 1, 1).bit_length(), CACHE_LINE)
+        buffer = self._buffers.get((role, capacity))
+        if buffer is None:
+            backing: Array = np.empty(capacity + CACHE_LINE, np.uint8)
+            start = -backing.ctypes.data % CACHE_LINE
+            buffer = self._buffers[(role, capacity)] = backing[start : start + capacity]
+        taken: np.ndarray[Any, Any] = buffer[:size].view(dtype).reshape(shape)
+        return taken
+
+
+def collapse(arrays: list[Array], *, keep: int = 0) -> list[Array]:
+    """The same arrays (of one shape) with neighbouring dimensions merged where every array allows it; the last `keep` stay apart."""
+    shape, rank = arrays[0].shape, arrays[0].ndim - keep
+    sizes: list[int] = []
+    outer = 0
+    for axis in (axis for axis in range(rank) if shape[axis] != 1):
+        if sizes and all(a.strides[outer] == a.strides[axis] * shape[axis] for a in arrays):
+            sizes[-1] *= shape[axis]
+        else:
+            sizes.append(shape[axis])
+        outer = axis
+    return [a.reshape(*(sizes or [1]), *shape[rank:]) for a in arrays]
+
+
+def pieces(arrays: list[Array], limit: int = PIECE) -> list[list[Array]]:
+    """The same arrays (of one shape) cut along their first dimension into parts of at most about `limit` elements."""
+    shape = arrays[0].shape
+    if not shape or math.prod(shape) <= limit:
+        return [arrays]
+    rows = max(1, limit // max(1, math.prod(shape[1:])))
+    return [[a[start : start + rows] for a in arrays] for start in range(0, shape[0], rows)]

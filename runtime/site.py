@@ -1,0 +1,37 @@
+"""What a kernel is given when it is bound: the operands of one dynamic instruction as arrays.
+
+The one big idea: everything that can be known before a run is known here (shapes, addresses, attributes, and the content of
+operands that the program provably loads from its constants), so that the closure a kernel returns only computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from isa.program import Instruction
+from runtime.errors import RuntimeFault
+from runtime.memory import Array
+from runtime.scratch import Scratch
+
+
+@dataclass(frozen=True)
+class Site:
+    """One dynamic instruction: `views` by operand name (optional operands may be missing), every attribute by name.
+
+    `constants` maps an operand to a key that stands for its content, when every run finds the same bytes there; `content` gives that copy.
+    `same_input` tells that operand x was not written since the conv before, which read the very same tile in the same way.
+    """
+
+    instruction: Instruction
+    views: Mapping[str, Array]
+    attributes: Mapping[str, Any]
+    scratch: Scratch
+    memo: dict[Any, Any]
+    constants: Mapping[str, tuple[Any, Array]] = field(default_factory=dict)
+    same_input: bool = False
+
+    def fault(self, message: str, hint: str = "") -> NoReturn:
+        """Refuse this instruction."""
+        raise RuntimeFault(f"{self.instruction.name}: {message}", line=self.instruction.line, hint=hint)
