@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy
-import numpy.typing
+import numpy as np
+import numpy.typing as npt
 
 from isa.program import DTYPES, Tile
 
@@ -84,13 +84,13 @@ def _share_byte(first: Footprint, second: Footprint, delta: int) -> bool:
     if max(first.runs, second.runs) > MAXIMUM_RUNS:
         return True
     starts, others = run_starts(first), run_starts(second) + delta
-    nearest = numpy.searchsorted(starts, others + second.run, side="left") - 1  # the last run that begins before the other ends
+    nearest = np.searchsorted(starts, others + second.run, side="left") - 1  # the last run that begins before the other ends
     return bool(((nearest >= 0) & (starts[nearest] + first.run > others)).any())
 
 
 def _digits(tile: Footprint, strides: list[int]) -> list[int] | None:
     """The tile's count along each of the strides, or None when some stride is smaller than what lies within it."""
-    counts, span = dict((stride, size) for size, stride in tile.dims), tile.run
+    counts, span = {stride: size for size, stride in tile.dims}, tile.run
     for stride in reversed(strides):
         if span > stride:
             return None
@@ -109,12 +109,12 @@ def _meet(levels: tuple[tuple[int, int, int], ...], first_run: int, second_run: 
     )
 
 
-def run_starts(tile: Footprint) -> numpy.typing.NDArray[numpy.int64]:
+def run_starts(tile: Footprint) -> npt.NDArray[np.int64]:
     """Where each run begins after the lowest byte, rising."""
-    starts = numpy.zeros(1, numpy.int64)
+    starts = np.zeros(1, np.int64)
     for size, stride in tile.dims:
-        starts = (starts[:, None] + numpy.arange(size, dtype=numpy.int64) * stride).reshape(-1)
-    return numpy.sort(starts)
+        starts = (starts[:, None] + np.arange(size, dtype=np.int64) * stride).reshape(-1)
+    return np.sort(starts)
 
 
 @lru_cache(maxsize=65536)
@@ -130,4 +130,4 @@ def writes_twice(shape: tuple[int, ...], strides: tuple[int, ...], item: int) ->
     else:
         return False
     elements = Footprint(0, 0, item, tuple(dims))
-    return elements.runs > MAXIMUM_RUNS or bool((numpy.diff(run_starts(elements)) < item).any())
+    return elements.runs > MAXIMUM_RUNS or bool((np.diff(run_starts(elements)) < item).any())

@@ -69,7 +69,9 @@ class Package:
         try:
             _replace(path, blob)
         except OSError as error:
-            raise PackageError(f"cannot write the package: {error.strerror or error}", file=str(path), hint="check the folder and its free space") from error
+            raise PackageError(
+                f"cannot write the package: {error.strerror or error}", file=str(path), hint="check the folder and its free space"
+            ) from error
 
     @staticmethod
     def from_bytes(blob: bytes, *, file: str = "") -> Package:
@@ -118,7 +120,14 @@ def pack_text(text: str, constants: bytes = b"", *, file: str = "", tool: str = 
 def _signature(records: tuple[TensorRecord, ...]) -> list[dict[str, Any]]:
     """What a caller of the program must know. `scale` is float32, stated as the double that equals it."""
     return [
-        {"name": record.name, "dtype": record.tile.dtype, "outside": record.dtype, "shape": list(record.tile.shape), "scale": record.scale, "zero": record.zero}
+        {
+            "name": record.name,
+            "dtype": record.tile.dtype,
+            "outside": record.dtype,
+            "shape": list(record.tile.shape),
+            "scale": record.scale,
+            "zero": record.zero,
+        }
         for record in records
     ]
 
@@ -165,7 +174,9 @@ def _replace(path: Path, blob: bytes) -> None:
 def _unzip(blob: bytes, file: str) -> dict[str, bytes]:
     """Names and sizes first, contents after; everything is refused that `_zip_bytes` would not have written."""
     if not blob.startswith(b"PK"):
-        raise PackageError("this is not a .npu package: it does not begin as a zip file", file=file, hint="give a file made by npucc compile or npucc asm")
+        raise PackageError(
+            "this is not a .npu package: it does not begin as a zip file", file=file, hint="give a file made by npucc compile or npucc asm"
+        )
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as archive:
             entries = archive.infolist()
@@ -185,7 +196,9 @@ def _refuse_odd_entries(entries: list[zipfile.ZipInfo], available: int, file: st
     for entry in entries:
         shown = repr(entry.filename if len(entry.filename) <= 80 else entry.filename[:77] + "...")
         if not _MEMBER_NAME.match(entry.filename):
-            raise PackageError(f"member {shown} has a name that a package cannot have", file=file, hint="names are relative, without .. or backslashes")
+            raise PackageError(
+                f"member {shown} has a name that a package cannot have", file=file, hint="names are relative, without .. or backslashes"
+            )
         if entry.filename in names:
             raise PackageError(f"member {shown} stands twice", file=file, hint=_AGAIN)
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
@@ -209,11 +222,17 @@ def _verified_manifest(contents: Mapping[str, bytes], file: str) -> dict[str, An
         raise PackageError(f"{MANIFEST} is not JSON: {error}", file=file, hint=_AGAIN) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise PackageError(f"the package has format version {found!r}, this reader knows {FORMAT}", file=file, hint="use the npucc that made it, or compile the model again")
+        raise PackageError(
+            f"the package has format version {found!r}, this reader knows {FORMAT}",
+            file=file,
+            hint="use the npucc that made it, or compile the model again",
+        )
     checksums = manifest.get("sha256")
     if not isinstance(checksums, dict) or set(checksums) != set(contents) - {MANIFEST}:
         raise PackageError(f"the members of the package and the checksums in {MANIFEST} differ", file=file, hint=_AGAIN)
     for name in sorted(checksums):
         if hashlib.sha256(contents[name]).hexdigest() != checksums[name]:
-            raise PackageError(f"member {name!r} does not have the checksum that {MANIFEST} states", file=file, hint=f"copy the file again, or {_AGAIN}")
+            raise PackageError(
+                f"member {name!r} does not have the checksum that {MANIFEST} states", file=file, hint=f"copy the file again, or {_AGAIN}"
+            )
     return manifest

@@ -52,7 +52,11 @@ def attribute_remarks(spec: InstructionSpec, instruction: Instruction) -> Iterat
     known, seen = {attribute.name: attribute for attribute in spec.attributes}, set()
     for name, value in instruction.attributes:
         if name not in known or name in seen:
-            yield (f"attribute {name!r} stands twice", "keep one") if name in seen else (f"{spec.name} has no attribute {name!r}", did_you_mean(name, known))
+            yield (
+                (f"attribute {name!r} stands twice", "keep one")
+                if name in seen
+                else (f"{spec.name} has no attribute {name!r}", did_you_mean(name, known))
+            )
             continue
         seen.add(name)
         yield from _value_remarks(known[name], value)
@@ -137,7 +141,10 @@ def same_dtype(*names: str) -> Rule:
         first, *others = names
         for other in others:
             if tiles[first].dtype != tiles[other].dtype:
-                yield f"operand {first} holds {tiles[first].dtype}, but operand {other} holds {tiles[other].dtype}", "they must be the same; cvt converts"
+                yield (
+                    f"operand {first} holds {tiles[first].dtype}, but operand {other} holds {tiles[other].dtype}",
+                    "they must be the same; cvt converts",
+                )
 
     return rule
 
@@ -179,8 +186,13 @@ def windows_not_empty(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> I
             yield f"the window of output {name} 0 lies wholly in the padding", f"leave the empty {name}s out of y"
         elif (outputs - 1) * stride - before >= inputs:
             yield f"the window of output {name} {outputs - 1} lies wholly in the padding", f"leave the empty {name}s out of y"
-        elif dilation > inputs and any(_misses(start, kernel, dilation, inputs) for start in range(-before, outputs * stride - before, stride)):
+        elif dilation > inputs and any(_misses(start, kernel, dilation, inputs) for start in _starts(outputs, stride, before)):
             yield f"a window steps over all {inputs} {name}s of x", f"the dilation {dilation} is larger than the tile"
+
+
+def _starts(outputs: int, stride: int, before: int) -> range:
+    """Where the windows begin; of a very long axis the first 65,536."""
+    return range(-before, min(outputs, 1 << 16) * stride - before, stride)
 
 
 def _misses(start: int, kernel: int, dilation: int, inputs: int) -> bool:

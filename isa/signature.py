@@ -13,13 +13,13 @@ from isa.spec import InstructionSpec, Operand
 
 
 @lru_cache(maxsize=256)
-def _required(name: str, operands: tuple[Operand, ...]) -> int:
+def _required(operands: tuple[Operand, ...]) -> int:
     return sum(not operand.optional for operand in operands)
 
 
 def operand_count_fault(spec: InstructionSpec, count: int) -> tuple[str, str] | None:
     """(message, hint) when `count` tiles are too few or too many."""
-    required = _required(spec.name, spec.operands)
+    required = _required(spec.operands)
     if required <= count <= len(spec.operands):
         return None
     wanted = str(required) if required == len(spec.operands) else f"{required} to {len(spec.operands)}"

@@ -22,7 +22,7 @@ from isa.program import LOOP_VARIABLES, Event, Instruction, Layer, Loop, Program
 from isa.signature import operand_count_fault, operand_fault
 from isa.spec import SPEC, InstructionSpec
 from isa.target import Target, target_from_fields
-from isa.tokens import Fault, did_you_mean, quoted
+from isa.tokens import TokenError, did_you_mean, quoted
 
 VERSION = 1
 MAXIMUM_TEXT = 64 << 20  # characters
@@ -77,7 +77,8 @@ def _bound_size(text: str, file: str) -> None:
 
 def _syntax_error(error: UnexpectedInput, text: str, file: str) -> ParseError:
     """Say what stands there and what the grammar would have taken."""
-    position = error.pos_in_stream if error.pos_in_stream is not None and error.pos_in_stream >= 0 else len(text)
+    given: int | None = error.pos_in_stream  # None or -1 at the end of the text
+    position = len(text) if given is None or given < 0 else given
     line, column = text.count("\n", 0, position) + 1, position - (text.rfind("\n", 0, position) + 1) + 1
     expected: set[str] = set()
     if isinstance(error, UnexpectedToken):
@@ -104,7 +105,7 @@ def _describe_syntax(found: str, expected: set[str], *, starts_line: bool) -> tu
     if starts_line and found:
         return f"{quoted(found)} cannot start a line", "a line is a directive such as .layer, an instruction such as ld, a loop, or end"
     if found.startswith('"') and not (len(found) > 1 and found.endswith('"')):
-        return f"the string {quoted(found)} is not closed", "end it with a double quote on the same line; write a quote inside as \\\""
+        return f"the string {quoted(found)} is not closed", 'end it with a double quote on the same line; write a quote inside as \\"'
     names = sorted(TERMINALS.get(name, name) for name in expected if name not in ("COMMENT", "SPACE", "$END"))
     return f"{quoted(found) if found else 'the end of the line'} is out of place", f"expected {' or '.join(names)}" if names else "remove it"
 
@@ -214,7 +215,14 @@ class _Reader:
         readers = {"scale": _read_scale, "zero": _read_zero, "layer": _read_name, "type": _read_outside_dtype}
         fields = self.fields(children, readers, required=("scale", "zero"), first=4)
         self.records[directive].append(
-            TensorRecord(name, Tile(space, address, dtype, shape, strides), fields["scale"], fields["zero"], fields.get("layer", ""), fields.get("type", "float32"))
+            TensorRecord(
+                name,
+                Tile(space, address, dtype, shape, strides),
+                fields["scale"],
+                fields["zero"],
+                fields.get("layer", ""),
+                fields.get("type", "float32"),
+            )
         )
 
     def fields(
@@ -237,7 +245,7 @@ class _Reader:
     def decode(self, token: Token, read: Callable[[str], Any]) -> Any:
         try:
             return read(str(token))
-        except Fault as fault:
+        except TokenError as fault:
             self.fail(token, fault.message, fault.hint, offset=fault.offset)
 
     # ── layers and loops ──
@@ -301,24 +309,26 @@ class _Reader:
     def read_tile(self, spec: InstructionSpec, index: int, token: Token) -> Tile:
         try:
             tile = tokens.read_tile(str(token))
-        except Fault as fault:
+        except TokenError as fault:
             self.fail(token, fault.message, fault.hint, offset=fault.offset)
         depth = len(self.blocks) - 1
         if len(tile.steps) > depth:
             variable = LOOP_VARIABLES[len(tile.steps) - 1]
             scope = f"the loop variables here are {', '.join(LOOP_VARIABLES[:depth])}" if depth else "there is no loop around this line"
             self.fail(token, f"loop variable {variable!r} is not in scope", scope, offset=token.find(f"*{variable}") + 1)
-        fault = operand_fault(spec.name, spec.operands[index], tile.space, tile.dtype)
-        if fault:
-            self.fail(token, *fault)
+        remark = operand_fault(spec.name, spec.operands[index], tile.space, tile.dtype)
+        if remark:
+            self.fail(token, *remark)
         return tile
 
-    def read_attributes(self, spec: InstructionSpec, children: list[Token]) -> tuple[tuple[tuple[str, Value], ...], tuple[Event, ...], tuple[Event, ...]]:
+    def read_attributes(
+        self, spec: InstructionSpec, children: list[Token]
+    ) -> tuple[tuple[tuple[str, Value], ...], tuple[Event, ...], tuple[Event, ...]]:
         values: dict[str, Any] = {}
         for token in children:
             try:
                 name, value = tokens.read_attribute(spec.name, str(token))
-            except Fault as fault:
+            except TokenError as fault:
                 self.fail(token, fault.message, fault.hint, offset=fault.offset)
             if name in values:
                 self.fail(token, f"{name} stands twice", "keep one of them; several events are separated by commas: wait=ld.0,vec.0")
@@ -339,8 +349,10 @@ def _read_size(text: str, offset: int) -> int:
 def _read_span(text: str, offset: int) -> tuple[int, int]:
     address, plus, size = text.partition("+")
     if not plus:
-        raise Fault(offset, f"{quoted(text)} is not ADDRESS+SIZE", "write it as constants=0x400000+0x2f000")
-    return tokens.read_integer(address, "the address", offset=offset, low=0), tokens.read_integer(size, "the size", offset=offset + len(address) + 1, low=0)
+        raise TokenError(offset, f"{quoted(text)} is not ADDRESS+SIZE", "write it as constants=0x400000+0x2f000")
+    return tokens.read_integer(address, "the address", offset=offset, low=0), tokens.read_integer(
+        size, "the size", offset=offset + len(address) + 1, low=0
+    )
 
 
 def _read_scale(text: str, offset: int) -> float:
@@ -361,7 +373,7 @@ def _read_nodes(text: str, offset: int) -> tuple[str, ...]:
 
 def _read_outside_dtype(text: str, offset: int) -> str:
     if text not in OUTSIDE_DTYPES:
-        raise Fault(offset, f"unknown outside type {quoted(text)}", did_you_mean(text, OUTSIDE_DTYPES))
+        raise TokenError(offset, f"unknown outside type {quoted(text)}", did_you_mean(text, OUTSIDE_DTYPES))
     return text
 
 
@@ -370,7 +382,7 @@ def _read_field(key: str, text: str, kind: str) -> int | float | str | bool:
     offset = len(key) + 1
     if kind == "bool":
         if text not in ("true", "false"):
-            raise Fault(offset, f"{key} is {quoted(text)}", "expected true or false")
+            raise TokenError(offset, f"{key} is {quoted(text)}", "expected true or false")
         return text == "true"
     if kind == "int":
         return tokens.read_integer(text, key, offset=offset)

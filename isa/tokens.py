@@ -1,7 +1,7 @@
 """One token of npuasm to the value it spells and back: tiles, attribute values, events, strings.
 
 The one big idea: reading and printing of each kind stand side by side, and what one prints the other reads as the same value.
-Mistakes are raised as `Fault`, whose offset counts characters from the start of the token; `isa.text` turns them into a ParseError.
+Mistakes are raised as `TokenError`, whose offset counts characters from the start of the token; `isa.text` turns them into a ParseError.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable
 from functools import lru_cache
 
-import numpy
+import numpy as np
 
 from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES, Event, Tile, Value, dense_strides
 from isa.spec import SPEC, Attribute, InstructionSpec
@@ -32,7 +32,7 @@ _TYPE = re.compile(r"([A-Za-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?\Z")
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_.+-]*\Z")
 
 
-class Fault(Exception):
+class TokenError(Exception):
     """A mistake inside one token."""
 
     def __init__(self, offset: int, message: str, hint: str = ""):
@@ -58,27 +58,27 @@ def quoted(found: str) -> str:
 def read_integer(text: str, what: str, *, offset: int = 0, low: int = 1 - INTEGER_LIMIT) -> int:
     """A decimal or 0x number in [low, 2**48)."""
     if not _INTEGER.match(text):
-        raise Fault(offset, f"{what} is {quoted(text)}", "expected a whole number such as 64, -3 or 0x40")
+        raise TokenError(offset, f"{what} is {quoted(text)}", "expected a whole number such as 64, -3 or 0x40")
     value = int(text, 16 if "0x" in text[:3] else 10) if len(text) < 40 else INTEGER_LIMIT
     if not low <= value < INTEGER_LIMIT:
-        raise Fault(offset, f"{what} is {quoted(text)}", f"expected a whole number from {low} to 2**48 - 1")
+        raise TokenError(offset, f"{what} is {quoted(text)}", f"expected a whole number from {low} to 2**48 - 1")
     return value
 
 
 def read_float32(text: str, what: str, *, offset: int = 0) -> float:
     """A float32 as the Python float that equals it."""
     if not _FLOAT.match(text) or len(text) > 64:
-        raise Fault(offset, f"{what} is {quoted(text)}", "expected a float such as 0.5, 1e-05, inf or nan")
+        raise TokenError(offset, f"{what} is {quoted(text)}", "expected a float such as 0.5, 1e-05, inf or nan")
     try:
         return float(struct.unpack("<f", struct.pack("<f", float(text)))[0])
     except OverflowError:
-        raise Fault(offset, f"{what} is {quoted(text)}", "expected a number within float32's range, or inf") from None
+        raise TokenError(offset, f"{what} is {quoted(text)}", "expected a number within float32's range, or inf") from None
 
 
 @lru_cache(maxsize=65536)
 def _print_float32(value: float) -> str:
-    with numpy.errstate(over="ignore"):
-        return str(numpy.float32(value))
+    with np.errstate(over="ignore"):
+        return str(np.float32(value))
 
 
 def print_float32(value: float) -> str:
@@ -87,6 +87,7 @@ def print_float32(value: float) -> str:
 
 
 def print_address(value: int) -> str:
+    """In hexadecimals, as addresses, steps and sizes of memories are written."""
     return f"0x{value:x}" if value >= 0 else f"-0x{-value:x}"
 
 
@@ -96,7 +97,7 @@ def read_numbers(text: str, what: str, *, offset: int, low: int) -> tuple[int, .
         return ()
     parts = text.split(",", MAXIMUM_DIMENSIONS + 1)
     if len(parts) > MAXIMUM_DIMENSIONS:
-        raise Fault(offset, f"more than {MAXIMUM_DIMENSIONS} {what}s", f"a tile has at most {MAXIMUM_DIMENSIONS} dimensions")
+        raise TokenError(offset, f"more than {MAXIMUM_DIMENSIONS} {what}s", f"a tile has at most {MAXIMUM_DIMENSIONS} dimensions")
     numbers = []
     for part in parts:
         numbers.append(read_integer(part, f"a {what}", offset=offset, low=low))
@@ -113,13 +114,14 @@ def read_string(text: str, *, offset: int = 0) -> str:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         place = offset + (error.pos if isinstance(error, json.JSONDecodeError) else 0)
-        raise Fault(place, f"{quoted(text)} is not a string", 'expected double quotes, with \\" \\\\ \\n \\u0041 as the escapes') from None
+        raise TokenError(place, f"{quoted(text)} is not a string", 'expected double quotes, with \\" \\\\ \\n \\u0041 as the escapes') from None
     if not isinstance(value, str):
-        raise Fault(offset, f"{quoted(text)} is not a string", "put it into double quotes")
+        raise TokenError(offset, f"{quoted(text)} is not a string", "put it into double quotes")
     return value
 
 
 def print_string(value: str) -> str:
+    """A JSON string; characters that cannot be seen are escaped."""
     return json.dumps(value, ensure_ascii=not value.isprintable())
 
 
@@ -128,7 +130,7 @@ def read_strings(text: str, *, offset: int = 0) -> tuple[str, ...]:
     if not text:
         return ()
     if not text.startswith('"'):
-        raise Fault(offset, f"{quoted(text)} is not a list of strings", 'expected strings in double quotes, such as "Conv_1","Relu_2"')
+        raise TokenError(offset, f"{quoted(text)} is not a list of strings", 'expected strings in double quotes, such as "Conv_1","Relu_2"')
     strings, position, decoder = [], 0, json.JSONDecoder()
     while True:
         try:
@@ -136,12 +138,12 @@ def read_strings(text: str, *, offset: int = 0) -> tuple[str, ...]:
         except (json.JSONDecodeError, RecursionError):
             value = None
         if not isinstance(value, str):
-            raise Fault(offset + position, f"{quoted(text[position:])} is not a string", "put it into double quotes")
+            raise TokenError(offset + position, f"{quoted(text[position:])} is not a string", "put it into double quotes")
         strings.append(value)
         if position == len(text):
             return tuple(strings)
         if text[position] != ",":
-            raise Fault(offset + position, f"{quoted(text[position:])} after a string", "separate strings by commas, without spaces")
+            raise TokenError(offset + position, f"{quoted(text[position:])} after a string", "separate strings by commas, without spaces")
         position += 1
 
 
@@ -151,6 +153,7 @@ def read_word(text: str, *, offset: int = 0) -> str:
 
 
 def print_word(value: str) -> str:
+    """Bare where the grammar takes it so, else a string."""
     return value if _BARE.match(value) and value not in ("loop", "end") else print_string(value)
 
 
@@ -168,7 +171,9 @@ def read_place(text: str) -> tuple[str, int, tuple[int, ...]]:
         depth = LOOP_VARIABLES.find(step[3])
         if depth < 0 or depth in steps:
             wrong = "stands twice" if depth in steps else "is not a loop variable"
-            raise Fault(step.start(3), f"{step[3]!r} {wrong} in {quoted(text)}", f"loop variables are {', '.join(LOOP_VARIABLES)}, the outermost loop first")
+            raise TokenError(
+                step.start(3), f"{step[3]!r} {wrong} in {quoted(text)}", f"loop variables are {', '.join(LOOP_VARIABLES)}, the outermost loop first"
+            )
         steps[depth] = read_integer(step[1] + step[2], "a step", offset=step.start())
     while steps and not steps[max(steps)]:
         del steps[max(steps)]
@@ -176,36 +181,42 @@ def read_place(text: str) -> tuple[str, int, tuple[int, ...]]:
     return SPACE_OF_MARK[mark], read_integer(address, "an address", offset=1, low=0), tuple(steps.get(depth, 0) for depth in range(length))
 
 
-def _place_fault(text: str) -> Fault:
+def _place_fault(text: str) -> TokenError:
     marks = ", ".join(f"{mark} for {space}" for space, mark in SPACES.items())
     if text[:1] not in SPACE_OF_MARK:
-        return Fault(0, f"{quoted(text)} does not name a memory", f"start it with {marks}")
+        return TokenError(0, f"{quoted(text)} does not name a memory", f"start it with {marks}")
     number = re.match(r"0x[0-9a-fA-F]+|[0-9]+", text[1:])
     if number is None:
-        return Fault(1, f"the address in {quoted(text)} is not a number", "write it as 0x1f00 or in decimals; it cannot be negative")
+        return TokenError(1, f"the address in {quoted(text)} is not a number", "write it as 0x1f00 or in decimals; it cannot be negative")
     end = 1 + number.end()
     while step := _STEP.match(text, end):
         end = step.end()
-    return Fault(end, f"{quoted(text[end:])} after the address", "a step is written +0x40*i or -0x40*i, one per loop variable")
+    return TokenError(end, f"{quoted(text[end:])} after the address", "a step is written +0x40*i or -0x40*i, one per loop variable")
 
 
 def read_type(text: str, *, offset: int = 0) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """`s8[16,58,64]{3712,64,1}` as (dtype, shape, byte strides)."""
     match = _TYPE.match(text)
     if match is None:
-        raise Fault(offset, f"{quoted(text)} is not a tile's type", "expected DTYPE[SIZES] or DTYPE[SIZES]{BYTE STRIDES} without spaces, such as s8[16,58,64]")
+        raise TokenError(
+            offset, f"{quoted(text)} is not a tile's type", "expected DTYPE[SIZES] or DTYPE[SIZES]{BYTE STRIDES} without spaces, such as s8[16,58,64]"
+        )
     dtype, shape_text, stride_text = match.groups()
     if dtype not in DTYPES:
-        raise Fault(offset, f"unknown element type {quoted(dtype)}", did_you_mean(dtype, DTYPES))
+        raise TokenError(offset, f"unknown element type {quoted(dtype)}", did_you_mean(dtype, DTYPES))
     shape = read_numbers(shape_text, "size", offset=offset + match.start(2), low=1)
     if stride_text is None:
         strides = dense_strides(shape, dtype)
     else:
         strides = read_numbers(stride_text, "stride", offset=offset + match.start(3), low=1 - INTEGER_LIMIT)
     if len(strides) != len(shape):
-        raise Fault(offset + match.start(3), f"{len(strides)} strides for {len(shape)} dimensions in {quoted(text)}", "give one byte stride per dimension, or none at all")
+        raise TokenError(
+            offset + match.start(3),
+            f"{len(strides)} strides for {len(shape)} dimensions in {quoted(text)}",
+            "give one byte stride per dimension, or none at all",
+        )
     if Tile("spm", 0, dtype, shape, strides).elements >= INTEGER_LIMIT:
-        raise Fault(offset, f"{quoted(text)} has 2**48 elements or more", "no memory is that large")
+        raise TokenError(offset, f"{quoted(text)} has 2**48 elements or more", "no memory is that large")
     return dtype, shape, strides
 
 
@@ -215,22 +226,25 @@ def read_tile(text: str) -> Tile:
     place, colon, type_text = text.partition(":")
     space, address, steps = read_place(place)
     if not colon:
-        raise Fault(len(place), f"{quoted(text)} lacks its type", f"write {place}:DTYPE[SIZES], such as {place}:s8[16,64]")
+        raise TokenError(len(place), f"{quoted(text)} lacks its type", f"write {place}:DTYPE[SIZES], such as {place}:s8[16,64]")
     dtype, shape, strides = read_type(type_text, offset=len(place) + 1)
     return Tile(space, address, dtype, shape, strides, steps)
 
 
 def print_place(tile: Tile) -> str:
+    """`%0x100+0x40*i`."""
     steps = "".join(f"{'-' if step < 0 else '+'}0x{abs(step):x}*{LOOP_VARIABLES[depth]}" for depth, step in enumerate(tile.steps) if step)
     return f"{SPACES[tile.space]}{print_address(tile.address)}{steps}"
 
 
 def print_type(tile: Tile) -> str:
+    """`s8[16,58,64]{3712,64,1}`, without the strides where they are dense."""
     strides = "" if tile.is_dense else "{" + ",".join(map(str, tile.strides)) + "}"
     return f"{tile.dtype}[{','.join(map(str, tile.shape))}]{strides}"
 
 
 def print_tile(tile: Tile) -> str:
+    """A whole operand."""
     return f"{print_place(tile)}:{print_type(tile)}"
 
 
@@ -242,7 +256,7 @@ def read_value(text: str, attribute: Attribute, *, offset: int = 0) -> Value:
     name = attribute.name
     if attribute.kind == "word":
         if text not in attribute.words:
-            raise Fault(offset, f"{name} is {quoted(text)}", did_you_mean(text, attribute.words))
+            raise TokenError(offset, f"{name} is {quoted(text)}", did_you_mean(text, attribute.words))
         return text
     if attribute.kind == "float":
         return read_float32(text, name, offset=offset)
@@ -251,7 +265,7 @@ def read_value(text: str, attribute: Attribute, *, offset: int = 0) -> Value:
     parts = text.split(",", attribute.count + 1)
     if len(parts) != attribute.count:
         expected = "scale,zero" if attribute.kind == "quant" else ",".join("0" * attribute.count)
-        raise Fault(offset, f"{name} has {len(parts)} value{'s' * (len(parts) != 1)}", f"expected {attribute.count}: {name}={expected}")
+        raise TokenError(offset, f"{name} has {len(parts)} value{'s' * (len(parts) != 1)}", f"expected {attribute.count}: {name}={expected}")
     if attribute.kind == "quant":
         scale = read_float32(parts[0], f"the scale of {name}", offset=offset)
         return (scale, read_integer(parts[1], f"the zero point of {name}", offset=offset + len(parts[0]) + 1))
@@ -279,16 +293,17 @@ def read_events(text: str, *, offset: int = 0) -> tuple[Event, ...]:
     for part in text.split(",", MAXIMUM_EVENTS):
         queue, _, number = part.partition(".")
         if queue not in QUEUES:
-            raise Fault(offset, f"unknown queue in event {quoted(part)}", f"write QUEUE.NUMBER, such as ld.0; {did_you_mean(queue, QUEUES)}")
+            raise TokenError(offset, f"unknown queue in event {quoted(part)}", f"write QUEUE.NUMBER, such as ld.0; {did_you_mean(queue, QUEUES)}")
         identity = read_integer(number, f"the number of event {quoted(part)}", offset=offset + len(queue) + 1, low=0)
         if identity > MAXIMUM_EVENT:
-            raise Fault(offset, f"event {quoted(part)} is out of range", f"events are numbered 0 to {MAXIMUM_EVENT} between each pair of queues")
+            raise TokenError(offset, f"event {quoted(part)} is out of range", f"events are numbered 0 to {MAXIMUM_EVENT} between each pair of queues")
         events.append(Event(queue, identity))
         offset += len(part) + 1
     return tuple(events)
 
 
 def print_events(events: tuple[Event, ...]) -> str:
+    """`ld.0,vec.1`."""
     return ",".join(f"{event.queue}.{event.id}" for event in events)
 
 
@@ -302,11 +317,12 @@ def read_attribute(mnemonic: str, text: str) -> tuple[str, Value | tuple[Event, 
     attribute = attribute_of(SPEC[mnemonic], name)
     if attribute is None:
         known = [*(known.name for known in SPEC[mnemonic].attributes), "wait", "signal"]
-        raise Fault(0, f"{mnemonic} has no attribute {quoted(name)}", did_you_mean(name, known))
+        raise TokenError(0, f"{mnemonic} has no attribute {quoted(name)}", did_you_mean(name, known))
     return name, read_value(value_text, attribute, offset=offset)
 
 
 def attribute_of(spec: InstructionSpec, name: str) -> Attribute | None:
+    """The instruction's attribute of that name, or None."""
     for attribute in spec.attributes:
         if attribute.name == name:
             return attribute

@@ -10,7 +10,6 @@ The one big idea: `steps` is a generator. It yields the value after each stage, 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from isa import Program, format_program
 from isa import check as check_program
 from isa.target import Target, load_target
 from npucc.errors import CompileError, QuantizeError
-from npucc.feeds import Feed, Port, check_feed, open_dataset
+from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
 from npucc.package import Package, Refused
-from npucc.signature import ports_of_graph, ports_of_model
+from npucc.signature import ports_of_model
 
 if TYPE_CHECKING:
     import onnx
@@ -128,7 +127,7 @@ def steps(
         refused += here
         yield Step(stage.name, graph, here)
 
-    quantized = quantize(graph, CheckedFeeds(feeds, ports_of_graph(graph)) if feeds is not None else None, options=options, progress=progress)
+    quantized = quantize(graph, feeds, options=options, progress=progress)
     yield Step("quantize", quantized.graph)
 
     report("lower", 0, 1)
@@ -139,6 +138,14 @@ def steps(
     check_program(lowered.program)
     package = Package.create(lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused)
     yield Step("check", package)
+
+
+def float_graph(model: str | Path | onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
+    """The graph that `quantize` gets: the float model after all passes. Raises ImportModelError."""
+    before = [stage.name for stage in stages()].index("quantize")
+    *_, last = itertools.islice(steps(model, shapes=shapes), before)
+    assert isinstance(last.value, Graph)
+    return last.value
 
 
 def refuse_pruning(spec: str | None) -> None:
@@ -153,25 +160,7 @@ def quantize_options(spec: str | QuantizeOptions | None) -> QuantizeOptions:
 
     if spec is None:
         return QuantizeOptions()
-    if not isinstance(spec, str):
-        return spec
-    known = {field.name: field for field in dataclasses.fields(QuantizeOptions)}
-    values: dict[str, Any] = {}
-    for part in filter(None, spec.split(",")):
-        key, equals, text = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in known:
-            raise QuantizeError(f"{part!r} is no quantization option", hint=f"write key=value,key=value; the keys are {', '.join(known)}")
-        values[key] = _option_value(key, text, known[key].default)
-    return QuantizeOptions(**values)
-
-
-def _option_value(key: str, text: str, default: Any) -> Any:
-    """The text as a value of the default's type."""
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    try:
-        return words[text.lower()] if isinstance(default, bool) else type(default)(text)
-    except (ValueError, KeyError):
-        raise QuantizeError(f"{key}={text!r} is no {type(default).__name__}", hint=f"for example {key}={default}") from None
+    return QuantizeOptions.parse(spec) if isinstance(spec, str) else spec
 
 
 def bind_shapes(
@@ -200,18 +189,6 @@ def _peek(feeds: Feeds) -> tuple[Feeds, dict[str, tuple[int, ...]]]:
         raise QuantizeError("the calibration data holds no feed", hint="give at least one {input name: array}, better some dozens")
     whole = itertools.chain([first], iterator) if iterator is feeds else feeds
     return whole, {name: np.shape(value) for name, value in first.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedFeeds:
-    """Calibration feeds, each checked against the model's inputs when it is reached. Raises DataError while iterating."""
-
-    feeds: Feeds
-    ports: tuple[Port, ...]
-
-    def __iter__(self) -> Iterator[Feed]:
-        for index, feed in enumerate(self.feeds):
-            yield check_feed(feed, self.ports, place=f"calibration feed {index}")
 
 
 def _no_progress(what: str, done: int, total: int) -> None:  # noqa: ARG001  the shape of a Progress

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import onnx
 
     from npucc.graph import Graph
-    from runtime import Machine, Report, Run
-    from runtime.report import LayerReport
+    from runtime.machine import Machine
+    from runtime.report import LayerReport, Report
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -156,18 +156,22 @@ class Package:
     @cached_property
     def machine(self) -> Machine:
         """The NPU with this program loaded and decoded; made once, run often."""
-        from runtime import Machine
+        from runtime.machine import Machine
 
         return Machine(self.contents)
 
     @cached_property
     def report(self) -> Report:
         """Cycles, bytes and energy of one inference; they do not depend on the values."""
-        raise NotImplementedError
+        from runtime.report import make_report
+        from runtime.timing import simulate
 
-    def run(self, feed: Mapping[str, Any]) -> Result:
-        """One inference on `{input name: array of the model's shape}`. Raises DataError, RuntimeFault."""
-        return self._result(self.machine.run(check_feed(feed, self.inputs)))
+        return make_report(self.program, simulate(self.program))
+
+    def run(self, feed: Mapping[str, Any], *, tensors: bool = False) -> Result:
+        """One inference on `{input name: array of the model's shape}`; `tensors` keeps every named tensor. Raises DataError, RuntimeFault."""
+        run = self.machine.run(check_feed(feed, self.inputs), dump=tensors)
+        return Result(run.outputs, run.raw, run.tensors, run.report)
 
     def run_many(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
         """One Result per feed, as they are asked for."""
@@ -178,9 +182,6 @@ class Package:
         from npucc.export import to_onnx
 
         return to_onnx(self.graph)
-
-    def _result(self, run: Run) -> Result:
-        return Result(dict(run.outputs), dict(run.raw), dict(run.tensors), run.report)
 
 
 def load(path: str | Path) -> Package:

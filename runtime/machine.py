@@ -106,7 +106,7 @@ class Machine:
             for closure in self._closures:
                 closure()
         else:
-            self._run_layers(_collector(dump, tensors))
+            self._run_layers(self._collector(dump, tensors))
         raw = {record.name: view.copy() for record, view in self._outputs}
         outputs = {record.name: boundary.to_real(record, raw[record.name]) for record, _ in self._outputs}
         return Run(outputs, raw, tensors, self.report)
@@ -177,7 +177,10 @@ class Machine:
 
     def _tensors_by_layer(self) -> dict[int, list[TensorRecord]]:
         """Named tensors by the number of the layer that completes them; -1 for those that hold before the first."""
-        numbers = {"": -1, **{layer.name: number for number, layer in enumerate(self.program.layers)}}
+        numbers, last = {"": -1}, -1
+        for number, layer in enumerate(self.program.layers):
+            last = number if layer.body else last  # a layer without instructions is complete with the one before it
+            numbers[layer.name] = last
         found: dict[int, list[TensorRecord]] = {}
         for record in self.program.tensors:
             if record.layer not in numbers:
@@ -207,8 +210,6 @@ class Machine:
             left[step.layer] += 1
         for record, view in self._named.get(-1, ()):
             keep(record, view)
-        for number in (number for number, count in enumerate(left) if count == 0):
-            self._hand_over(number, keep)
         for index, closure in zip(self._order, self._closures, strict=True):
             closure()
             layer = self.steps[index].layer
@@ -220,18 +221,17 @@ class Machine:
         for record, view in self._named.get(layer, ()):
             keep(record, view)
 
+    def _collector(self, dump: Dump, tensors: dict[str, Array]) -> Callable[[TensorRecord, Array], None]:
+        """What to do with a named tensor once it is complete. Raises RuntimeFault for unknown names."""
+        if callable(dump):
+            return dump
+        known = {record.name for record in self.program.tensors}
+        wanted = set(known if dump is True else dump or ())
+        if unknown := sorted(wanted - known):
+            raise RuntimeFault(f"the program has no tensor {', '.join(map(repr, unknown))}", hint=f"it names: {', '.join(sorted(known)) or 'none'}")
 
-def _collector(dump: bool | Collection[str] | Callable[[TensorRecord, Array], None], tensors: dict[str, Array]) -> Callable[[TensorRecord, Array], None]:
-    """What to do with a named tensor once it is complete."""
-    if not isinstance(dump, bool) and callable(dump):
-        return dump
-    wanted = None if dump is True else set(dump)  # type: ignore[arg-type]
+        def keep(record: TensorRecord, stored: Array) -> None:
+            if record.name in wanted:
+                tensors[record.name] = stored.copy()
 
-    def keep(record: TensorRecord, stored: Array) -> None:
-        if wanted is None or record.name in wanted:
-            tensors[record.name] = stored.copy()
-
-    return keep
-
-
-__all__ = ["Dump", "Machine", "Packaged", "Run", "Step"]
+        return keep

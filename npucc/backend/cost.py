@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from isa.target import Target
+from runtime.costs import Product, matrix_cost
 
 
+@lru_cache(maxsize=1 << 16)
 def matrix_cycles(target: Target, pixels: int, depth: int, outputs: int, groups: int) -> int:
     """Matrix engine cycles of one tile."""
-    if target.family == "mac":
-        return groups * math.ceil(pixels / target.rows) * math.ceil(outputs / target.cols) * math.ceil(depth / target.depth) + target.pipeline_depth
-    folds = math.ceil(depth / target.rows) * math.ceil(outputs / target.cols) * groups
-    return target.rows + folds * max(pixels, target.rows) + target.rows + target.cols - 2
+    return matrix_cost(Product(pixels, depth, outputs, groups), target).cycles
 
 
+@lru_cache(maxsize=1 << 16)
 def depthwise_cycles(target: Target, pixels: int, taps: int, channels: int) -> int:
     """Matrix engine cycles of one depthwise tile."""
-    if target.family == "mac":
-        return math.ceil(pixels / target.rows) * math.ceil(channels / target.cols) * math.ceil(taps / target.depth) + target.pipeline_depth
-    packed = max(1, min(target.rows // taps, target.cols))
-    folds = math.ceil(channels / packed) * math.ceil(taps / target.rows)
-    return target.rows + folds * max(pixels, target.rows) + target.rows + target.cols - 2
+    return matrix_cost(Product(pixels, taps, 1, channels, depthwise=True), target).cycles
 
 
 def dma_cycles(target: Target, size: int, run: int) -> float:

@@ -18,7 +18,7 @@ from npucc.backend.elementwise import boxes, largest_box, operand_view
 from npucc.backend.emitter import Emitter, spm_tile
 from npucc.backend.layers import Group
 from npucc.backend.placement import FORWARD, concat_windows, same_elements
-from npucc.backend.views import View
+from npucc.backend.views import View, reshape_copy
 from npucc.errors import CompileError
 
 
@@ -57,27 +57,10 @@ def lower_view(emitter: Emitter, group: Group) -> None:
     if moved is not None:
         copy(emitter, result, moved)
         return
-    shape = common_refinement(source.shape, result.shape)
-    fine_source, fine_result = (view.reshape(shape) if shape else None for view in (source, result))
-    if fine_source is None or fine_result is None:
+    pair = reshape_copy(source, result)
+    if pair is None:
         raise CompileError(f"no strided copy turns shape {source.shape} into {result.shape}", node=node.name, hint="split the Reshape in two")
-    copy(emitter, fine_result, fine_source)
-
-
-def common_refinement(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...] | None:
-    """The coarsest shape that both shapes are groupings of; None if there is none."""
-    edges = sorted({*_edges(left), *_edges(right)})
-    if any(high % low for low, high in zip(edges, edges[1:], strict=False)):
-        return None
-    return tuple(reversed([high // low for low, high in zip(edges, edges[1:], strict=False)])) or (1,)
-
-
-def _edges(shape: Sequence[int]) -> list[int]:
-    """Products of trailing dimensions: 1, last, last·previous …"""
-    edges = [1]
-    for size in reversed(shape):
-        edges.append(edges[-1] * size)
-    return edges
+    copy(emitter, pair[1], pair[0])
 
 
 def lower_concat(emitter: Emitter, group: Group) -> None:

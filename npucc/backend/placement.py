@@ -91,9 +91,11 @@ def _assign_backward(graph: Graph, node: Node, views: dict[str, View]) -> None:
 
 
 def _claim(graph: Graph, name: str, view: View, views: dict[str, View]) -> None:
-    """Place a computed tensor, unless it has a place already or its producer only passes on a view."""
+    """Place a computed tensor, unless it has a place already, its producer only passes on a view, or it could not be written there."""
     producer = graph.producer(name)
     if name in views or producer is None or (producer.op in FORWARD and producer.op not in BACKWARD):
+        return
+    if producer.op in BACKWARD and BACKWARD[producer.op](producer, view, graph.tensors[producer.inputs[0]].shape) is None:
         return
     views[name] = view
 

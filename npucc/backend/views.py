@@ -118,5 +118,32 @@ def merge_dimensions(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tup
         for steps, own in zip(merged, strides, strict=True):
             steps.append(own[dimension])
     if not sizes:
-        return (1,), tuple((1,) for _ in strides)
+        return (1,), tuple((own[-1] if len(own) else 1,) for own in strides)
     return tuple(sizes), tuple(tuple(steps) for steps in merged)
+
+
+def reshape_copy(source: View, result: View) -> tuple[View, View] | None:
+    """Both views under one shape, in which copying element by element is the reshape; None if no strides can say it."""
+    shapes = [source.shape, result.shape]
+    finest = common_refinement(source.shape, result.shape)
+    for shape in [*([finest] if finest else []), *shapes]:
+        pair = source.reshape(shape), result.reshape(shape)
+        if pair[0] is not None and pair[1] is not None:
+            return pair[0], pair[1]
+    return None
+
+
+def common_refinement(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...] | None:
+    """The coarsest shape that both shapes are groupings of; None if there is none."""
+    edges = sorted({*_edges(left), *_edges(right)})
+    if any(high % low for low, high in zip(edges, edges[1:], strict=False)):
+        return None
+    return tuple(reversed([high // low for low, high in zip(edges, edges[1:], strict=False)])) or (1,)
+
+
+def _edges(shape: Sequence[int]) -> list[int]:
+    """Products of trailing dimensions: 1, last, last·previous …"""
+    edges = [1]
+    for size in reversed(shape):
+        edges.append(edges[-1] * size)
+    return edges

@@ -55,7 +55,7 @@ def asm(
 
     options.writable(output)
     package = isa.pack_text(program.read_text(encoding="utf-8"), _constants(constants), file=str(program), tool="npucc asm")
-    isa.check(package.program)
+    isa.check(package.program, file=str(program))
     path = output or Path(program.with_suffix(".npu").name)
     package.save(path)
     terminal.note(f"wrote {path}: {len(package.program.layers)} layers, {tables.size(len(package.constants))} of constants")
@@ -88,10 +88,11 @@ def check(file: Either, json: options.Json = False) -> None:
         terminal.show_json({"ok": not findings, "findings": [{"line": each.line, "message": each.message, "hint": each.hint} for each in findings]})
     elif not findings:
         typer.echo(f"{file}: {len(program.layers)} layers, no findings")
+    else:
+        for each in findings:
+            typer.echo(f"error: {file}:{each}", err=True)
     if findings:
-        for finding in findings[:-1] if not json else ():
-            typer.echo(f"error: {finding}", err=True)
-        raise isa.CheckError(...)
+        raise typer.Exit(1)
 
 
 def _constants(path: Path | None) -> bytes:

@@ -12,7 +12,7 @@ from npucc import tables
 from npucc.cli import options, terminal
 
 if TYPE_CHECKING:
-    from isa import Program
+    from isa import Program, TensorRecord
     from npucc.package import load
 
 EPILOG = """\b
@@ -62,7 +62,7 @@ def _as_values(package: Package, path: Path, *, asm: bool, graph: bool, memory: 
     program = package.program
     value: dict[str, Any] = {
         "file": str(path), "bytes": path.stat().st_size, "source": program.source, "target": program.target.name, "calibration": package.calibration,
-        "inputs": package.contents.signature["inputs"], "outputs": package.contents.signature["outputs"],
+        "inputs": [_port(record) for record in program.inputs], "outputs": [_port(record) for record in program.outputs],
         "refused": [{"stage": each.stage, "reason": each.reason} for each in package.refused], **package.report.as_dict(),
     }  # fmt: skip
     if asm:
@@ -91,7 +91,11 @@ def _summary(package: Package, path: Path) -> RenderableType:
     return tables.facts(rows)
 
 
-def _signature(record: Any) -> str:
+def _port(record: TensorRecord) -> dict[str, Any]:
+    return {"name": record.name, "shape": record.tile.shape, "dtype": record.dtype, "stored": record.tile.dtype, "scale": record.scale, "zero": record.zero}
+
+
+def _signature(record: TensorRecord) -> str:
     shape = ",".join(map(str, record.tile.shape))
     return f"{record.name} {record.dtype}[{shape}], stored as {record.tile.dtype}: {record.scale:.6g} · (q − {record.zero})"
 

@@ -193,6 +193,8 @@ def scale_to_depthwise(editor: Editor, node: Node) -> Result:
 FOLD_RULES: tuple[Rule, ...] = (
     Rule("fold-into-producer", MAPS, fold_into_producer, "scales, biases, batch normalization and clips cost nothing inside a convolution or matrix product"),
     Rule("clamp-producer", MAPS - {"conv"}, clamp_producer, "a clip costs nothing inside an addition or multiplication"),
+)
+FORWARD_RULES: tuple[Rule, ...] = (
     Rule("fold-into-reader", frozenset({"conv", "matmul"}), fold_into_reader, "a scale before a convolution or matrix product costs nothing inside its weights"),
 )
 DEPTHWISE_RULES: tuple[Rule, ...] = (

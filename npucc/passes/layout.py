@@ -73,7 +73,7 @@ def sink_below_arithmetic(editor: Editor, node: Node) -> Result:
     """z = add(reshape(x), reshape(y))  →  z = reshape(add(x, y)), if the reshapes are the same; an operand may be a constant"""
     moves = [editor.producer(name) for name in node.inputs]
     found = [move for move in moves if move is not None and move.op in MOVES]
-    if not found or not all(editor.is_read_once(move.outputs[0]) or len({*node.inputs}) == 1 for move in found):
+    if not found or not all(editor.is_read_once(move.outputs[0]) for move in found):
         return None
     first = found[0]
     shape = editor.tensors[first.inputs[0]].shape

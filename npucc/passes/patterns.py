@@ -1,1 +1,184 @@
-PATTERN_RULES=()
+"""LayerNorm and Softmax, recognized in the forms that exporters write out.
+
+The one big idea: their inner tensors (moments, exponentials, their sums) can't be quantized well, so the whole must become one operation before
+quantization. The forms are patterns; by then every function of one variable is a table, which leaves few forms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from npucc import ops, scalar
+from npucc.graph import Editor, Node
+from npucc.passes.pattern import Any_, Constant, Function, Pattern, either, find, op
+from npucc.passes.rewrite import Replacement, Result, Rewrite, Rule, merged_sources
+
+# ---- functions within the patterns
+
+
+def is_square(expression: scalar.Expression) -> float | None:
+    """2 for x², else None."""
+    return 2.0 if expression in (("pow", "x", 2.0), ("mul", "x", "x")) else None
+
+
+def root_epsilon(expression: scalar.Expression) -> float | None:
+    """ε of sqrt(x + ε), where x may be limited from below by something not above 0; None for anything else."""
+    if not isinstance(expression, tuple):
+        return None
+    if expression[0] == "sqrt" or (expression[0] == "pow" and expression[2] == 0.5):
+        line = scalar.clipped_line(expression[1])
+        if line and line.scale == 1 and line.shift >= 0 and line.low <= line.shift and line.high == math.inf:
+            return line.shift
+    return None
+
+
+def inverse_root_epsilon(expression: scalar.Expression) -> float | None:
+    """ε of 1 / sqrt(x + ε); None for anything else."""
+    if not isinstance(expression, tuple):
+        return None
+    if expression[0] == "reciprocal":
+        return root_epsilon(expression[1])
+    if expression[0] == "div" and expression[1] == 1.0:
+        return root_epsilon(expression[2])
+    if expression[0] == "pow" and expression[2] == -0.5:
+        return root_epsilon(("sqrt", expression[1]))
+    return None
+
+
+def is_exponential(expression: scalar.Expression) -> float | None:
+    """1 for exp(anything), else None."""
+    return 1.0 if isinstance(expression, tuple) and expression[0] == "exp" else None
+
+
+def is_reciprocal(expression: scalar.Expression) -> float | None:
+    """1 for 1 / x, else None."""
+    return 1.0 if expression in (("reciprocal", "x"), ("div", 1.0, "x"), ("pow", "x", -1.0)) else None
+
+
+# ---- LayerNorm
+
+_NON_NEGATIVE = (0.0, math.inf)
+_X = Any_("x")
+_MEAN = op("reduce_mean", _X, bind="mean")
+_CENTERED = op("sub", _X, _MEAN)
+_VARIANCE = either(
+    op("reduce_mean", Function(is_square, _CENTERED), bind="moment"),
+    op("sub", op("reduce_mean", Function(is_square, _X), bind="moment"), Function(is_square, _MEAN), clamp_allowed=_NON_NEGATIVE),
+)
+_DEVIATION = Function(root_epsilon, _VARIANCE, "epsilon")
+_INVERSE = Function(inverse_root_epsilon, _VARIANCE, "epsilon")
+_FACTOR = op("mul", _INVERSE, Constant("gamma"))
+NORMALIZED: Pattern = either(
+    op("div", _CENTERED, _DEVIATION),
+    op("mul", _CENTERED, _INVERSE),
+    op("mul", _CENTERED, _FACTOR),
+    op("add", op("mul", _X, _FACTOR), op("sub", Constant("beta"), op("mul", _MEAN, _FACTOR))),
+)
+
+
+def written_layer_norm(editor: Editor, node: Node) -> Result:
+    """y = (x − mean(x)) / sqrt(mean((x − mean(x))²) + ε)  →  y = layer_norm(x) epsilon=ε
+
+    Also with the variance as E[x²] − E[x]², with 1/sqrt(…), and with γ multiplied in first. An axis other than the last is moved there and back.
+    """
+    found = find(editor, node, NORMALIZED)
+    if found is None:
+        return None
+    axes = _axes(found.nodes["mean"])
+    if axes != _axes(found.nodes["moment"]):
+        return f"mean and variance are taken over different axes, {axes} and {_axes(found.nodes['moment'])}"
+    if getattr(node.attributes, "clamp", None) is not None:
+        return "its result is clamped already"
+    build = Replacement(editor, node, found.covered)
+    attributes = ops.LayerNorm(found.numbers["epsilon"])
+    result = _along_last(build, found.tensors["x"], axes, lambda moved: build.add("layer_norm", (moved,), attributes))
+    for operator, name in (("mul", "gamma"), ("add", "beta")):
+        if name in found.tensors:
+            result = build.add(operator, (result, found.tensors[name]), ops.Binary())
+    return build.done(result)
+
+
+def _along_last(build: Replacement, tensor: str, axes: Sequence[int], apply: Callable[[str], str]) -> str:
+    """`apply` with these axes merged into the last dimension, and the result brought back to the shape of `tensor`."""
+    shape = build.shape(tensor)
+    others = [axis for axis in range(len(shape)) if axis not in axes]
+    order = (*others, *axes)
+    size = math.prod(shape[axis] for axis in axes)
+    moved = build.transpose(tensor, order)
+    flat = build.reshape(moved, (*(shape[axis] for axis in others), size))
+    back = build.reshape(apply(flat), build.shape(moved))
+    return build.transpose(back, tuple(order.index(axis) for axis in range(len(shape))))
+
+
+def _axes(node: Node) -> tuple[int, ...]:
+    assert isinstance(node.attributes, ops.Reduce)
+    return node.attributes.axes
+
+
+def norm_scale(editor: Editor, node: Node) -> Result:
+    """y = mul(layer_norm(x), γ)  →  y = layer_norm(x, γ), for a constant γ along the last dimension"""
+    return _norm_parameter(editor, node, 1)
+
+
+def norm_shift(editor: Editor, node: Node) -> Result:
+    """y = add(layer_norm(x, γ), β)  →  y = layer_norm(x, γ, β), for a constant β along the last dimension"""
+    return _norm_parameter(editor, node, 2)
+
+
+def _norm_parameter(editor: Editor, node: Node, position: int) -> Result:
+    """Give a layer_norm its input at `position` (1: γ, 2: β)."""
+    attributes = node.attributes
+    for tensor, other in (node.inputs, node.inputs[::-1]):
+        norm = editor.producer(tensor)
+        data = editor.tensors[other].data
+        if norm is None or norm.op != "layer_norm" or data is None or any(norm.inputs[position:]):
+            continue
+        shape = editor.tensors[tensor].shape
+        if data.size not in (1, shape[-1]) or data.ndim > len(shape) or (data.size > 1 and data.shape[-1] != shape[-1]):
+            return f"the constant has shape {list(data.shape)}, not one value per entry of the last dimension ({shape[-1]})"
+        if not editor.is_read_once(tensor) or getattr(attributes, "clamp", None) is not None:
+            return f"the result of {norm.name!r} has other readers, or is clamped"
+        vector = editor.constant(other, np.ascontiguousarray(np.broadcast_to(data.reshape(-1), shape[-1:])))
+        inputs = (*(norm.inputs[:position] + ("",))[:position], vector)
+        return Rewrite((replace(norm, inputs=inputs, outputs=node.outputs, sources=merged_sources(norm, node)),))
+    return None
+
+
+# ---- Softmax
+
+_LARGEST = op("reduce_max", Any_("x"), bind="largest")
+_EXPONENTIAL = either(Function(is_exponential, op("sub", Any_("x"), _LARGEST)), Function(is_exponential, Any_("x")))
+_TOTAL = op("reduce_sum", _EXPONENTIAL, bind="total")
+WRITTEN_SOFTMAX: Pattern = either(op("div", _EXPONENTIAL, _TOTAL), op("mul", _EXPONENTIAL, Function(is_reciprocal, _TOTAL)))
+
+
+def written_softmax(editor: Editor, node: Node) -> Result:
+    """y = exp(x − max(x)) / sum(exp(x − max(x)))  →  y = softmax(x), with or without the maximum; exp(c·x) alike"""
+    found = find(editor, node, WRITTEN_SOFTMAX)
+    if found is None:
+        return None
+    axes = _axes(found.nodes["total"])
+    if len(axes) != 1 or ("largest" in found.nodes and _axes(found.nodes["largest"]) != axes):
+        return f"the sum is over axes {axes}, expected one axis, the same as the maximum's"
+    exponential = next(part for part in found.covered if part.op == "table" and is_exponential(_expression(part)))
+    inner = _expression(exponential)[1]
+    build = Replacement(editor, node, found.covered)
+    source = found.tensors["x"] if inner == "x" else build.add("table", exponential.inputs, ops.Table(inner))
+    return build.done(build.add("softmax", (source,), ops.Softmax(axes[0])))
+
+
+def _expression(node: Node) -> scalar.Expression:
+    assert isinstance(node.attributes, ops.Table)
+    return node.attributes.expression
+
+
+PATTERN_RULES: tuple[Rule, ...] = (
+    Rule("written-layer-norm", frozenset({"div", "mul", "add"}), written_layer_norm, "its moments lose their meaning in 8 bits; as one operation they are exact"),
+    Rule("norm-scale", frozenset({"mul"}), norm_scale, "the scale is applied before rounding"),
+    Rule("norm-shift", frozenset({"add"}), norm_shift, "the shift is applied before rounding"),
+    Rule("written-softmax", frozenset({"div", "mul"}), written_softmax, "its exponentials lose their meaning in 8 bits; as one operation they are exact"),
+)

@@ -7,11 +7,12 @@ place. The engine makes the change, drops what became dead and looks again at th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from npucc.graph import Editor, Graph, Node, Tensor
+from npucc.ops import OPS, Attributes, Reshape, Transpose
 
 MOST_STEPS = 100  # rewrites per node; more means that two rules undo each other
 
@@ -65,9 +66,17 @@ class Stage:
     why: str
 
 
-def stage(name: str, rules: Sequence[Rule], why: str) -> Stage:
-    """A stage that applies these rules until none matches; where several match, the first one listed wins."""
-    return Stage(name, lambda graph: rewrite(graph, rules), why)
+def stage(name: str, rules: Sequence[Rule], why: str, *, report: bool = True) -> Stage:
+    """A stage that applies these rules until none matches; where several match, the first one listed wins.
+
+    Without `report` refusals are dropped, because a later stage tries the same rules again.
+    """
+
+    def run(graph: Graph) -> tuple[Graph, tuple[Refusal, ...]]:
+        result, refusals = rewrite(graph, rules)
+        return result, refusals if report else ()
+
+    return Stage(name, run, why)
 
 
 def rewrite(graph: Graph, rules: Sequence[Rule]) -> tuple[Graph, tuple[Refusal, ...]]:
@@ -183,3 +192,47 @@ class _Engine:
 def merged_sources(*nodes: Node) -> tuple[str, ...]:
     """The ONNX nodes behind all of these, each once."""
     return tuple(dict.fromkeys(source for node in nodes for source in node.sources))
+
+
+class Replacement:
+    """Builds a Rewrite of several nodes: shapes come from the operators' records, names are new, the last node gets the matched one's."""
+
+    def __init__(self, editor: Editor, node: Node, matched: Sequence[Node] = ()) -> None:
+        self._editor, self._node = editor, node
+        self._sources = merged_sources(*reversed(matched), node)
+        self._nodes: list[Node] = []
+        self._tensors: dict[str, Tensor] = {}
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        return (self._tensors.get(tensor) or self._editor.tensors[tensor]).shape
+
+    def add(self, op: str, inputs: tuple[str, ...], attributes: Attributes, *, dtype: str = "float32", sources: tuple[str, ...] = ()) -> str:
+        """A new node; its output's name."""
+        shape = OPS[op].shape(attributes, [self.shape(name) if name else None for name in inputs])
+        assert shape is not None
+        tensor = Tensor(self._fresh(f"{self._node.outputs[0]}/{op}", self._tensors), shape, dtype)
+        self._tensors[tensor.name] = tensor
+        name = self._fresh(f"{self._node.name}/{op}", {node.name for node in self._nodes})
+        self._nodes.append(Node(name, op, inputs, (tensor.name,), attributes, sources or self._sources))
+        return tensor.name
+
+    def _fresh(self, stem: str, local: Container[str]) -> str:
+        name, number = self._editor.fresh(stem), 1
+        while name in local:
+            number += 1
+            name = self._editor.fresh(f"{stem}{number}")
+        return name
+
+    def reshape(self, tensor: str, shape: tuple[int, ...]) -> str:
+        return tensor if shape == self.shape(tensor) else self.add("reshape", (tensor,), Reshape(shape))
+
+    def transpose(self, tensor: str, permutation: tuple[int, ...]) -> str:
+        return tensor if permutation == tuple(range(len(permutation))) else self.add("transpose", (tensor,), Transpose(permutation))
+
+    def done(self, result: str) -> Rewrite:
+        """The rewrite; `result`, made by the last node added, becomes the matched node's output."""
+        last = self._nodes[-1]
+        assert last.outputs == (result,)
+        del self._tensors[result]
+        final = replace(last, name=self._node.name, outputs=self._node.outputs)
+        return Rewrite((*self._nodes[:-1], final), tuple(self._tensors.values()))

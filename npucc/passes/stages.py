@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npucc.passes.affine import DEPTHWISE_RULES, FOLD_RULES
+from npucc.passes.affine import DEPTHWISE_RULES, FOLD_RULES, FORWARD_RULES
 from npucc.passes.layout import LAYOUT_RULES
 from npucc.passes.padding import PADDING_RULES
 from npucc.passes.patterns import PATTERN_RULES
@@ -10,8 +10,8 @@ from npucc.passes.rewrite import Stage, stage
 from npucc.passes.tables import TABLE_RULES
 
 STAGES: tuple[Stage, ...] = (
-    stage("fold", (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES), "batch normalization, biases, scales, clips and padding cost nothing inside a convolution or matrix product"),
+    stage("fold", (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES), "batch normalization, biases, scales, clips and padding cost nothing inside a convolution or matrix product", report=False),
     stage("tables", TABLE_RULES, "any function of one variable is one table, however it is written"),
     stage("patterns", (*LAYOUT_RULES, *PATTERN_RULES), "LayerNorm and Softmax keep their precision only as one operation"),
-    stage("finish", (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES, *DEPTHWISE_RULES), "what became foldable is folded; what scales channels becomes a depthwise convolution"),
-)  # fmt: skip
+    stage("finish", (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES, *FORWARD_RULES, *DEPTHWISE_RULES), "what has become foldable is folded; what scales channels becomes a depthwise convolution"),
+)

@@ -27,9 +27,8 @@ def uniform(editor: Editor, tensor: str) -> float | None:
 
 def as_function(editor: Editor, node: Node) -> tuple[str, scalar.Expression] | None:
     """(variable, expression) of a node that is a function of one tensor of its own shape: a table, or arithmetic with one constant value."""
-    if node.op == "table":
-        assert isinstance(node.attributes, ops.Table)
-        return node.inputs[0], node.attributes.expression
+    if isinstance(node.attributes, ops.Table):
+        return None if editor.tensors[node.inputs[0]].dtype == "bool" else (node.inputs[0], node.attributes.expression)
     if node.op not in ARITHMETIC and node.op != "compare":
         return None
     arguments: list[scalar.Expression] = [uniform(editor, name) for name in node.inputs]

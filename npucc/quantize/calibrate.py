@@ -44,7 +44,7 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, p
     axes = channel_axes(graph)
     sums = {name: np.zeros(graph.tensors[name].shape[axis]) for name, axis in axes.items()}
     scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
-    run = _runner(graph, sorted({*histograms, *axes}))
+    run = tensor_runner(graph, sorted({*histograms, *axes}))
     total, count = _total(feeds, limit), 0
     for feed in _checked(graph, islice(feeds, limit)):
         for name, value in run(feed).items():
@@ -93,7 +93,7 @@ def _channel_means(value: Array, axis: int) -> Array:
     return np.asarray(value.mean(axis=others, dtype=np.float64))
 
 
-def _runner(graph: Graph, wanted: list[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+def tensor_runner(graph: Graph, wanted: list[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
     """A function from a feed to the wanted tensors."""
     model = to_onnx(graph)
     have = {*graph.inputs, *(value.name for value in model.graph.output)}

@@ -1,0 +1,11 @@
+"""The virtual NPU: a bit-accurate machine with timed queues, usable without the compiler.
+
+The one big idea: values and cycles come from the same program; values are exact integers on every computer, and timing never changes them.
+"""
+
+from runtime.errors import RuntimeFault
+from runtime.machine import Machine, Run
+from runtime.report import LayerReport, Report, make_report
+from runtime.timing import Timeline, simulate
+
+__all__ = ["LayerReport", "Machine", "Report", "Run", "RuntimeFault", "Timeline", "make_report", "simulate"]

@@ -1,0 +1,194 @@
+"""What one instruction costs: cycles on its engine, bytes through each memory, operations.
+
+The one big idea: costs are equations over shapes and the target, never over values or addresses, so that a compiler can ask
+them before it writes a program. M = output pixels (or rows), K = products per output, N = outputs, G = groups; ⌈⌉ rounds up.
+
+Systolic array of R rows and C columns (K lies along R, N along C), one output matrix:
+    weight stationary   F = G⌈K/R⌉⌈N/C⌉ folds of M pixels. SCALE-Sim v2's analytical model (Samajdar et al., ISPASS 2020):
+                        F(2R + C + M - 2): load weights R, stream M, skew and drain R + C - 2.
+                        With shadow weights the next fold loads behind the current one: R + F·max(M, R) + R + C - 2.
+    output stationary   G⌈M/R⌉⌈N/C⌉(K + R + C - 2)
+    input stationary    G⌈K/R⌉⌈M/C⌉(2R + C + N - 2)
+    depthwise           weight stationary: g = max(1, min(⌊R/taps⌋, C)) channels lie block-diagonally in one fold, so
+                        F = ⌈c/g⌉⌈taps/R⌉ of M pixels; the other dataflows have K = taps, N = 1, G = c.
+MAC array m×n×k (Da Vinci cube: Liao et al., HPCA 2021), pipeline depth D:
+    matrix              G⌈M/m⌉⌈N/n⌉⌈K/k⌉ + D
+    depthwise           ⌈M/m⌉⌈c/n⌉⌈taps/k⌉ + D: each of the n columns serves one channel
+16-bit inputs pass the array as two bytes: everything twice.
+
+Vector engine: startup + ⌈elements/lanes⌉ · passes; pooling passes once per tap, div, sqrt and resize four times.
+DMA: on the DRAM side a contiguous run costs whole bursts; a gap shorter than a burst is streamed over, so a group of runs never
+costs more than its whole extent in bursts. Dimensions with stride 0 are moved once. Cycles = ⌈bytes so counted / bytes per cycle⌉.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from isa.program import DTYPES, Instruction, Tile
+from isa.spec import SPEC
+from isa.target import Target
+from runtime import decode
+
+#: passes over each element of the result (or, for `reduce`, of the input)
+VECTOR_PASSES = {"div": 4, "sqrt": 4, "resize": 4}
+POOLING = ("maxpool", "avgpool")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Counted events; they add up."""
+
+    macs: int = 0
+    vector_operations: int = 0
+    spm_bytes: int = 0
+    acc_bytes: int = 0
+    dram_read_bytes: int = 0
+    dram_write_bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, name) + getattr(other, name) for name in WORK_FIELDS))
+
+    def times(self, count: int) -> Work:
+        """The same `count` times."""
+        return Work(*(getattr(self, name) * count for name in WORK_FIELDS))
+
+    @property
+    def dram_bytes(self) -> int:
+        return self.dram_read_bytes + self.dram_write_bytes
+
+
+WORK_FIELDS = ("macs", "vector_operations", "spm_bytes", "acc_bytes", "dram_read_bytes", "dram_write_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Cycles that the engine is busy (a DMA: that the DRAM channel is), how many of them fill and drain the array, and the work done."""
+
+    cycles: int
+    fill: int = 0
+    work: Work = field(default_factory=Work)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The matrix product that an instruction is: `pixels` × `depth` × `outputs`, `groups` times; `inputs` bytes wide."""
+
+    pixels: int
+    depth: int
+    outputs: int
+    groups: int = 1
+    width: int = 1
+    depthwise: bool = False
+
+    @property
+    def macs(self) -> int:
+        return self.pixels * self.depth * self.outputs * self.groups
+
+
+def cost(instruction: Instruction, target: Target) -> Cost:
+    """The cost of an instruction of the table on a target. Raises RuntimeFault when its operands do not fit the table."""
+    tiles = decode.operands(instruction)
+    queue = SPEC[instruction.name].queue
+    if queue == "mm":
+        return matrix_cost(product_of(instruction.name, tiles, decode.attributes(instruction)), target)
+    if queue in ("ld", "st"):
+        return _transfer_cost(tiles, target)
+    return _vector_cost(instruction.name, tiles, decode.attributes(instruction), target)
+
+
+def product_of(name: str, tiles: dict[str, Tile], attributes: dict[str, Any]) -> Product:
+    """The matrix product that conv, dwconv or matmul does."""
+    if name == "matmul":
+        (pixels, depth), outputs = tiles["a"].shape, tiles["b"].shape[1]
+        return Product(pixels, depth, outputs, width=DTYPES[tiles["a"].dtype])
+    pixels, taps = math.prod(tiles["y"].shape[:2]), math.prod(tiles["w"].shape[:2])
+    width = DTYPES[tiles["x"].dtype]
+    if name == "dwconv":
+        return Product(pixels, taps, 1, tiles["w"].shape[2], width, depthwise=True)
+    groups = max(1, attributes["groups"])
+    return Product(pixels, taps * tiles["w"].shape[2], tiles["w"].shape[3] // groups, groups, width)
+
+
+def matrix_cost(product: Product, target: Target) -> Cost:
+    """Cycles and traffic of a matrix product on the target's array."""
+    compute, fill, work = (_mac_array if target.family == "mac" else _systolic_array)(product, target)
+    return Cost((compute + fill) * product.width, fill * product.width, work)
+
+
+def _mac_array(p: Product, t: Target) -> tuple[int, int, Work]:
+    rows, depth = _up(p.pixels, t.rows), _up(p.depth, t.depth)
+    columns = _up(p.groups, t.cols) if p.depthwise else p.groups * _up(p.outputs, t.cols)
+    input_reads = p.pixels * p.depth * (p.groups if p.depthwise else columns) * p.width
+    weight_reads = p.depth * p.outputs * p.groups * rows
+    return rows * columns * depth, t.pipeline_depth, _matrix_work(p, input_reads + weight_reads, accumulations=1)
+
+
+def _systolic_array(p: Product, t: Target) -> tuple[int, int, Work]:
+    if t.dataflow == "os":
+        folds = p.groups * _up(p.pixels, t.rows) * _up(p.outputs, t.cols)
+        reads = p.groups * (p.pixels * p.depth * _up(p.outputs, t.cols) * p.width + p.depth * p.outputs * _up(p.pixels, t.rows))
+        return folds * p.depth, folds * (t.rows + t.cols - 2), _matrix_work(p, reads, accumulations=1)
+    depth_folds = _up(p.depth, t.rows)
+    if t.dataflow == "is":
+        folds = p.groups * depth_folds * _up(p.pixels, t.cols)
+        reads = p.groups * (p.pixels * p.depth * p.width + p.depth * p.outputs * _up(p.pixels, t.cols))
+        return folds * p.outputs, folds * (2 * t.rows + t.cols - 2), _matrix_work(p, reads, accumulations=depth_folds)
+    return _weight_stationary(p, t)
+
+
+def _weight_stationary(p: Product, t: Target) -> tuple[int, int, Work]:
+    depth_folds = _up(p.depth, t.rows)
+    packed = max(1, min(t.rows // p.depth, t.cols))
+    columns = _up(p.groups, packed) if p.depthwise else p.groups * _up(p.outputs, t.cols)
+    folds = columns * depth_folds
+    reads = p.pixels * p.depth * (p.groups if p.depthwise else columns) * p.width + p.depth * p.outputs * p.groups
+    work = _matrix_work(p, reads, accumulations=depth_folds)
+    if t.shadow_weights:
+        return folds * max(p.pixels, t.rows), 2 * t.rows + t.cols - 2, work
+    return folds * p.pixels, folds * (2 * t.rows + t.cols - 2), work
+
+
+def _matrix_work(p: Product, spm_reads: int, *, accumulations: int) -> Work:
+    """Each accumulation writes every output; all but the first read it before."""
+    results = p.pixels * p.outputs * p.groups * DTYPES["s32"]
+    return Work(macs=p.macs, spm_bytes=spm_reads, acc_bytes=results * (2 * accumulations - 1))
+
+
+def _vector_cost(name: str, tiles: dict[str, Tile], attributes: dict[str, Any], target: Target) -> Cost:
+    elements = tiles["x" if name == "reduce" else "y"].elements
+    passes = math.prod(attributes["kernel"]) if name in POOLING else VECTOR_PASSES.get(name, 1)
+    moved = {space: sum(moved_bytes(tile) for tile in tiles.values() if tile.space == space) for space in ("spm", "acc")}
+    work = Work(vector_operations=elements * passes, spm_bytes=moved["spm"], acc_bytes=moved["acc"])
+    return Cost(target.vec_startup + _up(elements, target.vec_lanes) * passes, 0, work)
+
+
+def _transfer_cost(tiles: dict[str, Tile], target: Target) -> Cost:
+    written, read = tiles["y"], tiles["x"]
+    dram, spm = (written, read) if written.space == "dram" else (read, written)
+    size = moved_bytes(dram)
+    cycles = max(1, math.ceil(burst_bytes(dram, target.dram_burst_bytes) / target.dram_bytes_per_cycle))
+    to_dram = size if dram is written else 0
+    return Cost(cycles, 0, Work(spm_bytes=moved_bytes(spm), dram_read_bytes=size - to_dram, dram_write_bytes=to_dram))
+
+
+def moved_bytes(tile: Tile) -> int:
+    """Bytes of a tile; dimensions with stride 0 count once."""
+    return DTYPES[tile.dtype] * math.prod(size for size, stride in zip(tile.shape, tile.strides, strict=True) if stride)
+
+
+def burst_bytes(tile: Tile, burst: int) -> int:
+    """Bytes that the DRAM channel is taken for by a tile: per run whole bursts, but never more than a group's extent in bursts."""
+    extent = DTYPES[tile.dtype]
+    total = _up(extent, burst) * burst
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(tile.strides, tile.shape, strict=True) if stride and size > 1):
+        extent += (size - 1) * stride
+        total = min(total * size, _up(extent, burst) * burst)
+    return total
+
+
+def _up(amount: int, unit: int) -> int:
+    """⌈amount / unit⌉."""
+    return -(-amount // unit)

@@ -1,0 +1,97 @@
+"""What one inference costs, as numbers that add up.
+
+The one big idea: every total is the sum over layers, and every layer's cycles are the sum of five parts; nothing is estimated twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from isa.program import Instruction, Loop, Program
+from runtime.costs import Work
+from runtime.energy import SOURCES, energy
+from runtime.timing import LayerTime, Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One layer: `cycles` = ideal + underuse + fill + dma_stall + sync_stall. `nodes` are the ONNX nodes it serves."""
+
+    name: str
+    op: str
+    nodes: tuple[str, ...]
+    cycles: int
+    ideal: int
+    underuse: int
+    fill: int
+    dma_stall: int
+    sync_stall: int
+    macs: int
+    dram_bytes: int
+    energy_pj: float
+
+    @property
+    def sync_and_dma_stall(self) -> int:
+        """Cycles in which neither array nor vector engine works."""
+        return self.dma_stall + self.sync_stall
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One inference. `utilization` is ideal multiply-accumulate cycles over cycles; `energy` is in picojoules by component."""
+
+    cycles: int
+    macs: int
+    utilization: float
+    dram_read_bytes: int
+    dram_write_bytes: int
+    spm_peak_bytes: int
+    energy_pj: float
+    energy: dict[str, float]
+    energy_sources: dict[str, str]
+    layers: tuple[LayerReport, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values for JSON."""
+        return asdict(self)
+
+
+def make_report(program: Program, timeline: Timeline) -> Report:
+    """Gather what the timeline counted."""
+    total = sum((layer.work for layer in timeline.layers), Work())
+    components = energy(total, program.target)
+    possible = timeline.total_cycles * program.target.macs_per_cycle
+    layers = tuple(_layer_report(program, number, time) for number, time in enumerate(timeline.layers))
+    return Report(
+        cycles=timeline.total_cycles, macs=total.macs, utilization=total.macs / possible if possible else 0.0,
+        dram_read_bytes=total.dram_read_bytes, dram_write_bytes=total.dram_write_bytes, spm_peak_bytes=spm_peak(program),
+        energy_pj=sum(components.values()), energy=components, energy_sources=dict(SOURCES), layers=layers,
+    )  # fmt: skip
+
+
+def _layer_report(program: Program, number: int, time: LayerTime) -> LayerReport:
+    layer = program.layers[number]
+    return LayerReport(
+        name=layer.name, op=layer.op, nodes=layer.nodes, cycles=time.cycles, ideal=time.ideal, underuse=time.underuse, fill=time.fill,
+        dma_stall=time.dma_stall, sync_stall=time.sync_stall, macs=time.work.macs, dram_bytes=time.work.dram_bytes,
+        energy_pj=sum(energy(time.work, program.target).values()),
+    )  # fmt: skip
+
+
+def spm_peak(program: Program) -> int:
+    """One past the highest scratchpad byte that any instruction touches."""
+    return max((_highest(layer.body, ()) for layer in program.layers), default=0)
+
+
+def _highest(body: tuple[Instruction | Loop, ...], counts: tuple[int, ...]) -> int:
+    peak = 0
+    for item in body:
+        if isinstance(item, Loop):
+            peak = max(peak, _highest(item.body, (*counts, item.count)))
+            continue
+        for tile in item.tiles:
+            if tile.space == "spm":
+                reach = sum(max(0, step * (count - 1)) for step, count in zip(tile.steps, counts, strict=False))
+                peak = max(peak, tile.extent()[1] + reach)
+    return peak
