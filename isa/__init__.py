@@ -6,7 +6,7 @@ The one big idea: one table (`isa.spec`) says what an instruction is; parser, pr
 from isa.check import check, findings
 from isa.errors import CheckError, IsaError, PackageError, ParseError, TargetError
 from isa.finding import Finding
-from isa.package import Package, pack_text
+from isa.package import Package, load, pack_text
 from isa.program import Event, Instruction, Layer, Loop, Program, TensorRecord, Tile, address_at, dense_strides, unroll
 from isa.spec import SPEC, TABLE, InstructionSpec
 from isa.target import Target, load_target, target_names
@@ -37,6 +37,7 @@ __all__ = [
     "findings",
     "format_instruction",
     "format_program",
+    "load",
     "load_target",
     "pack_text",
     "parse_program",

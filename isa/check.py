@@ -15,7 +15,7 @@ from isa.finding import Finding, finding
 from isa.geometry import footprint, overlaps, writes_twice
 from isa.order import order_findings
 from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES, Event, Instruction, Loop, Program, TensorRecord, Tile, address_at
-from isa.shapes import Remark, shape_remarks
+from isa.shapes import Remark, may_replace, shape_remarks
 from isa.signature import operand_count_fault, operand_fault
 from isa.spec import SPEC, Operand
 from isa.tokens import MAXIMUM_EVENT, did_you_mean, print_address, print_place, print_tile
@@ -205,12 +205,11 @@ def _in_place_remarks(instruction: Instruction, counts: tuple[int, ...]) -> Iter
     """A result may replace an operand element by element; any other overlap would depend on the order within the instruction."""
     spec = SPEC[instruction.name]
     result = instruction.tiles[0]
-    elementwise = spec.timing == "vector" and spec.name not in ("reduce", "lut")
     for operand, tile in zip(spec.operands[1:], instruction.tiles[1:], strict=False):
         if tile.space != result.space or not _overlap_somewhere(result, tile, counts):
             continue
         same = tile.address == result.address and tile.steps == result.steps and tile.strides == result.strides and tile.shape == result.shape
-        if not (same and DTYPES[tile.dtype] == DTYPES[result.dtype] and (elementwise or (spec.name == "lut" and operand.name == "x"))):
+        if not (same and DTYPES[tile.dtype] == DTYPES[result.dtype] and may_replace(spec, operand)):
             yield (
                 f"the result {print_place(result)} overlaps operand {operand.name}, {print_place(tile)}",
                 "give the result bytes of its own; only elementwise instructions may write exactly where they read",

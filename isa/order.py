@@ -147,10 +147,11 @@ class _Walk:
             return
         self.reported.add(key)
         space = access.tile.space
+        place = f"{print_place(access.tile)}, but nothing has written the bytes from {print_address(missing)} of {space}"
         self.findings.append(
             finding(
                 step.instruction,
-                f"{step.instruction.name} reads {print_place(access.tile)}, but nothing has written the bytes from {print_address(missing)} of {space}",
+                f"{step.instruction.name} reads {place}",
                 "write them first (ld, fill, or an instruction before this one), or correct the address or the strides",
             )
         )
@@ -313,7 +314,8 @@ def _stuck(step: Step, pending: list[deque[Step]], given: Counter[Channel]) -> t
             f"which is given {place}, behind another stuck instruction",
             "the queues wait for one another in a circle: break it, or add a signal before it",
         )
-    return finding(step.instruction, f"the {QUEUES[step.queue]} queue is stuck: {step.instruction.name} waits for {_event(channel)}, {message}", hint)
+    message = f"the {QUEUES[step.queue]} queue is stuck: {step.instruction.name} waits for {_event(channel)}, {message}"
+    return blocker is not None, finding(step.instruction, message, hint)
 
 
 def _event(channel: Channel) -> str:

@@ -112,6 +112,11 @@ class Package:
         return format_program(self.program)
 
 
+def load(path: str | Path) -> Package:
+    """`Package.load`: read and verify a package file. Raises PackageError."""
+    return Package.load(path)
+
+
 def pack_text(text: str, constants: bytes = b"", *, file: str = "", tool: str = "", members: Mapping[str, bytes] | None = None) -> Package:
     """Assemble npuasm text and its constants into a package. Raises ParseError or PackageError."""
     return Package(parse_program(text, file=file), constants, {"tool": tool} if tool else {}, members or {})
@@ -203,8 +208,10 @@ def _refuse_odd_entries(entries: list[zipfile.ZipInfo], available: int, file: st
             raise PackageError(f"member {shown} stands twice", file=file, hint=_AGAIN)
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise PackageError(
-                f"member {shown} is compressed ({entry.compress_size} bytes for {entry.file_size})", file=file, hint="members of a package are stored as they are; " + _AGAIN
-            )  # fmt: skip
+                f"member {shown} is compressed ({entry.compress_size} bytes for {entry.file_size})",
+                file=file,
+                hint="members of a package are stored as they are; " + _AGAIN,
+            )
         names.add(entry.filename)
     total = sum(entry.file_size for entry in entries)
     if total > available:

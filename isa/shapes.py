@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from isa.program import Instruction, Tile
-from isa.spec import SPEC, Attribute, InstructionSpec
+from isa.spec import SPEC, Attribute, InstructionSpec, Operand
 from isa.tokens import did_you_mean
 
 #: (message, hint)
@@ -39,6 +39,11 @@ def shape_remarks(instruction: Instruction) -> Iterator[Remark]:
     values = attribute_values(instruction)
     for rule in RULES.get(instruction.name, ()):
         yield from rule(tiles, values)
+
+
+def may_replace(spec: InstructionSpec, operand: Operand) -> bool:
+    """Whether the result may lie exactly on this operand: element by element, each read before it is written."""
+    return spec.timing == "vector" and operand.dims == spec.operands[0].dims
 
 
 # ── attributes ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -146,6 +151,7 @@ def same_dtype(*names: str) -> Rule:
                     "they must be the same; cvt converts",
                 )
 
+    rule.__doc__ = f"Operands {' and '.join(names)} hold the same element type."
     return rule
 
 

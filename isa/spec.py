@@ -108,7 +108,8 @@ TABLE: tuple[InstructionSpec, ...] = (
          Operand("w", "read", SPM, ("s8",), "klgn"), Operand("b", "read", SPM, ("s32",), "n", optional=True)),
         (STRIDE, DILATION, PAD, Attribute("zero", "int", 0, "stored value that padding stands for"),
          Attribute("groups", "int", 1, "channel groups: g = c / groups; output channels are split likewise"), ACCUMULATE),
-        "y[h,w,n] = (b[n] or 0, or y if accumulate) + sum over k,l,g of x[h*stride+k*dilation-pad, w*..., g of n's group] * w[k,l,g,n], wrapping in 32 bits",
+        "y[h,w,n] = (b[n] or 0, or y if accumulate) + "
+        "sum over k,l,g of x[h*stride+k*dilation-pad, w*..., g of n's group] * w[k,l,g,n], wrapping in 32 bits",
         "matrix", "x outside its tile reads as `zero`, and only where `pad` allows it.",
         "conv $0x0:s32[14,56,64], %0x0:s8[16,58,64], %0x80000:s8[3,3,64,64], %0x90000:s32[64] pad=1,1,0,1 zero=-3",
     ),
@@ -132,7 +133,8 @@ TABLE: tuple[InstructionSpec, ...] = (
     ),
     InstructionSpec(
         "requant", "vec",
-        (Operand("y", "write", SPM, ("s8", "s16"), "*dn"), Operand("a", "read", ("acc", "spm"), ("s32",), "*dn"), Operand("s", "read", SPM, ("f32",), "n", optional=True)),
+        (Operand("y", "write", SPM, ("s8", "s16"), "*dn"), Operand("a", "read", ("acc", "spm"), ("s32",), "*dn"),
+         Operand("s", "read", SPM, ("f32",), "n", optional=True)),
         (Attribute("scale", "float", 1.0, "used for all channels when s is left out"), Attribute("zero", "int", 0, "zero point of y"), CLAMP),
         "y[..., n] = clamp(rint(float32(a[..., n]) * s[n]) + zero)", "vector",
         "The target's requantize mode `fp32.rne`: one float32 product, half to even, the zero point added after rounding.",
@@ -140,11 +142,15 @@ TABLE: tuple[InstructionSpec, ...] = (
     ),
     _elementwise(
         "add", "quant(real(a) + real(b))",
-        "For s8 a, b and y the sum is two fused multiply-adds on unsigned bytes, as onnxruntime's kernel has it: with A = a+128, B = b+128, ra = f32(sa/sy), rb = f32(sb/sy), "
+        "For s8 a, b and y the sum is two fused multiply-adds on unsigned bytes, as onnxruntime's kernel has it: "
+        "with A = a+128, B = b+128, ra = f32(sa/sy), rb = f32(sb/sy), "
         "F = f32((zy+128) - fma(ra, za+128, f32(rb*(zb+128)))): y = clamp(rint(fma(A, ra, fma(B, rb, F))) - 128).",
     ),
     _elementwise("sub", "quant(real(a) - real(b))"),
-    _elementwise("mul", "quant(real(a) * real(b))", "For s8 a, b and y: clamp(rint(f32(f32(f32((a-za)*(b-zb)) * r) + f32(zy+128))) - 128) with r = f32(f32(sa*sb)/sy)."),
+    _elementwise(
+        "mul", "quant(real(a) * real(b))",
+        "For s8 a, b and y: clamp(rint(f32(f32(f32((a-za)*(b-zb)) * r) + f32(zy+128))) - 128) with r = f32(f32(sa*sb)/sy).",
+    ),
     _elementwise("div", "quant(real(a) / real(b))", "x/0 follows IEEE-754; NaN is stored as the zero point."),
     _elementwise("max", "quant(max(real(a), real(b)))"),
     _elementwise("min", "quant(min(real(a), real(b)))"),
@@ -157,7 +163,8 @@ TABLE: tuple[InstructionSpec, ...] = (
     ),
     InstructionSpec(
         "select", "vec",
-        (Operand("y", "write", SPM, ANY, "*d"), Operand("c", "read", SPM, ("s8", "u8"), "*d"), Operand("a", "read", SPM, ANY, "*d"), Operand("b", "read", SPM, ANY, "*d")),
+        (Operand("y", "write", SPM, ANY, "*d"), Operand("c", "read", SPM, ("s8", "u8"), "*d"),
+         Operand("a", "read", SPM, ANY, "*d"), Operand("b", "read", SPM, ANY, "*d")),
         (_quant("qa", "a"), _quant("qb", "b"), _quant("qy", "y"), CLAMP),
         "y = quant(real(a)) where c is not 0, else quant(real(b))", "vector", "", "select %0x0:s8[64], %0x40:u8[64], %0x80:s8[64], %0xc0:s8[64]",
     ),
@@ -186,7 +193,8 @@ TABLE: tuple[InstructionSpec, ...] = (
             "Padding adds nothing to the sum."),
     InstructionSpec(
         "reduce", "vec", (Operand("y", "update", SPM, ("s32", "s64", "s8", "s16"), "*r"), Operand("x", "read", SPM, INTEGERS, "*d")),
-        (Attribute("op", "word", "sum", "what is kept", words=("sum", "sumsq", "max", "min")), Attribute("zero", "int", 0, "subtracted from x first (sum, sumsq)"), ACCUMULATE),
+        (Attribute("op", "word", "sum", "what is kept", words=("sum", "sumsq", "max", "min")),
+         Attribute("zero", "int", 0, "subtracted from x first (sum, sumsq)"), ACCUMULATE),
         "y = op of (x - zero) over every dimension where y has size 1", "vector",
         "y has x's rank. Sums wrap in y's width; max and min keep x's values. With accumulate, y's value takes part.",
         "reduce %0x0:s32[1,1,64], %0x100:s8[14,56,64] op=sum zero=-3",

@@ -16,14 +16,17 @@ else:  # pragma: no cover
     import tomli as tomllib
 
 TARGETS_FOLDER = Path(__file__).parent / "targets"
+LIMIT = 1 << 48
+#: fields that are one of a few words
+WORDS = {"family": ("systolic", "mac"), "dataflow": ("ws", "os", "is"), "requantize": ("fp32.rne",)}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """A virtual NPU. Sizes in bytes, rates per cycle, energies in picojoules, one clock for all engines."""
 
-    name: str
-    description: str = ""
+    name: str  # what `--target` and `.target` call it
+    description: str = ""  # one line for the reader
     family: str = "systolic"  # systolic (weight stationary R×C), or mac (m×n×k multiply-accumulates each cycle)
     rows: int = 32  # systolic: the K direction; mac: output pixels (m)
     cols: int = 32  # systolic: output channels (N direction); mac: output channels (n)
@@ -31,17 +34,17 @@ class Target:
     dataflow: str = "ws"  # systolic only: ws, os or is
     shadow_weights: bool = True  # systolic only: the next fold's weights load behind the current one
     pipeline_depth: int = 8  # mac only: cycles from the first operand to the last sum
-    spm_bytes: int = 1 << 20
-    acc_bytes: int = 1 << 18
+    spm_bytes: int = 1 << 20  # scratchpad
+    acc_bytes: int = 1 << 18  # accumulators, 4 bytes each
     alignment: int = 1  # of every tile's start, in bytes
-    dram_bytes: int = 1 << 32
-    dram_bytes_per_cycle: float = 25.6
+    dram_bytes: int = 1 << 32  # the most that a program may use
+    dram_bytes_per_cycle: float = 25.6  # of the one channel that ld and st share
     dram_latency: int = 120  # cycles from request to first byte
     dram_burst_bytes: int = 32  # a shorter contiguous run still costs this much
     vec_lanes: int = 64  # elements per cycle of the vector engine
     vec_startup: int = 8  # cycles per vector instruction
-    clock_hz: float = 1.0e9
-    requantize: str = "fp32.rne"
+    clock_hz: float = 1.0e9  # turns cycles into seconds
+    requantize: str = "fp32.rne"  # how requant rounds: one float32 product, half to even
     pj_mac: float = 0.30  # int8 multiply-accumulate; Horowitz, ISSCC 2014 (45 nm)
     pj_vector: float = 1.0  # one vector element operation: fp32 add 0.9 plus control; Horowitz, ISSCC 2014
     pj_spm_byte: float = 12.5  # 1 MB SRAM; Horowitz, ISSCC 2014
@@ -50,14 +53,18 @@ class Target:
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers at once, by field name."""
-        if self.family not in ("systolic", "mac"):
-            raise TargetError(f"family is {self.family!r}", hint="use 'systolic' or 'mac'")
-        for field in ("rows", "cols", "depth", "spm_bytes", "acc_bytes", "alignment", "vec_lanes", "dram_burst_bytes"):
-            if getattr(self, field) < 1:
-                raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be at least 1")
+        for field, words in WORDS.items():
+            if getattr(self, field) not in words:
+                raise TargetError(f"{field} is {getattr(self, field)!r}", hint=f"use {' or '.join(map(repr, words))}")
+        for field in ("rows", "cols", "depth", "spm_bytes", "acc_bytes", "alignment", "dram_bytes", "vec_lanes", "dram_burst_bytes"):
+            if not 1 <= getattr(self, field) < LIMIT:
+                raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be at least 1, and below 2**48")
+        for field in ("pipeline_depth", "dram_latency", "vec_startup", "pj_mac", "pj_vector", "pj_spm_byte", "pj_acc_byte", "pj_dram_byte"):
+            if not 0 <= getattr(self, field) < LIMIT:
+                raise TargetError(f"{field} is {getattr(self, field)}", hint="it cannot be negative, nan or 2**48 and above")
         for field in ("dram_bytes_per_cycle", "clock_hz"):
-            if not getattr(self, field) > 0:
-                raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be above 0")
+            if not 0 < getattr(self, field) < LIMIT:
+                raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be above 0, and below 2**48")
 
     @property
     def macs_per_cycle(self) -> int:
@@ -76,7 +83,8 @@ def load_target(name: str | Path | Target) -> Target:
         return name
     path = Path(name) if str(name).endswith(".toml") else TARGETS_FOLDER / f"{name}.toml"
     if not path.is_file():
-        raise TargetError(f"no target {str(name)!r}", hint=f"known: {', '.join(target_names())}; or give a .toml file (npucc targets NAME prints one to copy)")
+        known = ", ".join(target_names())
+        raise TargetError(f"no target {str(name)!r}", hint=f"known: {known}; or give a .toml file (npucc targets NAME prints one to copy)")
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -20,7 +20,7 @@ F32 = np.float32
 
 def multiplier(left: Quant, right: Quant, result: Quant) -> np.ndarray:
     """float32 factor from an accumulator of left·right to the result's steps: f32(f32(s_l·s_r)/s_y), per channel if right is."""
-    return (F32(left.scale) * right.scale.astype(F32)).astype(F32) / F32(result.scale)
+    return np.asarray((F32(left.scale) * right.scale.astype(F32)).astype(F32) / F32(result.scale), F32)
 
 
 def mean_multiplier(source: Quant, result: Quant, count: int) -> float:
@@ -54,7 +54,7 @@ def quantize(real: np.ndarray, quant: Quant) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         steps = np.rint(real.astype(F32) / F32(quant.scale)) + F32(quant.zero)
     steps = np.where(np.isnan(steps), F32(quant.zero), steps)
-    return np.clip(steps.astype(np.float64), low, high).astype(np.int64)
+    return np.asarray(np.clip(steps.astype(np.float64), low, high), np.int64)
 
 
 def table(expression: scalar.Expression, source: Quant, result: Quant) -> np.ndarray:
@@ -102,11 +102,11 @@ def source_positions(size: int, result: int, scale: float, coordinates: str) -> 
     """Where each result index lies in the source, in float32 (ONNX Resize, coordinate_transformation_mode)."""
     index, factor = np.arange(result, dtype=F32), F32(scale)
     if coordinates == "asymmetric":
-        return (index / factor).astype(F32)
+        return np.asarray(index / factor, F32)
     if coordinates == "align_corners":
-        return (index * F32(size - 1) / F32(result - 1)).astype(F32) if result > 1 else np.zeros(1, F32)
+        return np.asarray(index * F32(size - 1) / F32(result - 1), F32) if result > 1 else np.zeros(1, F32)
     if coordinates == "pytorch_half_pixel":
-        return ((index + F32(0.5)) / factor - F32(0.5)).astype(F32) if result > 1 else np.zeros(1, F32)
+        return np.asarray((index + F32(0.5)) / factor - F32(0.5), F32) if result > 1 else np.zeros(1, F32)
     if coordinates == "half_pixel":
-        return ((index + F32(0.5)) / factor - F32(0.5)).astype(F32)
+        return np.asarray((index + F32(0.5)) / factor - F32(0.5), F32)
     raise KeyError(coordinates)

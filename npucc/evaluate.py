@@ -23,6 +23,7 @@ Outputs = Mapping[str, Array]
 Run = Callable[[Mapping[str, Array]], Outputs]
 Progress = Callable[[str, int, int], None]
 
+SAME_MODEL = "compare a package with the model it was made from"
 LARGEST_DB = 200.0  # stands for equality, which has no ratio; float32 reaches about 150
 
 
@@ -90,7 +91,7 @@ class ErrorSum:
     def add(self, found: Array, wanted: Array) -> None:
         """One sample. Raises DataError for different shapes."""
         if found.shape != wanted.shape:
-            raise DataError(f"the shapes {list(found.shape)} and {list(wanted.shape)} differ", hint="compare a package with the model it was made from")
+            raise DataError(f"the shapes {list(found.shape)} and {list(wanted.shape)} differ", hint=SAME_MODEL)
         rows_found, rows_wanted = score_rows(found), score_rows(wanted)
         x, y = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
         usable = np.isfinite(y)
@@ -140,7 +141,8 @@ def compare(npu_outputs: Outputs, float_outputs: Outputs) -> tuple[OutputError, 
 def _added(sums: dict[str, ErrorSum], npu_outputs: Outputs, float_outputs: Outputs) -> dict[str, ErrorSum]:
     for name, wanted in float_outputs.items():
         if name not in npu_outputs:
-            raise DataError(f"the output {name!r} is missing; found {', '.join(map(repr, npu_outputs)) or 'none'}", hint="compare a package with the model it was made from")
+            found = ", ".join(map(repr, npu_outputs)) or "none"
+            raise DataError(f"the output {name!r} is missing; found {found}", hint=SAME_MODEL)
         sums.setdefault(name, ErrorSum()).add(np.asarray(npu_outputs[name]), np.asarray(wanted))
     return sums
 
@@ -163,7 +165,7 @@ class _Hits:
                 self.npu += int((found.argmax(axis=1) == wanted).sum())
                 return
         shapes = ", ".join(f"{name!r} {list(np.shape(value))}" for name, value in float_outputs.items())
-        raise DataError(f"{wanted.size} labels fit no output; the outputs are {shapes}", hint="labels need an output of scores with a row per label; leave the labels out")
+        raise DataError(f"{wanted.size} labels fit no output; the outputs are {shapes}", hint="leave the labels out, or give one per row of scores")
 
 
 def evaluate(npu: Run, original: Run, samples: Iterable[Sample], *, progress: Progress | None = None) -> Evaluation:
@@ -201,7 +203,9 @@ def layer_errors(
             _add_node(graph, node, exact, found, accumulated[node.name], single[node.name])
         if progress:
             progress("layers", count, 0)
-    return tuple(LayerError(node.name, node.op, node.sources, node.outputs[0], accumulated[node.name].sqnr_db, single[node.name].sqnr_db) for node in graph)
+    return tuple(
+        LayerError(node.name, node.op, node.sources, node.outputs[0], accumulated[node.name].sqnr_db, single[node.name].sqnr_db) for node in graph
+    )
 
 
 def _add_node(graph: Graph, node: Node, exact: Outputs, found: Outputs, accumulated: ErrorSum, single: ErrorSum) -> None:

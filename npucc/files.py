@@ -56,9 +56,9 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def json_text(value: object) -> str:
+def json_text(value: object, *, indent: int | None = 2) -> str:
     """JSON for people and scripts; not-a-number and infinity, which JSON lacks, become null."""
-    return json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False)
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def _finite(value: object) -> object:

@@ -293,4 +293,6 @@ def _verify_shapes(graph: Graph) -> None:
         shapes: list[Any] = [graph.tensors[name].shape if name else None for name in node.inputs]
         derived = OPS[node.op].shape(node.attributes, shapes)
         if derived is not None and tuple(derived) != graph.tensors[node.outputs[0]].shape:
-            raise GraphError(f"node {node.name!r} ({node.op}) yields {tuple(derived)}, but {node.outputs[0]!r} is recorded as {graph.tensors[node.outputs[0]].shape}")
+            raise GraphError(
+                f"node {node.name!r} ({node.op}) yields {tuple(derived)}, but {node.outputs[0]!r} is recorded as {graph.tensors[node.outputs[0]].shape}"
+            )

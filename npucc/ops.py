@@ -187,11 +187,11 @@ class Operator:
     fixed_range: tuple[float, float] | None = None
 
 
-def _same(attributes: Attributes, shapes: Sequence[Shape]) -> Shape:
+def _same(_: Attributes, shapes: Sequence[Shape]) -> Shape:
     return shapes[0]
 
 
-def _broadcast(attributes: Attributes, shapes: Sequence[Shape]) -> Shape:
+def _broadcast(_: Attributes, shapes: Sequence[Shape]) -> Shape:
     return tuple(np.broadcast_shapes(*(shape for shape in shapes if shape is not None)))
 
 
@@ -214,7 +214,7 @@ def _conv_transpose(a: ConvTranspose, shapes: Sequence[Shape]) -> Shape:
     return (n, out * a.groups, sizes[0], sizes[1])
 
 
-def _matmul(a: MatMul, shapes: Sequence[Shape]) -> Shape:
+def _matmul(_: MatMul, shapes: Sequence[Shape]) -> Shape:
     left, right = shapes[0], shapes[1]
     return (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
 
@@ -222,7 +222,12 @@ def _matmul(a: MatMul, shapes: Sequence[Shape]) -> Shape:
 def _pool(a: Pool, shapes: Sequence[Shape]) -> Shape:
     n, c, h, w = shapes[0]
     top, left, bottom, right = a.pads
-    return (n, c, window_size(h, a.kernel[0], a.strides[0], a.dilations[0], top + bottom), window_size(w, a.kernel[1], a.strides[1], a.dilations[1], left + right))
+    return (
+        n,
+        c,
+        window_size(h, a.kernel[0], a.strides[0], a.dilations[0], top + bottom),
+        window_size(w, a.kernel[1], a.strides[1], a.dilations[1], left + right),
+    )
 
 
 def _reduce(a: Reduce, shapes: Sequence[Shape]) -> Shape:
@@ -242,7 +247,10 @@ TABLE: tuple[Operator, ...] = (
     Operator("conv", Conv, (2, 3), _conv, "2-D convolution (x, w[N,C/g,kh,kw], bias)", matrix=True),
     Operator("conv_transpose", ConvTranspose, (2, 3), _conv_transpose, "transposed 2-D convolution", matrix=True),
     Operator("matmul", MatMul, (2, 3), _matmul, "matrix product (a, b, bias[N])", matrix=True),
-    *(Operator(name, Binary, (2, 2), _broadcast, f"{name} with broadcasting", elementwise=True) for name in ("add", "sub", "mul", "div", "max", "min")),
+    *(
+        Operator(name, Binary, (2, 2), _broadcast, f"{name} with broadcasting", elementwise=True)
+        for name in ("add", "sub", "mul", "div", "max", "min")
+    ),
     Operator("compare", Compare, (2, 2), _broadcast, "comparison; the result is boolean", elementwise=True),
     Operator("where", Attributes, (3, 3), _broadcast, "condition ? a : b", elementwise=True),
     Operator("table", Table, (1, 1), _same, "any function of one variable, by table", elementwise=True),
@@ -256,10 +264,10 @@ TABLE: tuple[Operator, ...] = (
     Operator("layer_norm", LayerNorm, (1, 3), _same, "layer normalization over the last dimension"),
     Operator("resize", Resize, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "nearest or linear interpolation", moves_data=True),
     Operator("concat", Concat, (1, 1 << 30), _concat, "concatenation", moves_data=True),
-    Operator("slice", Slice, (1, 1), lambda a, s: a.sizes, "strided slice", moves_data=True),
+    Operator("slice", Slice, (1, 1), lambda a, _: a.sizes, "strided slice", moves_data=True),
     Operator("transpose", Transpose, (1, 1), lambda a, s: tuple(s[0][i] for i in a.permutation), "permutation of dimensions", moves_data=True),
     Operator("reshape", Reshape, (1, 1), _reshape, "another shape, same order", moves_data=True),
-    Operator("expand", Expand, (1, 1), lambda a, s: a.shape, "broadcast to a shape", moves_data=True),
+    Operator("expand", Expand, (1, 1), lambda a, _: a.shape, "broadcast to a shape", moves_data=True),
     Operator("pad", Pad, (1, 1), lambda a, s: tuple(n + b + e for n, b, e in zip(s[0], a.before, a.after, strict=True)), "padding", moves_data=True),
 )
 OPS: dict[str, Operator] = {record.name: record for record in TABLE}

@@ -73,7 +73,7 @@ def to_stored(tensor: Tensor, real: Array) -> Array:
     if tensor.quant is None:
         return real
     if tensor.quant.dtype == "u8":
-        return (real != 0).astype(np.uint8)
+        return np.asarray(real != 0, np.uint8)
     return arithmetic.quantize(real, tensor.quant).astype(STORAGE[tensor.quant.dtype])
 
 
@@ -191,13 +191,13 @@ def _grouped(w: Array, x: Array, groups: int) -> Array:
     batch, channels = x.shape[:2]
     weights = w.reshape(groups, w.shape[0] // groups, w.shape[1]).astype(np.float64)
     values = x.reshape(batch, groups, channels // groups, -1).astype(np.float64)
-    return np.matmul(weights, values).reshape(batch, w.shape[0], -1)
+    return np.asarray(np.matmul(weights, values)).reshape(batch, w.shape[0], -1)
 
 
 def _channels(value: Any) -> Array:
     """Per-channel numbers as [channels, 1, 1]."""
-    value = np.asarray(value)
-    return value.reshape(-1, 1, 1) if value.ndim else value
+    array = np.asarray(value)
+    return array.reshape(-1, 1, 1) if array.ndim else array
 
 
 def _conv_transpose(call: Call) -> Array:
@@ -281,7 +281,7 @@ def _where(call: Call) -> Array:
 def _table(call: Call) -> Array:
     source = call.operand(0).scaled
     entries = arithmetic.table(call.attributes.expression, source, call.quant)
-    return entries[call.operand(0).stored - RANGES[source.dtype][0]]
+    return np.asarray(entries[call.operand(0).stored - RANGES[source.dtype][0]])
 
 
 # ---- windows and reductions -------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def _windows(call: Call, x: Array, fill: int) -> list[Array]:
 
 def _max_pool(call: Call) -> Array:
     source = call.operand(0)
-    return np.maximum.reduce(_windows(call, source.stored, RANGES[source.scaled.dtype][0]))
+    return np.asarray(np.maximum.reduce(_windows(call, source.stored, RANGES[source.scaled.dtype][0])))
 
 
 def _average_pool(call: Call) -> Array:
@@ -385,7 +385,9 @@ def _moving(function: Callable[[Call, list[Array]], Array]) -> Callable[[Call], 
 
     def kernel(call: Call) -> Array:
         operands = [operand for operand in call.operands if operand is not None]
-        assert all(_key(operand.quant) == _key(call.tensor.quant) for operand in operands), f"{call.node.name}: operands and result have different scales"
+        assert all(_key(operand.quant) == _key(call.tensor.quant) for operand in operands), (
+            f"{call.node.name}: operands and result have different scales"
+        )
         return function(call, [operand.stored for operand in operands])
 
     return kernel

@@ -10,7 +10,7 @@ does not depend on the machine's vector library.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -42,7 +42,7 @@ class Function:
     expansion: Callable[..., Expression] | None = None
 
 
-def _double(function: Callable[[Any], Any]) -> Callable[..., Any]:
+def _double(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function computed in float64, rounded to float32 once by the caller."""
     return lambda x, *rest: function(np.asarray(x, np.float64), *(np.float64(value) for value in rest))
 
@@ -239,7 +239,7 @@ def _clip_operands(part: tuple[Any, ...]) -> tuple[Expression, float, float] | N
     name, *arguments = part
     if name == "relu":
         return arguments[0], 0.0, INFINITY
-    if name == "clip" and isinstance(arguments[1], float) and isinstance(arguments[2], float) and arguments[1] == arguments[1] and arguments[2] == arguments[2]:  # no NaN
+    if name == "clip" and all(isinstance(limit, float) and not math.isnan(limit) for limit in arguments[1:]):
         return arguments[0], arguments[1], arguments[2]
     if name in ("max", "min"):
         constant, variable = sorted(arguments, key=lambda argument: not isinstance(argument, float))
@@ -335,14 +335,24 @@ def bounds(expression: Expression) -> tuple[float, float]:
 
 def size(expression: Expression) -> int:
     """Number of function applications, shared ones counted each time."""
-    return 1 + sum(size(argument) for argument in expression[1:]) if isinstance(expression, tuple) else 0
+    count, waiting = 0, [expression]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, tuple):
+            count += 1
+            waiting.extend(part[1:])
+    return count
 
 
 def text(expression: Expression) -> str:
     """`mul(x, clip(add(x, 3), 0, 6))`; constants are the shortest decimals that give the same float32."""
     if isinstance(expression, tuple):
         return f"{expression[0]}({', '.join(text(argument) for argument in expression[1:])})"
-    return "x" if expression == "x" else np.format_float_positional(np.float32(expression), trim="-") if 1e-5 < abs(expression) < 1e7 else f"{np.float32(expression):g}"
+    if expression == "x":
+        return "x"
+    if 1e-5 <= abs(expression) < 1e7:
+        return np.format_float_positional(np.float32(expression), trim="-")
+    return "0" if expression == 0 else str(np.float32(expression))
 
 
 # ---- ONNX -------------------------------------------------------------------------------------------------------------
@@ -404,12 +414,3 @@ def emit(expression: Expression, input_name: str, fresh: Callable[[str], str], o
 
 def _shape_of(emitter: _Emitter) -> str:
     return emitter.node("Shape", [emitter.input_name])
-
-
-def variables(expression: Expression) -> Iterator[str]:
-    """Each "x" in the expression."""
-    if isinstance(expression, tuple):
-        for argument in expression[1:]:
-            yield from variables(argument)
-    elif expression == "x":
-        yield "x"

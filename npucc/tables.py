@@ -45,13 +45,21 @@ def totals(report: Mapping[str, Any], *, clock_hz: float) -> list[tuple[str, str
         ("utilization", f"{report['utilization']:.1%} of the peak MAC rate"),
         ("DRAM", f"{size(report['dram_read_bytes'])} read, {size(report['dram_write_bytes'])} written"),
         ("scratchpad peak", size(report["spm_peak_bytes"])),
-        ("energy", f"{energy(report['energy_pj'])} (estimate; {energy_source(report)})"),
+        ("energy", f"{energy(report['energy_pj'])} estimated: {_shares(report['energy'])}"),
+        ("", f"counted events × energy per event ({energy_sources(report)})"),
     ]
 
 
-def energy_source(report: Mapping[str, Any]) -> str:
-    """Where the energy per event comes from."""
-    return str(report.get("energy", {}).get("source", "counted events × the target's energy table"))
+def _shares(components: Mapping[str, float]) -> str:
+    total = sum(components.values()) or 1.0
+    return ", ".join(f"{name} {value / total:.0%}" for name, value in components.items())
+
+
+def energy_sources(report: Mapping[str, Any]) -> str:
+    """Where the energies per event come from, each source once: what follows the last colon of a component's note."""
+    notes = report.get("energy_sources", {}).values()
+    names = (str(note).rpartition(": ")[2].partition(" (")[0] for note in notes)
+    return "; ".join(dict.fromkeys(names)) or "the target's energy table"
 
 
 def layers(report: Mapping[str, Any], *, top: int | None = None) -> Table:

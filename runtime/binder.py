@@ -107,9 +107,9 @@ class Binder:
         decoded = self._decoded.get(id(instruction))
         if decoded is None:
             decoded = self._decoded[id(instruction)] = (decode.operands(instruction), decode.attributes(instruction))
-            result = next(iter(decoded[0].values()))
-            if overlaps_itself(result):
-                raise RuntimeFault(f"{instruction.name}: elements of the result share bytes", line=instruction.line, hint="use strides that keep them apart")
+            if overlaps_itself(next(iter(decoded[0].values()))):
+                told = f"{instruction.name}: elements of the result share bytes"
+                raise RuntimeFault(told, line=instruction.line, hint="use strides that keep them apart")
         return decoded
 
     def _snapshots(

@@ -55,17 +55,18 @@ def _exact(record: TensorRecord, array: Array, dtype: np.dtype[Any]) -> Array:
     low, high = int(limits.min) - record.zero, int(limits.max) - record.zero
     if array.size and not low <= min(array.min(), array.max()) <= max(array.min(), array.max()) <= high:
         raise RuntimeFault(f"input {record.name!r} has values from {array.min()} to {array.max()}", hint=f"the program holds {low} to {high}")
-    return (array.astype(np.int64) + record.zero).astype(dtype)
+    stored: Array = (array.astype(np.int64) + record.zero).astype(dtype)
+    return stored
 
 
 def to_real(record: TensorRecord, stored: Array) -> Array:
     """What the stored values stand for, in the model's element type: float32, or the integer or boolean type outside."""
     if stored.dtype == np.float32:
         return stored.astype(_outside(record))
+    steps: Array = stored.astype(np.int64) - record.zero
     if record.dtype in FLOATS or record.scale != 1.0:
-        steps = (stored.astype(np.int64) - record.zero).astype(np.float32)
-        return (steps * np.float32(record.scale)).astype(_outside(record))
-    return (stored.astype(np.int64) - record.zero).astype(_outside(record))
+        steps = steps.astype(np.float32) * np.float32(record.scale)
+    return steps.astype(_outside(record))
 
 
 def _outside(record: TensorRecord) -> np.dtype[Any]:
@@ -77,5 +78,5 @@ def _outside(record: TensorRecord) -> np.dtype[Any]:
     except TypeError:
         dtype = np.dtype(object)
     if dtype.kind not in "iub":
-        raise RuntimeFault(f"tensor {record.name!r} has the unknown element type {record.dtype!r}", hint="use a numpy name such as float32, int64 or bool")
+        raise RuntimeFault(f"tensor {record.name!r} has the unknown element type {record.dtype!r}", hint="use a name such as float32, int64 or bool")
     return dtype

@@ -76,11 +76,12 @@ def attributes(instruction: Instruction) -> dict[str, Any]:
             raise RuntimeFault(f"{spec.name} has no attribute {name!r}", line=instruction.line, hint=f"known: {', '.join(values) or 'none'}")
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, int) and abs(part) > LARGEST_ATTRIBUTE:
-                raise RuntimeFault(f"{spec.name}: {name}={part}", line=instruction.line, hint=f"integers go from {-LARGEST_ATTRIBUTE} to {LARGEST_ATTRIBUTE}")
+                raise RuntimeFault(f"{spec.name}: {name}={part}", line=instruction.line, hint=f"integers reach {LARGEST_ATTRIBUTE}")
         values[name] = value
     for attribute in spec.attributes:
-        if attribute.words and values[attribute.name] not in attribute.words:
-            raise RuntimeFault(f"{spec.name}: {attribute.name}={values[attribute.name]}", line=instruction.line, hint=f"expected {' or '.join(attribute.words)}")
-        if attribute.count > 1 and (not isinstance(values[attribute.name], tuple) or len(values[attribute.name]) != attribute.count):
+        value = values[attribute.name]
+        if attribute.words and value not in attribute.words:
+            raise RuntimeFault(f"{spec.name}: {attribute.name}={value}", line=instruction.line, hint=f"expected {' or '.join(attribute.words)}")
+        if attribute.count > 1 and (not isinstance(value, tuple) or len(value) != attribute.count):
             raise RuntimeFault(f"{spec.name}: {attribute.name} does not have {attribute.count} values", line=instruction.line)
     return values

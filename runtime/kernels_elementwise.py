@@ -44,8 +44,8 @@ def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
 def add_bytes(a: Array, b: Array, attributes: dict[str, Any]) -> Array:
     """s8 + s8 → s8 in the order of onnxruntime's QLinearAdd: fma(A, ra, fma(B, rb, F)), zero point inside the rounding."""
     (scale_a, zero_a), (scale_b, zero_b), (scale_y, zero_y) = (attributes[name] for name in ("qa", "qb", "qy"))
-    ratio_a, ratio_b = (np.float32([scale]) / np.float32([scale_y]) for scale in (scale_a, scale_b))
-    offset_a, offset_b, offset_y = (np.float32([zero + UNSIGNED]) for zero in (zero_a, zero_b, zero_y))
+    ratio_a, ratio_b = (np.asarray([scale], np.float32) / np.float32(scale_y) for scale in (scale_a, scale_b))
+    offset_a, offset_b, offset_y = (np.asarray([zero + UNSIGNED], np.float32) for zero in (zero_a, zero_b, zero_y))
     start = offset_y - fused_multiply_add(ratio_a, offset_a, ratio_b * offset_b)
     codes_a, codes_b = (np.asarray(stored, np.float32) + np.float32(UNSIGNED) for stored in (a, b))
     values = fused_multiply_add(codes_a, ratio_a, fused_multiply_add(codes_b, ratio_b, start))
@@ -145,7 +145,8 @@ def _table(site: Site, evaluate: Evaluate, dtypes: list[np.dtype[Any]]) -> Array
 
 
 def _look_up_one(site: Site, y: Array, x: Array, table: Array) -> Callable[[], None]:
-    work = [(result, part, site.scratch.take("index", part.shape, np.intp), site.scratch.take("found", part.shape, y.dtype)) for result, part in pieces([y, x.view(np.uint8)])]
+    take = site.scratch.take
+    work = [(result, part, take("index", part.shape, np.intp), take("found", part.shape, y.dtype)) for result, part in pieces([y, x.view(np.uint8)])]
 
     def run() -> None:
         for result, part, index, found in work:
@@ -158,8 +159,9 @@ def _look_up_one(site: Site, y: Array, x: Array, table: Array) -> Callable[[], N
 
 def _look_up_two(site: Site, y: Array, sources: list[Array], table: Array) -> Callable[[], None]:
     take = site.scratch.take
+    kinds = (("pair", np.uint16), ("low", np.uint16), ("index", np.intp), ("found", y.dtype))
     work = [
-        (result, high, low, take("pair", high.shape, np.uint16), take("low", high.shape, np.uint16), take("index", high.shape, np.intp), take("found", high.shape, y.dtype))
+        (result, high, low, *(take(role, high.shape, dtype) for role, dtype in kinds))
         for result, high, low in pieces([y, *(source.view(np.uint8) for source in sources)])
     ]  # fmt: skip
 

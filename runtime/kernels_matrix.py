@@ -65,7 +65,7 @@ def _product(site: Site, parts: list[Part], y: Array, bias: Array | None, shape:
 
 def _mergeable(y: Array) -> bool:
     """Whether [h, w, n] can be seen as [h·w, n] in place."""
-    return y.shape[0] == 1 or y.shape[1] == 1 or y.strides[0] == y.strides[1] * y.shape[1]
+    return bool(y.shape[0] == 1 or y.shape[1] == 1 or y.strides[0] == y.strides[1] * y.shape[1])
 
 
 def _cut(left: Array, right: Array, source: np.dtype[Any], *, known: bool) -> list[Part]:
@@ -85,7 +85,9 @@ def _sequence(*steps: Run | None) -> Run:
     return run
 
 
-def _weights(site: Site, name: str, dtype: np.dtype[Any], arrange: Callable[[Array], Array], zero: int = 0, variant: int = 0) -> tuple[Array, Run | None]:
+def _weights(
+    site: Site, name: str, dtype: np.dtype[Any], arrange: Callable[[Array], Array], *, zero: int = 0, variant: int = 0
+) -> tuple[Array, Run | None]:
     """Operand `name` less `zero` as a float matrix, and the closure that decodes it anew (None when its content never changes).
 
     `variant` tells apart what `arrange` makes of the same content.
@@ -192,7 +194,7 @@ def bind_matmul(site: Site) -> Run:
     _refuse_bias_and_accumulate(site, "c")
     dtype = working_type(a.dtype)
     left = site.scratch.take("left", a.shape, dtype)
-    right, refresh_right = _weights(site, "b", dtype, lambda stored: stored, zero_b)
+    right, refresh_right = _weights(site, "b", dtype, lambda stored: stored, zero=zero_b)
     largest = LARGEST[a.dtype] + abs(zero_a)
     if "b" in site.constants:
         parts = cut(left, right, largest=largest, known=True)
@@ -224,7 +226,6 @@ def bind_dwconv(site: Site) -> Run:
 def _tap_rows(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run, list[Array]]:
     """For each tap the values it multiplies as [h, w·c] rows, and the closure that converts the input to float."""
     padded = pad(site, shape, int(site.attributes["zero"]))
-    height, _, channels = padded.array.shape
     stride, width = shape.stride[1], shape.outputs[1]
     starts = [tap_index * shape.dilation[1] for tap_index in range(shape.kernel[1])]
     converted, copies = {}, []

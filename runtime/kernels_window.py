@@ -49,7 +49,8 @@ def _inside(x: Array, shape: Geometry) -> tuple[Array, Array]:
     """How many taps of each output row, and of each output column, lie inside x."""
     counts = []
     for axis in (0, 1):
-        position = np.arange(shape.outputs[axis])[:, None] * shape.stride[axis] + np.arange(shape.kernel[axis]) * shape.dilation[axis] - shape.pad[axis]
+        taps = np.arange(shape.kernel[axis]) * shape.dilation[axis] - shape.pad[axis]
+        position = np.arange(shape.outputs[axis])[:, None] * shape.stride[axis] + taps
         counts.append(((position >= 0) & (position < x.shape[axis])).sum(axis=1))
     return counts[0], counts[1]
 

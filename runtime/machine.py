@@ -21,7 +21,7 @@ from runtime.binder import Binder, written_ranges
 from runtime.errors import RuntimeFault
 from runtime.memory import Array, Memory, extent
 from runtime.report import LayerReport, Report, make_report
-from runtime.stream import Step, program_order, random_order, unrolled
+from runtime.stream import program_order, random_order, unrolled
 from runtime.timing import Timeline, simulate
 
 #: which named tensors to keep: all, some, or a function that takes (record, stored values) when the tensor's layer is complete
@@ -71,9 +71,11 @@ class Machine:
 
         `memo` is shared by machines of the same program (see `run_many`).
         """
-        if not isinstance(program, Program):
-            program, constants = program.program, program.constants
-        self.program, self.constants = program, constants or b""
+        if isinstance(program, Program):
+            self.program, self.constants = program, constants or b""
+        else:
+            self.program, self.constants = program.program, program.constants
+        program = self.program
         self._memo: dict[Any, Any] = {} if memo is None else memo
         self._check_sizes()
         target = program.target

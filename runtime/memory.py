@@ -56,7 +56,8 @@ class Memory:
                 f"the tile {SPACES[tile.space]}{address:#x}:{tile.dtype}{list(tile.shape)} touches bytes {low} to {high}",
                 line=line, hint=f"{tile.space} has {self.size} bytes",
             )  # fmt: skip
-        return np.ndarray(tile.shape, dtype, buffer=self.bytes.data, offset=address, strides=tile.strides)
+        view: Array = np.ndarray(tile.shape, dtype, buffer=self.bytes.data, offset=address, strides=tile.strides)
+        return view
 
     def clear(self, intervals: Iterable[tuple[int, int]]) -> None:
         """Zero the given [low, high) byte ranges."""

@@ -32,7 +32,7 @@ def bounds(dtype: str, clamp: tuple[int, int]) -> tuple[int, int]:
 def real(stored: Array, quant: tuple[float, int]) -> Array:
     """float32(x - zero) * scale as a new float32 array; float tiles are what they are."""
     if stored.dtype == np.float32:
-        return stored.copy()
+        return stored.astype(np.float32)
     scale, zero = quant
     values: Array
     if stored.dtype.itemsize <= 2:
@@ -67,7 +67,8 @@ def round_and_clamp(values: Array, zero: int, dtype: str, clamp: tuple[int, int]
         return _wide(values, zero, dtype, low, high)
     # |rint(v)| below 2**24 - 2**15: the sum is exact; above: it saturates either way
     values += np.float32(zero)
-    return np.clip(values, np.float32(low), np.float32(high), out=values).astype(NUMPY[dtype])
+    np.clip(values, np.float32(low), np.float32(high), out=values)
+    return values.astype(NUMPY[dtype])
 
 
 def _wide(rounded: Array, zero: int, dtype: str, low: int, high: int) -> Array:
@@ -84,11 +85,12 @@ def bind_requant(site: Site) -> Callable[[], None]:
     quant = (int(site.attributes["zero"]), tuple(site.attributes["clamp"]))
     if "s" not in site.views:
         scale: Array = np.asarray(site.attributes["scale"], np.float32)
-        return _requant(site, *collapse([a, y]), lambda rows: scale, quant)
+        a, y = collapse([a, y])
+        return _requant(site, a, y, lambda _: scale, quant)
     a, y = collapse([a.reshape(1, *a.shape), y.reshape(1, *y.shape)], keep=1)
     if "s" not in site.constants:
         live = site.views["s"]
-        return _requant(site, a, y, lambda rows: live, quant)
+        return _requant(site, a, y, lambda _: live, quant)
     key, scales = site.constants["s"]
     return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant)
 
@@ -126,8 +128,11 @@ def _requant(site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], 
 
     def run_guarded() -> None:
         if np.isfinite(work[0][2]).all():
-            return run()
-        for part, result, scale, _ in work:
-            np.copyto(result, round_and_clamp(part.astype(np.float32) * scale, zero, dtype, clamp))
+            run()
+            return
+        with np.errstate(all="ignore"):
+            for part, result, scale, _ in work:
+                np.copyto(result, round_and_clamp(part.astype(np.float32) * scale, zero, dtype, clamp))
 
-    return run if "s" not in site.views or "s" in site.constants and np.isfinite(work[0][2]).all() else run_guarded
+    fixed = "s" not in site.views or "s" in site.constants
+    return run if fixed and np.isfinite(work[0][2]).all() else run_guarded

@@ -114,11 +114,11 @@ class _Queues:
         """Raise RuntimeFault when instructions are left that can never execute."""
         stuck = [(queue, self.steps[waiting[0]].line) for queue, waiting in self.waiting.items() if waiting]
         if stuck:
-            told = "; ".join(
-                f"{queue} at line {line.instruction.line} ({line.instruction.name}) waits for {', '.join(f'{source}.{number}' for source, _, number in line.waits)}"
+            told = [
+                f"{queue} at line {line.instruction.line} ({line.instruction.name}) waits for {', '.join(f'{event[0]}.{event[2]}' for event in line.waits)}"
                 for queue, line in stuck
-            )
-            raise RuntimeFault(f"deadlock: {told}", line=stuck[0][1].instruction.line, hint="every wait needs a signal that can be given before it")
+            ]
+            raise RuntimeFault(f"deadlock: {'; '.join(told)}", line=stuck[0][1].instruction.line, hint="every wait needs a signal that can be given before it")
 
 
 def program_order(steps: list[Step]) -> list[int]:

@@ -191,7 +191,7 @@ def _attribute(program: Program, steps: list[Step], costs: list[Cost], starts: I
 
 def _idle_array(steps: list[Step], starts: Integers, ends: Integers, layers: int) -> tuple[Integers, Integers, Integers]:
     """Cycles in which the matrix engine does not work, per layer: (vector engine works, only transfers do, nothing does)."""
-    shares = tuple(np.zeros(layers, np.int64) for _ in range(3))
+    shares: tuple[Integers, Integers, Integers] = (np.zeros(layers, np.int64), np.zeros(layers, np.int64), np.zeros(layers, np.int64))
     if not steps:
         return shares
     queue_of, layer_of = np.array([QUEUES.index(step.line.queue) for step in steps]), np.array([step.layer for step in steps])

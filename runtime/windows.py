@@ -43,11 +43,13 @@ def geometry(site: Site, kernel: tuple[int, int]) -> Geometry:
     attributes = site.attributes
     shape = Geometry(site.views["y"].shape[:2], kernel, attributes["stride"], attributes["dilation"], attributes["pad"])
     if min(*shape.stride, *shape.dilation, *shape.kernel) < 1 or min(shape.pad) < 0:
-        site.fault(f"kernel={kernel} stride={shape.stride} dilation={shape.dilation} pad={shape.pad}", "stride, dilation and kernel are at least 1, pad at least 0")
+        told = f"kernel={kernel} stride={shape.stride} dilation={shape.dilation} pad={shape.pad}"
+        site.fault(told, "stride, dilation and kernel are at least 1, pad at least 0")
     for axis, name in ((0, "rows"), (1, "columns")):
         size = site.views["x"].shape[axis] + shape.pad[axis] + shape.pad[axis + 2]
         if shape.reach(axis) > size:
-            site.fault(f"the windows touch {shape.reach(axis)} {name}, but x has {size} with its padding", "make x larger, pad more, or compute fewer outputs")
+            told = f"the windows touch {shape.reach(axis)} {name}, but x has {size} with its padding"
+            site.fault(told, "make x larger, pad more, or compute fewer outputs")
     return shape
 
 

@@ -1,4 +1,4 @@
-"""Options of the test run: `pytest --update-golden` rewrites the golden files instead of comparing with them."""
+"""Options and fixtures of all tests: `pytest --update-golden` rewrites the golden files instead of comparing with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import npucc
+from npucc import demo
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -27,3 +30,17 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8"), f"{path} differs; if the change is meant, run pytest --update-golden"
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def demo_package() -> npucc.Package:
+    """The bundled network, compiled for `edge` with the bundled calibration data."""
+    return npucc.compile(demo.MODEL, calibration=demo.CALIBRATION)
+
+
+@pytest.fixture(scope="session")
+def demo_file(demo_package: npucc.Package, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a `.npu` file."""
+    path = tmp_path_factory.mktemp("demo") / "shapes.npu"
+    demo_package.save(path)
+    return path

@@ -17,10 +17,11 @@ import npucc
 import runtime
 
 STANDARD = set(sys.stdlib_module_names)
+# google: protobuf, which is how onnx reads and writes
 ALLOWED = {
     "isa": STANDARD | {"isa", "lark", "numpy", "tomli"},
     "runtime": STANDARD | {"isa", "runtime", "numpy"},
-    "npucc": STANDARD | {"isa", "runtime", "npucc", "numpy", "onnx", "onnxruntime", "networkx", "rich", "typer"},
+    "npucc": STANDARD | {"isa", "runtime", "npucc", "numpy", "google", "onnx", "onnxruntime", "networkx", "rich", "typer"},
 }
 FOLDERS = {"isa": isa, "runtime": runtime, "npucc": npucc}
 

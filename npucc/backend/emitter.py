@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from isa.program import DTYPES, Instruction, Tile, Value, dense_strides
+from isa.program import Instruction, Tile, Value, dense_strides
 from isa.spec import SPEC
 from isa.target import Target
 from npucc.backend.placement import Placement
@@ -203,14 +203,11 @@ def spm_tile(address: int, dtype: str, shape: Sequence[int]) -> Tile:
     return Tile("spm", address, dtype, tuple(shape), dense_strides(tuple(shape), dtype))
 
 
-def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
-    size = DTYPES[dtype]
-    for n in shape:
-        size *= n
-    return size
-
-
 def windows(total: int, tile: int) -> list[tuple[int, int]]:
     """(start, size) of consecutive tiles of a dimension."""
     return [(start, min(tile, total - start)) for start in range(0, total, tile)]
 
+
+def parameter_block(emitter: Emitter, bias: np.ndarray, multiplier: np.ndarray) -> View:
+    """int32 [2, outputs]: the biases, then the bits of the float32 multipliers, so that one load brings both."""
+    return emitter.constant(np.stack([bias, np.ascontiguousarray(multiplier).view(np.int32)]), "s32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from isa.program import Instruction, Layer, Program, TensorRecord, Tile
 from isa.target import Target
@@ -26,6 +26,7 @@ from npucc.ops import OPS
 from runtime.timing import simulate
 
 Progress = Callable[[str, int, int], None]
+CONSTANTS_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,28 @@ LOWERINGS: dict[str, Callable[[Emitter, Group], None]] = {
 RESIDENT_SHARES = (0.0, 0.5, 0.75)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is the same for every attempt: the graph, its layers, and the buffers that need a place."""
+
+    graph: Graph
+    target: Target
+    views: Mapping[str, View]
+    groups: Sequence[Group]
+    buffers: Sequence[Buffer]
+    progress: Progress | None
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One placement of the buffers: its constants and, layer by layer, its instructions."""
+
+    placement: Placement
+    constants_address: int
+    pool: ConstantPool = field(default_factory=ConstantPool)
+    bodies: list[list[Instruction]] = field(default_factory=list)
+
+
 def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fuse: bool = True, shares: Sequence[float] = RESIDENT_SHARES) -> Lowered:
     """Compile an integer graph; the program with the fewest simulated cycles wins. Raises CompileError.
 
@@ -72,7 +95,8 @@ def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fus
     views = assign_views(graph)
     groups = group_nodes(graph, views, fuse=fuse)
     buffers, accesses = lifetimes(graph, views, groups)
-    movable = by_benefit((b for b in buffers if 0 <= b.first and b.last < len(groups)), accesses)
+    job = _Job(graph, target, views, groups, buffers, progress)
+    movable = by_benefit((b for b in buffers if b.first >= 0 and b.last < len(groups)), accesses)
     best: tuple[int, Lowered] | None = None
     tried: list[dict[str, int]] = []
     for share in shares:
@@ -80,7 +104,7 @@ def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fus
         if residents in tried:
             continue
         tried.append(residents)
-        lowered = _lower_with(graph, target, views, groups, buffers, residents, progress)
+        lowered = _finish(job, _lower_with(job, dict(residents)))
         cycles = simulate(lowered.program).total_cycles
         if best is None or cycles < best[0]:
             best = (cycles, lowered)
@@ -88,59 +112,52 @@ def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fus
     return best[1]
 
 
-def _lower_with(
-    graph: Graph, target: Target, views: Mapping[str, View], groups: Sequence[Group], buffers: Sequence[Buffer], residents: Mapping[str, int], progress: Progress | None,
-) -> Lowered:  # fmt: skip
+def _lower_with(job: _Job, residents: dict[str, int]) -> _Attempt:
     """Compile with the given buffers at the given scratchpad addresses; those that leave a layer no room go back to DRAM."""
-    residents = dict(residents)
     while True:
-        addresses, dram_bytes = allocate(by_size(b for b in buffers if b.name not in residents))
-        places = {name: ("dram", address) for name, address in addresses.items()} | {name: ("spm", address) for name, address in residents.items()}
-        placement = Placement(views, places, dram_bytes)
-        held = [[b for b in buffers if b.name in residents and b.first <= index <= b.last] for index in range(len(groups))]
-        pool = ConstantPool()
-        constants_address = -(-dram_bytes // 4096) * 4096
-        bodies: list[list[Instruction]] = []
-        for index, group in enumerate(groups):
-            if progress is not None:
-                progress("lower", index, len(groups))
-            reserved = max((residents[b.name] + b.bytes for b in held[index]), default=0)
-            try:
-                bodies.append(lower_group(graph, target, placement, pool, constants_address, group, from_top=index % 2 == 1, reserved=-(-reserved // ALIGNMENT) * ALIGNMENT))
-            except CompileError:
-                if not held[index]:
-                    raise
-                for buffer in held[index]:
-                    residents.pop(buffer.name)
-                break
-        else:
-            return _finish(graph, target, placement, groups, bodies, pool, constants_address)
+        attempt = _place(job, residents)
+        crowded = _lower_layers(job, attempt, residents)
+        if not crowded:
+            return attempt
+        for buffer in crowded:
+            residents.pop(buffer)
 
 
-def _finish(
-    graph: Graph, target: Target, placement: Placement, groups: Sequence[Group], bodies: Sequence[Sequence[Instruction]], pool: ConstantPool, constants_address: int,
-) -> Lowered:  # fmt: skip
-    constants = pool.bytes()
-    if constants_address + len(constants) > target.dram_bytes:
-        raise CompileError(f"the network takes {constants_address + len(constants)} bytes of DRAM, target {target.name!r} has {target.dram_bytes}", hint="raise dram_bytes")
-    layers = _layers(graph, groups, bodies)
-    inputs = tuple(record(graph, placement, name) for name in graph.inputs)
-    outputs = tuple(record(graph, placement, name) for name in graph.outputs)
-    tensors = _tensor_records(graph, placement, groups)
-    program = Program(target, inputs, outputs, tensors, constants_address, len(constants), constants_address + len(constants), layers, graph.name)
-    return Lowered(program, constants)
+def _place(job: _Job, residents: Mapping[str, int]) -> _Attempt:
+    addresses, dram_bytes = allocate(by_size(b for b in job.buffers if b.name not in residents))
+    places = {name: ("dram", address) for name, address in addresses.items()} | {name: ("spm", address) for name, address in residents.items()}
+    return _Attempt(Placement(job.views, places, dram_bytes), -(-dram_bytes // CONSTANTS_ALIGNMENT) * CONSTANTS_ALIGNMENT)
 
 
-def lower_group(
-    graph: Graph, target: Target, placement: Placement, pool: ConstantPool, constants_address: int, group: Group, *, from_top: bool = False, reserved: int = 0,
-) -> list[Instruction]:  # fmt: skip
-    """One layer's instructions in sequential order, without events."""
-    emitter = Emitter(graph, target, placement, pool, constants_address, reserved, from_top)
-    try:
-        LOWERINGS[group.anchor.op](emitter, group)
-    except CompileError as error:
-        raise CompileError(error.message, node=error.node or " + ".join(group.sources), hint=error.hint) from None
-    return emitter.instructions
+def _lower_layers(job: _Job, attempt: _Attempt, residents: Mapping[str, int]) -> list[str]:
+    """Lower each layer; stop at one that has no room and return the resident buffers that are in its way."""
+    for index, group in enumerate(job.groups):
+        if job.progress is not None:
+            job.progress("lower", index, len(job.groups))
+        held = [b for b in job.buffers if b.name in residents and b.first <= index <= b.last]
+        reserved = max((-(-(residents[b.name] + b.bytes) // ALIGNMENT) * ALIGNMENT for b in held), default=0)
+        emitter = Emitter(job.graph, job.target, attempt.placement, attempt.pool, attempt.constants_address, reserved, from_top=index % 2 == 1)
+        try:
+            LOWERINGS[group.anchor.op](emitter, group)
+        except CompileError as error:
+            if held:
+                return [buffer.name for buffer in held]
+            raise CompileError(error.message, node=error.node or " + ".join(group.sources), hint=error.hint) from None
+        attempt.bodies.append(emitter.instructions)
+    return []
+
+
+def _finish(job: _Job, attempt: _Attempt) -> Lowered:
+    """Events, loops, and the program's header."""
+    graph, target, placement = job.graph, job.target, attempt.placement
+    constants = attempt.pool.bytes()
+    total = attempt.constants_address + len(constants)
+    if total > target.dram_bytes:
+        raise CompileError(f"the network takes {total} bytes of DRAM, target {target.name!r} has {target.dram_bytes}", hint="raise dram_bytes")
+    layers = _layers(graph, job.groups, attempt.bodies)
+    inputs, outputs = (tuple(record(graph, placement, name) for name in names) for names in (graph.inputs, graph.outputs))
+    tensors = _tensor_records(graph, placement, job.groups)
+    return Lowered(Program(target, inputs, outputs, tensors, attempt.constants_address, len(constants), total, layers, graph.name), constants)
 
 
 def lifetimes(graph: Graph, views: Mapping[str, View], groups: Sequence[Group]) -> tuple[list[Buffer], dict[str, int]]:

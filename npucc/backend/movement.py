@@ -45,7 +45,10 @@ def fill(emitter: Emitter, result: View, value: int) -> None:
     emitter.vector("fill", tile, value=float(value))
     for block in boxes(result.shape, box):
         part = tuple(block.sizes[d] for d in order)
-        emitter.store(result.window(block.starts, block.sizes).permute(order), Tile("spm", tile.address, tile.dtype, part, spm_tile(0, tile.dtype, part).strides))
+        emitter.store(
+            result.window(block.starts, block.sizes).permute(order),
+            Tile("spm", tile.address, tile.dtype, part, spm_tile(0, tile.dtype, part).strides),
+        )
     emitter.reset(mark)
 
 
@@ -119,7 +122,10 @@ def lower_pad(emitter: Emitter, group: Group) -> None:
     attributes = node.attributes
     assert isinstance(attributes, ops.Pad)
     source, result = operand_view(emitter, node.inputs[0]), emitter.placement.views[group.result]
-    maps = [pad_indices(size, before, after, attributes.mode) for size, before, after in zip(source.shape, attributes.before, attributes.after, strict=True)]
+    maps = [
+        pad_indices(size, before, after, attributes.mode)
+        for size, before, after in zip(source.shape, attributes.before, attributes.after, strict=True)
+    ]
     value = int(arithmetic.quantize(np.array([attributes.value], np.float32), emitter.graph.quant(node.outputs[0]))[0])
     copy_by_index(emitter, result, source, maps, value)
 
@@ -130,13 +136,13 @@ def pad_indices(size: int, before: int, after: int, mode: str) -> list[int]:
     if mode == "constant":
         return [int(i) if 0 <= i < size else -1 for i in index]
     if mode == "edge":
-        return np.clip(index, 0, size - 1).tolist()
+        return [int(i) for i in np.clip(index, 0, size - 1)]
     if mode == "reflect":
         period = max(2 * (size - 1), 1)
         folded = np.abs(index) % period
-        return np.where(folded >= size, period - folded, folded).tolist() if size > 1 else [0] * len(index)
+        return [int(i) for i in np.where(folded >= size, period - folded, folded)] if size > 1 else [0] * len(index)
     if mode == "wrap":
-        return (index % size).tolist()
+        return [int(i) for i in index % size]
     raise CompileError(f"padding mode {mode!r} is not known", hint="use constant, edge, reflect or wrap")
 
 
@@ -147,7 +153,10 @@ def lower_resize_nearest(emitter: Emitter, group: Group) -> None:
     assert isinstance(attributes, ops.Resize)
     source, result = operand_view(emitter, node.inputs[0]), emitter.placement.views[group.result]
     rows, columns = (
-        arithmetic.nearest_indices(source.shape[2 + a], attributes.size[a], attributes.scales[a], attributes.coordinates, attributes.nearest_mode).tolist() for a in range(2)
+        arithmetic.nearest_indices(
+            source.shape[2 + a], attributes.size[a], attributes.scales[a], attributes.coordinates, attributes.nearest_mode
+        ).tolist()
+        for a in range(2)
     )
     factors = [_repeat_factor(indices, source.shape[2 + a]) for a, indices in enumerate((rows, columns))]
     if all(factors):

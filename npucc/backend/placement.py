@@ -56,7 +56,7 @@ FORWARD: dict[str, Callable[[Node, View], View | None]] = {
 }
 #: operator → (view of the input, given the view of the result)
 BACKWARD: dict[str, Callable[[Node, View, tuple[int, ...]], View | None]] = {
-    "reshape": lambda node, view, shape: view.reshape(shape),
+    "reshape": lambda _, view, shape: view.reshape(shape),
     "transpose": lambda node, view, shape: view.permute([node.attributes.permutation.index(d) for d in range(len(shape))]),  # type: ignore[attr-defined]
 }
 
@@ -85,9 +85,9 @@ def _assign_backward(graph: Graph, node: Node, views: dict[str, View]) -> None:
         for name, view in zip(node.inputs, _view_of_concat(graph, node, views[result]), strict=True):
             _claim(graph, name, view, views)
     elif node.op in BACKWARD and result in views:
-        view = BACKWARD[node.op](node, views[result], graph.tensors[node.inputs[0]].shape)
-        if view is not None:
-            _claim(graph, node.inputs[0], view, views)
+        source = BACKWARD[node.op](node, views[result], graph.tensors[node.inputs[0]].shape)
+        if source is not None:
+            _claim(graph, node.inputs[0], source, views)
 
 
 def _claim(graph: Graph, name: str, view: View, views: dict[str, View]) -> None:
@@ -143,6 +143,7 @@ def same_elements(left: View | None, right: View) -> bool:
 
 
 def concat_windows(graph: Graph, node: Node, views: Mapping[str, View]) -> list[View]:
+    """The windows of a placed concat's result that its inputs fill."""
     return _view_of_concat(graph, node, views[node.outputs[0]])
 
 

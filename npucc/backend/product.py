@@ -15,10 +15,11 @@ import numpy as np
 from isa.program import Tile
 from npucc import arithmetic
 from npucc.backend import cost
-from npucc.backend.convolution import halvings, integer_weights, parameter_block, tile_sizes
+from npucc.backend.convolution import integer_weights
 from npucc.backend.elementwise import Box, Chain, operand_view
-from npucc.backend.emitter import Emitter, aligned, spm_tile, windows
+from npucc.backend.emitter import Emitter, aligned, parameter_block, spm_tile, windows
 from npucc.backend.layers import Group
+from npucc.backend.tiling import halvings, tile_sizes
 from npucc.backend.views import View
 from npucc.errors import CompileError
 
@@ -100,13 +101,17 @@ class _Lowering:
     def choose_plan(self) -> Plan:
         """The cheapest plan that fits. Raises CompileError if even the smallest tile does not."""
         step = self.emitter.target.cols
-        options = sorted({self.columns, *(min(self.columns, -(-n // step) * step) for n in tile_sizes(self.columns)), *halvings(min(self.columns, step))}, reverse=True)
+        options = sorted(
+            {self.columns, *(min(self.columns, -(-n // step) * step) for n in tile_sizes(self.columns)), *halvings(min(self.columns, step))},
+            reverse=True,
+        )
         for depth in halvings(self.depth):
             plans = [plan for columns in options for rows in tile_sizes(self.rows) if self.fits(plan := Plan(rows, columns, depth, True))]
             if plans:
                 return min((replace(plan, right_outer=outer) for plan in plans for outer in (True, False)), key=self.estimate)
         raise CompileError(
-            f"not even a one-element tile of a matrix product fits in {self.emitter.spm_free} bytes of scratchpad", hint="raise spm_bytes of the target"
+            f"not even a one-element tile of a matrix product fits in {self.emitter.spm_free} bytes of scratchpad",
+            hint="raise spm_bytes of the target",
         )
 
     def _box(self, batch: tuple[int, ...], rows: tuple[int, int], columns: tuple[int, int]) -> Box:
@@ -142,7 +147,9 @@ class _Lowering:
         target, sizes = self.emitter.target, self.sizes(plan)
         rows, columns, chunks = -(-self.rows // plan.rows), -(-self.columns // plan.columns), -(-self.depth // plan.depth)
         load_a = cost.dma_cycles(target, sizes["a"], plan.depth * (plan.rows if chunks == 1 else 1))
-        load_b = cost.dma_cycles(target, sizes["b"] + sizes["p"], sizes["b"] if self.weights is not None else plan.columns)
+        load_b = cost.dma_cycles(target, sizes["b"], sizes["b"] if self.weights is not None else plan.columns) + cost.dma_cycles(
+            target, sizes["p"], sizes["p"]
+        )
         store = cost.dma_cycles(target, sizes["y"] + sizes["e"], plan.columns)
         again = chunks > 1
         a_loads = rows * chunks * (columns if (plan.right_outer or again) and rows * chunks > 1 else 1)
@@ -216,5 +223,3 @@ class _Lowering:
 def _matrix(tile: Tile) -> Tile:
     """The last two dimensions of a tile whose others have size 1."""
     return Tile(tile.space, tile.address, tile.dtype, tile.shape[-2:], tile.strides[-2:])
-
-

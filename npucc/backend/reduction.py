@@ -14,10 +14,11 @@ import numpy as np
 
 from isa.program import Tile
 from npucc import arithmetic, ops
-from npucc.backend.convolution import IMAGE_ORDER, Convolution, halvings, tile_sizes
+from npucc.backend.convolution_tiles import IMAGE_ORDER, Convolution
 from npucc.backend.elementwise import Box, boxes, largest_box, quant_pair, vector_with_table
 from npucc.backend.emitter import Emitter, Ring, spm_tile, windows
 from npucc.backend.layers import Group
+from npucc.backend.tiling import halvings, tile_sizes
 from npucc.backend.views import View
 from npucc.errors import CompileError
 
@@ -53,12 +54,11 @@ def lower_pool(emitter: Emitter, group: Group) -> None:
                     tile = emitter.load_once("x", window, window, x_ring)
                     out = Box((batch, low, row, column), (1, many, row_count, column_count), IMAGE_ORDER).of(view, view.shape)
                     target = emitter.result_tile(out, y_ring)
-                    emitter.issue(pool_instruction(node.op), _image(target), _image(tile), pad=(before, ahead, after, behind), **shared)  # type: ignore[arg-type]
+                    emitter.issue(POOL_INSTRUCTIONS[node.op], _image(target), _image(tile), pad=(before, ahead, after, behind), **shared)  # type: ignore[arg-type]
                     emitter.store(out, target)
 
 
-def pool_instruction(op: str) -> str:
-    return {"max_pool": "maxpool", "average_pool": "avgpool"}[op]
+POOL_INSTRUCTIONS = {"max_pool": "maxpool", "average_pool": "avgpool"}
 
 
 def _pool_tile(emitter: Emitter, geometry: Convolution, channels: int) -> tuple[int, int, int]:
@@ -244,7 +244,9 @@ def lower_layer_norm(emitter: Emitter, group: Group) -> None:
             emitter.vector("mul", value, value, _spread(deviation, size))
             out = rows.window(y_view, index, count, start, size)
             target = emitter.result_tile(out, rings[2])
-            steps: list[tuple[str, Callable[[int, int, int], Tile]]] = [(op, scale) for op, scale in zip(("mul", "add"), scales, strict=True) if scale]
+            steps: list[tuple[str, Callable[[int, int, int], Tile]]] = [
+                (op, scale) for op, scale in zip(("mul", "add"), scales, strict=True) if scale
+            ]
             for name, operand in steps:
                 emitter.vector(name, value, value, operand(start, size, count))
             emitter.vector("cvt", target, value, qy=quant_pair(result))
@@ -330,7 +332,12 @@ def _span(axis: Axis, start: int, count: int) -> tuple[int, int]:
 def _weights(axis: Axis, start: int, count: int, base: int) -> np.ndarray:
     """int32 [count, 4]: both source indices relative to `base`, both weights as float32 bits."""
     part = slice(start, start + count)
-    columns = [(axis[0][part] - base).astype(np.int32), (axis[1][part] - base).astype(np.int32), axis[2][part].view(np.int32), axis[3][part].view(np.int32)]
+    columns = [
+        (axis[0][part] - base).astype(np.int32),
+        (axis[1][part] - base).astype(np.int32),
+        axis[2][part].view(np.int32),
+        axis[3][part].view(np.int32),
+    ]
     return np.stack(columns, axis=1)
 
 

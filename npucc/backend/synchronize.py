@@ -89,7 +89,9 @@ def synchronize(instructions: Sequence[Instruction]) -> list[Instruction]:
             over = _known_by_all(known, used)
         for space, access in accesses:
             memories[space].add(access, over)
-    return [replace(old, waits=tuple(w), signals=tuple(sorted(s, key=lambda e: e.queue))) for old, w, s in zip(instructions, waits, signals, strict=True)]
+    return [
+        replace(old, waits=tuple(w), signals=tuple(sorted(s, key=lambda e: e.queue))) for old, w, s in zip(instructions, waits, signals, strict=True)
+    ]
 
 
 def _accesses(instruction: Instruction, queue: int, position: int) -> list[tuple[str, _Access]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from isa.program import DTYPES
 
@@ -51,7 +52,11 @@ class View:
         """As an operand of that shape: missing and size-1 dimensions repeat (stride 0)."""
         missing = len(shape) - len(self.shape)
         sizes, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
-        return replace(self, shape=tuple(shape), strides=tuple(0 if have == 1 and want != 1 else stride for have, want, stride in zip(sizes, shape, strides, strict=True)))
+        return replace(
+            self,
+            shape=tuple(shape),
+            strides=tuple(0 if have == 1 and want != 1 else stride for have, want, stride in zip(sizes, shape, strides, strict=True)),
+        )
 
     def reshape(self, shape: Sequence[int]) -> View | None:
         """The same elements in row-major order under another shape; None if no strides can say it."""
@@ -136,9 +141,9 @@ def reshape_copy(source: View, result: View) -> tuple[View, View] | None:
 def common_refinement(left: Sequence[int], right: Sequence[int]) -> tuple[int, ...] | None:
     """The coarsest shape that both shapes are groupings of; None if there is none."""
     edges = sorted({*_edges(left), *_edges(right)})
-    if any(high % low for low, high in zip(edges, edges[1:], strict=False)):
+    if any(high % low for low, high in pairwise(edges)):
         return None
-    return tuple(reversed([high // low for low, high in zip(edges, edges[1:], strict=False)])) or (1,)
+    return tuple(reversed([high // low for low, high in pairwise(edges)])) or (1,)
 
 
 def _edges(shape: Sequence[int]) -> list[int]:

@@ -48,6 +48,7 @@ def compile_model(
 
     chip, bound = options.target(target), options.shapes(shape)
     options.existing(calibration, "--calibration")
+    options.quant(quant)
     options.writable(output)
     _known_stage(dump_after)
     path = output or Path(model.with_suffix(".npu").name)

@@ -97,7 +97,7 @@ def _port(record: TensorRecord) -> dict[str, Any]:
 
 def _signature(record: TensorRecord) -> str:
     shape = ",".join(map(str, record.tile.shape))
-    return f"{record.name} {record.dtype}[{shape}], stored as {record.tile.dtype}: {record.scale:.6g} · (q − {record.zero})"
+    return f"{record.name} {record.dtype}[{shape}], stored as {record.tile.dtype}: {record.scale:.6g} · (q {-record.zero:+d})"
 
 
 def _regions(program: Program) -> list[tuple[str, str, str, int, int, str]]:
@@ -112,6 +112,6 @@ def _regions(program: Program) -> list[tuple[str, str, str, int, int, str]]:
 
 def _memory(program: Program) -> tuple[RenderableType, ...]:
     target = program.target
-    regions = ((name, kind, f"{space} 0x{address:x}", tables.size(count), layer) for name, kind, space, address, count, layer in _regions(program))
+    regions = ((name, kind, f"{space} 0x{address:x}", layer, tables.size(count)) for name, kind, space, address, count, layer in _regions(program))
     title = f"DRAM: {tables.size(program.dram_bytes)} used; scratchpad: {tables.size(target.spm_bytes)}; accumulators: {tables.size(target.acc_bytes)}"
-    return (tables.grid(title, ("tensor", "kind", "address", "size", "written by"), regions, left=3),)
+    return (tables.grid(title, ("tensor", "kind", "address", "written by", "size"), regions, left=4),)

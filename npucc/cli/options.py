@@ -21,12 +21,24 @@ DATA_HELP = "an .npz whose arrays have the model's input names and a leading sam
 
 def target(name: str) -> Target:
     """The target of `--target`; a name that does not exist is wrong usage, a faulty file is the file's fault."""
-    if name.endswith(".toml") and Path(name).is_file():
-        return load_target(name)
     try:
         return load_target(name)
     except TargetError as error:
+        if Path(name).is_file():
+            raise
         raise typer.BadParameter(str(error), param_hint="'--target'") from None
+
+
+def quant(spec: str | None) -> str | None:
+    """`--quant`, refused here when it does not parse: wrong usage, not the model's fault."""
+    from npucc.compiler import quantize_options
+    from npucc.errors import QuantizeError
+
+    try:
+        quantize_options(spec)
+    except QuantizeError as error:
+        raise typer.BadParameter(str(error), param_hint="'--quant'") from None
+    return spec
 
 
 def shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
@@ -61,4 +73,11 @@ def writable(path: Path | None, option: str = "-o") -> Path | None:
         raise typer.BadParameter(f"{str(path)!r} is a folder; give a file name", param_hint=f"'{option}'")
     if not path.parent.is_dir():
         raise typer.BadParameter(f"the folder {str(path.parent)!r} does not exist", param_hint=f"'{option}'")
+    return path
+
+
+def folder(path: Path | None, option: str) -> Path | None:
+    """A folder to write into; it may be made."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a file; give a folder", param_hint=f"'{option}'")
     return path

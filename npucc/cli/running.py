@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +14,7 @@ import typer
 from npucc import tables
 from npucc.cli import options, terminal
 from npucc.feeds import Feed, open_dataset, synthetic_feeds
-from npucc.files import write_arrays
+from npucc.files import json_text, write_arrays, write_bytes, write_text
 
 if TYPE_CHECKING:
     from npucc.package import Package, Result
@@ -48,6 +50,7 @@ def run(
     options.existing(input, "--input")
     options.writable(output)
     options.writable(trace, "--trace")
+    options.folder(dump_tensors, "--dump-tensors")
     loaded = load(package)
     feeds, count = _feeds(loaded, input, limit)
     with terminal.progress() as progress:
@@ -55,7 +58,7 @@ def run(
     if output is not None:
         write_arrays(output, outputs)
     if trace is not None:
-        write_trace(loaded, trace)
+        write_bytes(trace, json_text(loaded.machine.timeline.chrome_trace(), indent=None).encode())
     if dump_tensors is not None:
         write_tensors(loaded, first, dump_tensors)
     _report(loaded, first, count=count, synthetic=input is None, json=json, top=None if all_layers else top)
@@ -81,6 +84,21 @@ def _run_all(package: Package, feeds: Iterator[Feed], count: int, *, keep: bool,
                 kept[name].append(value)
     assert first is not None
     return {name: np.stack(values) for name, values in kept.items() if values}, first
+
+
+def write_tensors(package: Package, result: Result, folder: Path) -> None:
+    """One `.npy` of stored integers per named tensor, and `index.json` that says what they are: real = (stored − zero) · scale."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {**result.tensors, **result.raw}
+    records = {record.name: record for record in (*package.program.tensors, *package.program.outputs) if record.name in values}
+    index = []
+    for number, record in enumerate(records.values()):
+        file = f"{number:03d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', record.name)[:80]}.npy"
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.ascontiguousarray(values[record.name]), allow_pickle=False)
+        write_bytes(folder / file, buffer.getvalue())
+        index.append({"name": record.name, "file": file, "layer": record.layer, "dtype": record.tile.dtype, "scale": record.scale, "zero": record.zero})
+    write_text(folder / "index.json", json_text(index) + "\n")
 
 
 def _report(package: Package, result: Result, *, count: int, synthetic: bool, json: bool, top: int | None) -> None:

@@ -5,6 +5,7 @@ The one big idea: standard output holds only what was asked for, so that it can 
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,15 +22,17 @@ Report = Callable[[str, int, int], None]
 
 
 def show(*parts: RenderableType) -> None:
-    """Print tables and text on standard output, coloured only on a terminal."""
-    console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, markup=False, width=PIPE_WIDTH)
-    for part in parts:
-        if isinstance(part, str):
-            console.print(part, soft_wrap=True)
-        else:
-            console.print(part)
+    """Print tables and text on standard output: coloured on a terminal; elsewhere plain, wide and without trailing blanks."""
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    if console.is_terminal:
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, str))
+        return
+    plain = Console(file=io.StringIO(), highlight=False, markup=False, width=PIPE_WIDTH)
+    with plain.capture() as captured:
+        for part in parts:
+            plain.print(part, soft_wrap=isinstance(part, str))
+    sys.stdout.write("\n".join(line.rstrip() for line in captured.get().split("\n")))
 
 
 def show_json(value: object) -> None:

@@ -165,7 +165,7 @@ def _reduce_mean(call: Call) -> None:
 
 def _layer_norm(call: Call) -> None:
     size = call.source().shape[-1]
-    gamma, beta = ((*call.inputs, "", "")[1:3])
+    gamma, beta = (*call.inputs, "", "")[1:3]
     scale = gamma or call.model.constant(np.ones(size), FLOAT)
     call.emit("LayerNormalization", (call.inputs[0], scale, beta), axis=-1, epsilon=call.attributes.epsilon)
 

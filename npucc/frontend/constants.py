@@ -19,7 +19,21 @@ from npucc.frontend.prepare import FLOATS
 
 LARGEST_CONSTANT = 1 << 27  # elements
 SMALL = 1024  # elements; up to here a value is given to shape inference, which may need to see it
-NOT_CONSTANT = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "If", "Loop", "Scan", "SequenceMap", "Optional"})
+NOT_CONSTANT = frozenset(
+    {
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Bernoulli",
+        "Multinomial",
+        "If",
+        "Loop",
+        "Scan",
+        "SequenceMap",
+        "Optional",
+    }
+)
 BOUNDED = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression", "TopK"})  # sizes depend on values, but are limited by the inputs' sizes
 
 
@@ -66,7 +80,11 @@ class Constants:
             value = numpy_helper.to_array(tensor)
             return value.astype(np.float32) if tensor.data_type in FLOATS else value
         except (ValueError, TypeError, KeyError) as error:
-            raise ImportModelError(f"the data of tensor {tensor.name!r} do not fit its shape {tuple(tensor.dims)}: {error}", file=self._file, hint="the model is damaged; export it again") from None
+            raise ImportModelError(
+                f"the data of tensor {tensor.name!r} do not fit its shape {tuple(tensor.dims)}: {error}",
+                file=self._file,
+                hint="the model is damaged; export it again",
+            ) from None
 
     def _dense(self, sparse: SparseTensorProto) -> np.ndarray:
         shape = tuple(sparse.dims)
@@ -75,14 +93,21 @@ class Constants:
         dense = np.zeros(math.prod(shape), values.dtype)
         flat = np.ravel_multi_index(tuple(indices.T), shape) if indices.ndim == 2 else indices
         if flat.size and not 0 <= int(flat.min()) <= int(flat.max()) < dense.size:
-            raise ImportModelError(f"sparse tensor {sparse.values.name!r} has an index outside its shape {shape}", file=self._file, hint="the model is damaged; export it again")
+            raise ImportModelError(
+                f"sparse tensor {sparse.values.name!r} has an index outside its shape {shape}",
+                file=self._file,
+                hint="the model is damaged; export it again",
+            )
         dense[flat] = values
         return dense.reshape(shape)
 
     def _limit(self, name: str, shape: Sequence[int], node: str = "") -> None:
         if math.prod(shape) > LARGEST_CONSTANT:
             raise ImportModelError(
-                f"constant {name!r} would have shape {tuple(shape)}, more than {LARGEST_CONSTANT} elements", file=self._file, node=node, hint="check the shapes that the model computes"
+                f"constant {name!r} would have shape {tuple(shape)}, more than {LARGEST_CONSTANT} elements",
+                file=self._file,
+                node=node,
+                hint="check the shapes that the model computes",
             )
 
     def _constant_node(self, node: NodeProto) -> np.ndarray:
@@ -92,7 +117,9 @@ class Constants:
         if attribute.name == "sparse_value":
             return self._dense(attribute.sparse_tensor)
         value = helper.get_attribute_value(attribute)
-        return np.array(value, np.float32 if attribute.name.startswith("value_float") else np.int64 if attribute.name.startswith("value_int") else object)
+        return np.array(
+            value, np.float32 if attribute.name.startswith("value_float") else np.int64 if attribute.name.startswith("value_int") else object
+        )
 
     # ---- running what waits
 
@@ -108,8 +135,10 @@ class Constants:
         """How many of the nodes, from the first on, have results whose sizes are known without running them (at least 1)."""
         try:
             inferred = onnx.shape_inference.infer_shapes(self._model(nodes, describe=True), data_prop=True)
-        except Exception as error:  # onnx raises several kinds, none of them documented
-            raise ImportModelError(f"constant folding failed: {_first_line(error)}", file=self._file, node=nodes[0].name, hint="the model is damaged; export it again") from None
+        except Exception as error:  # noqa: BLE001  onnx raises several kinds, none of them documented
+            raise ImportModelError(
+                f"constant folding failed: {_first_line(error)}", file=self._file, node=nodes[0].name, hint="the model is damaged; export it again"
+            ) from None
         shapes = {value.name: _static_shape(value) for value in (*inferred.graph.value_info, *inferred.graph.output)}
         for count, node in enumerate(nodes):
             for name in filter(None, node.output):
@@ -119,7 +148,12 @@ class Constants:
                 elif count:
                     return count
                 elif node.op_type not in BOUNDED:
-                    raise ImportModelError(f"the result size of constant node {node.op_type} can't be inferred", file=self._file, node=node.name, hint="replace it by its value in the model")
+                    raise ImportModelError(
+                        f"the result size of constant node {node.op_type} can't be inferred",
+                        file=self._file,
+                        node=node.name,
+                        hint="replace it by its value in the model",
+                    )
         return len(nodes)
 
     def _model(self, nodes: list[NodeProto], *, describe: bool = False) -> ModelProto:
@@ -150,11 +184,15 @@ class Constants:
             session = onnxruntime.InferenceSession(self._model(nodes).SerializeToString(), options, providers=["CPUExecutionProvider"])
             names = [output.name for output in session.get_outputs()]
             results = session.run(names, {name: value for name, value in feeds.items() if value.size > SMALL})
-        except Exception as error:  # onnxruntime raises many kinds
-            raise ImportModelError(f"constant folding failed: {_first_line(error)}", file=self._file, node=nodes[0].name, hint="the model is damaged; export it again") from None
+        except Exception as error:  # noqa: BLE001  onnxruntime raises many kinds
+            raise ImportModelError(
+                f"constant folding failed: {_first_line(error)}", file=self._file, node=nodes[0].name, hint="the model is damaged; export it again"
+            ) from None
         for name, value in zip(names, results, strict=True):
             if not isinstance(value, np.ndarray):
-                raise ImportModelError(f"constant {name!r} is not a tensor", file=self._file, node=nodes[0].name, hint="sequences and maps are not supported")
+                raise ImportModelError(
+                    f"constant {name!r} is not a tensor", file=self._file, node=nodes[0].name, hint="sequences and maps are not supported"
+                )
             self._values[name] = value
 
 

@@ -15,7 +15,7 @@ from npucc.frontend.constants import NOT_CONSTANT, Constants
 from npucc.frontend.load import default_opset, load_model
 from npucc.frontend.node import Emitted, NodeImport
 from npucc.frontend.operators import OPERATORS
-from npucc.frontend.prepare import Input, bind_inputs, element_type, numpy_name, prepare, reads
+from npucc.frontend.prepare import NUMBERS, Input, bind_inputs, element_type, numpy_name, prepare, reads, type_name
 from npucc.graph import Editor, Graph, Node, Tensor
 from npucc.ops import Table
 
@@ -30,6 +30,8 @@ def import_model(model: str | Path | ModelProto, *, shapes: Mapping[str, tuple[i
         return _Importer(proto, file, shapes or {}).run()
     except GraphError as error:
         raise ImportModelError(error.message, file=file, node=error.node, hint=error.hint) from error
+    except UnicodeError as error:
+        raise ImportModelError(f"a name in the model is not valid UTF-8: {error}", file=file, hint="the model is damaged; export it again") from error
 
 
 class _Importer:
@@ -57,8 +59,8 @@ class _Importer:
         return self.editor.freeze()
 
     def _add_input(self, value: Input) -> None:
-        if value.dtype in (TensorProto.UNDEFINED, TensorProto.STRING, TensorProto.COMPLEX64, TensorProto.COMPLEX128):
-            raise ImportModelError(f"input {value.name!r} has element type {TensorProto.DataType.Name(value.dtype)}", file=self.file, hint="inputs must be numbers")
+        if value.dtype not in NUMBERS:
+            raise ImportModelError(f"input {value.name!r} has element type {type_name(value.dtype)}", file=self.file, hint="inputs must be numbers")
         self.editor.add_tensor(Tensor(value.name, value.shape, numpy_name(value.dtype), source=value.name))
         self.editor.inputs.append(value.name)
         self.tensors[value.name] = value.name
@@ -67,6 +69,14 @@ class _Importer:
     def _take(self, node: NodeProto) -> None:
         """One ONNX node: a constant, or imported by its record."""
         names = reads(node)
+        for name in names:
+            if name not in self.tensors and name not in self.constants:
+                raise ImportModelError(
+                    f"{node.op_type} reads {name!r}, a second result that is not supported",
+                    file=self.file,
+                    node=node.name,
+                    hint="remove this node from the model",
+                )
         if node.op_type not in NOT_CONSTANT and all(name in self.constants for name in names):
             self.constants.defer(node)
         elif node.op_type in ("Shape", "Size"):
@@ -91,7 +101,12 @@ class _Importer:
             results = record.run(node)
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
             shapes = ", ".join(str(list(node.shape(i))) if node.has(i) else "-" for i in range(len(proto.input)))
-            raise ImportModelError(f"{proto.op_type} does not fit its inputs of shapes {shapes}: {error}", file=self.file, node=proto.name, hint="the model is damaged; export it again") from error
+            raise ImportModelError(
+                f"{proto.op_type} does not fit its inputs of shapes {shapes}: {error}",
+                file=self.file,
+                node=proto.name,
+                hint="the model is damaged; export it again",
+            ) from error
         self._commit(node, (results,) if isinstance(results, str) else results)
 
     def _commit(self, node: NodeImport, results: Sequence[str]) -> None:
@@ -105,9 +120,6 @@ class _Importer:
                 renamed[result] = output
             self.tensors[output] = renamed.get(result, result)
             self.types[output] = self._result_type(node)
-        for output in node.outputs[len(results) :]:
-            if output:
-                raise ImportModelError(f"output {output!r} of {node.operator} is used, which is not supported", file=self.file, node=node.name, hint="remove what reads it from the model")
         for index, emitted in enumerate(node.emitted):
             self._add_node(node, emitted, renamed, index)
 
@@ -122,7 +134,12 @@ class _Importer:
         output = renamed.get(emitted.output, emitted.output)
         if math.prod(emitted.shape) > LARGEST_TENSOR or 0 in emitted.shape:
             what = "no elements" if 0 in emitted.shape else f"more than {LARGEST_TENSOR} elements"
-            raise ImportModelError(f"{node.operator} yields a tensor of shape {list(emitted.shape)}, which has {what}", file=self.file, node=node.name, hint="check the input shapes")
+            raise ImportModelError(
+                f"{node.operator} yields a tensor of shape {list(emitted.shape)}, which has {what}",
+                file=self.file,
+                node=node.name,
+                hint="check the input shapes",
+            )
         source = output if emitted.output in renamed else ""
         self.editor.add_tensor(Tensor(output, emitted.shape, emitted.dtype, source=source))
         inputs = tuple(renamed.get(name, name) for name in emitted.inputs)
@@ -137,7 +154,11 @@ class _Importer:
         if name in self.constants:
             raise ImportModelError(f"output {name!r} is a constant", file=self.file, hint="remove it from the model's outputs")
         if name not in self.tensors:
-            raise ImportModelError(f"output {name!r} is made by no node", file=self.file, hint="the model is damaged; export it again")
+            raise ImportModelError(
+                f"output {name!r} is made by no node, or is a second result that is not supported",
+                file=self.file,
+                hint="remove it from the model's outputs",
+            )
         tensor = self.editor.tensors[self.tensors[name]]
         if tensor.name != name:
             producer = self.editor.producer(tensor.name)
@@ -147,7 +168,7 @@ class _Importer:
                 self._copy(tensor, name)
         elif name in self.editor.inputs:
             raise ImportModelError(f"input {name!r} is also an output", file=self.file, hint="remove it from the model's outputs")
-        if dtype != TensorProto.UNDEFINED:
+        if dtype in NUMBERS:
             self.editor.add_tensor(replace(self.editor.tensors[name], dtype=numpy_name(dtype)))
         self.editor.outputs.append(name)
 
@@ -163,7 +184,11 @@ class _Importer:
 
 
 def _unsupported_hint(node: NodeProto) -> str:
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear") or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer"):
+    if (
+        node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+        or node.op_type.startswith("QLinear")
+        or node.op_type.endswith("Integer")
+    ):
         return "the model is quantized already; give the float model, which npucc quantizes itself"
     if node.op_type in ("If", "Loop", "Scan"):
         return "control flow that depends on data can't be compiled; export the model with fixed control flow"

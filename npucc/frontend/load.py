@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto
 
 from npucc.errors import ImportModelError
@@ -39,7 +39,9 @@ def _read(path: Path) -> bytes:
         if path.is_dir():
             raise ImportModelError("this is a folder, not an ONNX file", file=str(path), hint="give the path of the .onnx file in it")
         if size > LARGEST_FILE:
-            raise ImportModelError(f"the file has {size} bytes; an ONNX file has at most {LARGEST_FILE}", file=str(path), hint="store large weights as external data")
+            raise ImportModelError(
+                f"the file has {size} bytes; an ONNX file has at most {LARGEST_FILE}", file=str(path), hint="store large weights as external data"
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise ImportModelError("there is no such file", file=str(path), hint="check the path of the model") from None
@@ -52,7 +54,9 @@ def _parse(content: bytes, file: str) -> ModelProto:
     try:
         proto.ParseFromString(content)
     except (DecodeError, RecursionError):
-        raise ImportModelError("this is not an ONNX model, or it is damaged (the protobuf does not parse)", file=file, hint="export or download the model again") from None
+        raise ImportModelError(
+            "this is not an ONNX model, or it is damaged (the protobuf does not parse)", file=file, hint="export or download the model again"
+        ) from None
     return proto
 
 
@@ -64,7 +68,11 @@ def _check_header(model: ModelProto, file: str) -> None:
     opset = default_opset(model)
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST_OPSET <= opset <= newest:
-        raise ImportModelError(f"the model uses ONNX opset {opset}; supported are {OLDEST_OPSET} to {newest}", file=file, hint="convert it with onnx.version_converter, or export it again")
+        raise ImportModelError(
+            f"the model uses ONNX opset {opset}; supported are {OLDEST_OPSET} to {newest}",
+            file=file,
+            hint="convert it with onnx.version_converter, or export it again",
+        )
 
 
 def default_opset(model: ModelProto) -> int:
@@ -99,7 +107,9 @@ def _read_external_data(model: ModelProto, folder: Path | None, file: str) -> No
             continue
         if folder is None:
             raise ImportModelError(
-                f"tensor {tensor.name!r} is stored outside the model, and a ModelProto does not say where", file=file, hint="pass the path of the model, or load it with its external data"
+                f"tensor {tensor.name!r} is stored outside the model, and a ModelProto does not say where",
+                file=file,
+                hint="pass the path of the model, or load it with its external data",
             )
         entries = {entry.key: entry.value for entry in tensor.external_data}
         tensor.raw_data = _external_bytes(tensor.name, entries, folder, file)
@@ -118,7 +128,9 @@ def _external_bytes(name: str, entries: dict[str, str], folder: Path, file: str)
         inside = bool(location) and path.is_relative_to(root) and path.is_file()
         size = path.stat().st_size if inside else 0
     except (ValueError, OSError):
-        raise ImportModelError(f"tensor {name!r} has a malformed external data record: {entries}", file=file, hint="save the model again with its external data") from None
+        raise ImportModelError(
+            f"tensor {name!r} has a malformed external data record: {entries}", file=file, hint="save the model again with its external data"
+        ) from None
     if not inside:
         raise ImportModelError(
             f"tensor {name!r} refers to external data {location!r}, which is not a file inside the model's folder",
@@ -126,7 +138,11 @@ def _external_bytes(name: str, entries: dict[str, str], folder: Path, file: str)
         )  # fmt: skip
     length = size - offset if length is None else length
     if offset < 0 or length < 0 or offset + length > size:
-        raise ImportModelError(f"tensor {name!r} refers to bytes {offset} to {offset + length} of {location!r}, which has {size}", file=file, hint="the external data file is damaged or from another model")
+        raise ImportModelError(
+            f"tensor {name!r} refers to bytes {offset} to {offset + length} of {location!r}, which has {size}",
+            file=file,
+            hint="the external data file is damaged or from another model",
+        )
     with path.open("rb") as stream:
         stream.seek(offset)
         return stream.read(length)

@@ -48,7 +48,15 @@ class NodeImport:
     """One ONNX node under import."""
 
     def __init__(
-        self, proto: NodeProto, opset: int, file: str, editor: Editor, constants: Constants, tensors: dict[str, str], types: dict[str, int], reserved: set[str]
+        self,
+        proto: NodeProto,
+        opset: int,
+        file: str,
+        editor: Editor,
+        constants: Constants,
+        tensors: dict[str, str],
+        types: dict[str, int],
+        reserved: set[str],
     ) -> None:
         self.name, self.operator, self.opset, self.file = proto.name, proto.op_type, opset, file
         self.inputs = tuple(proto.input)
@@ -92,7 +100,10 @@ class NodeImport:
     def constant(self, index: int, what: str) -> np.ndarray:
         """The value of a constant input; refuses one that is computed from the model's inputs."""
         if not self.is_constant(index):
-            raise self.refuse(f"{what} (input {index}) must be a constant, but it depends on the model's inputs", hint="export the model with static shapes and fixed parameters")
+            raise self.refuse(
+                f"{what} (input {index}) must be a constant, but it depends on the model's inputs",
+                hint="export the model with static shapes and fixed parameters",
+            )
         return self._constants.value(self.inputs[index])
 
     def floats(self, index: int, what: str) -> np.ndarray:
@@ -172,7 +183,9 @@ class NodeImport:
         assert shape is not None
         sizes = tuple(int(size) for size in shape)
         if any(size < 0 for size in sizes):
-            raise self.refuse(f"yields the impossible shape {list(sizes)} from {', '.join(str(list(part or ())) for part in shapes)}", hint="check the input shapes")
+            raise self.refuse(
+                f"yields the impossible shape {list(sizes)} from {', '.join(str(list(part or ())) for part in shapes)}", hint="check the input shapes"
+            )
         output = self._fresh(f"{next(filter(None, self.outputs))}/{op}")
         self._local[output] = (sizes, dtype or (self.dtype_of(inputs[0]) if OPS[op].moves_data else "float32"))
         self.emitted.append(Emitted(op, tuple(inputs), output, attributes, sizes, self._local[output][1]))

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 import networkx as nx
 import onnx
+import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from npucc.errors import ImportModelError
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+NUMBERS = frozenset(
+    {*FLOATS, TensorProto.BOOL, *(getattr(TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64))}
+)  # the element types that inputs and outputs may have
 LARGEST_CHECKED = 1 << 30  # bytes; the checker copies the model
 
 
@@ -31,7 +35,7 @@ class Input:
 def prepare(model: ModelProto, file: str) -> list[NodeProto]:
     """The nodes that the outputs depend on, in executable order, uniquely named and with float32 in place of other float types.
 
-    Changes `model`. Raises ImportModelError for a cycle, a tensor that nothing makes or that two nodes make, or a model that the ONNX checker refuses.
+    Changes `model`. Raises ImportModelError for a cycle, a tensor that two nodes make, or a model that the ONNX checker refuses.
     """
     if model.functions:
         model.CopyFrom(onnx.inliner.inline_local_functions(model))
@@ -66,7 +70,12 @@ def _sorted_alive(graph: GraphProto, file: str) -> list[NodeProto]:
     for index, node in enumerate(graph.node):
         for name in filter(None, node.output):
             if name in producers:
-                raise ImportModelError(f"tensor {name!r} is made by two nodes", file=file, node=_title(node), hint="an ONNX graph makes each tensor once; export the model again")
+                raise ImportModelError(
+                    f"tensor {name!r} is made by two nodes",
+                    file=file,
+                    node=_title(node),
+                    hint="an ONNX graph makes each tensor once; export the model again",
+                )
             producers[name] = index
     topology = nx.DiGraph()
     waiting = [producers[value.name] for value in graph.output if value.name in producers]
@@ -120,11 +129,17 @@ def _check(model: ModelProto, file: str) -> None:
     """What the ONNX checker says of the model (missing inputs, unknown operators, wrong attributes), as our error."""
     if model.ByteSize() > LARGEST_CHECKED:
         return
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()  # the checker wants one, even where the model may leave it open
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
         message = " ".join(str(error).split("\n==>")[0].split())
-        raise ImportModelError(f"the ONNX checker refuses the model: {message}", file=file, hint="export the model again, or convert it with onnx.version_converter") from None
+        raise ImportModelError(
+            f"the ONNX checker refuses the model: {message}", file=file, hint="export the model again, or convert it with onnx.version_converter"
+        ) from None
 
 
 def bind_inputs(graph: GraphProto, shapes: Mapping[str, tuple[int, ...]], file: str) -> list[Input]:
@@ -147,7 +162,9 @@ def _known_input(name: str, known: list[str], file: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         raise ImportModelError(
-            f"a shape is given for {name!r}, but the model's inputs are {', '.join(map(repr, known))}", file=file, hint=f"did you mean {close[0]!r}?" if close else "name one of the inputs"
+            f"a shape is given for {name!r}, but the model's inputs are {', '.join(map(repr, known))}",
+            file=file,
+            hint=f"did you mean {close[0]!r}?" if close else "name one of the inputs",
         )
 
 
@@ -165,13 +182,23 @@ def _collect_symbols(value: ValueInfoProto, shape: tuple[int, ...], symbols: dic
     declared = _declared(value, file)
     fits = all(isinstance(size, int) and size > 0 for size in shape)
     if declared is not None:
-        fits = fits and len(shape) == len(declared) and all(isinstance(known, str) or known == size for known, size in zip(declared, shape, strict=True))
+        fits = (
+            fits and len(shape) == len(declared) and all(isinstance(known, str) or known == size for known, size in zip(declared, shape, strict=True))
+        )
     if not fits:
         expected = "any rank" if declared is None else f"[{', '.join(str(size) or '?' for size in declared)}]"
-        raise ImportModelError(f"shape {tuple(shape)} does not fit input {value.name!r}, declared as {expected}", file=file, hint="give a positive size for every dimension")
+        raise ImportModelError(
+            f"shape {tuple(shape)} does not fit input {value.name!r}, declared as {expected}",
+            file=file,
+            hint="give a positive size for every dimension",
+        )
     for known, size in zip(declared or (), shape, strict=False):
         if isinstance(known, str) and known and symbols.setdefault(known, size) != size:
-            raise ImportModelError(f"dimension {known!r} is {symbols[known]} in one input and {size} in {value.name!r}", file=file, hint="a named dimension has the same size everywhere")
+            raise ImportModelError(
+                f"dimension {known!r} is {symbols[known]} in one input and {size} in {value.name!r}",
+                file=file,
+                hint="a named dimension has the same size everywhere",
+            )
 
 
 def _bind(value: ValueInfoProto, shape: tuple[int, ...] | None, symbols: Mapping[str, int], file: str) -> Input:
@@ -180,7 +207,11 @@ def _bind(value: ValueInfoProto, shape: tuple[int, ...] | None, symbols: Mapping
     if shape is not None:
         return Input(value.name, tuple(shape), dtype)
     if declared is None:
-        raise ImportModelError(f"input {value.name!r} has no shape", file=file, hint=f"give it: --shape {value.name}=1,3,224,224 (or shapes={{{value.name!r}: (1, 3, 224, 224)}})")
+        raise ImportModelError(
+            f"input {value.name!r} has no shape",
+            file=file,
+            hint=f"give it: --shape {value.name}=1,3,224,224 (or shapes={{{value.name!r}: (1, 3, 224, 224)}})",
+        )
     sizes = [size if isinstance(size, int) else symbols.get(size) for size in declared]
     if None in sizes:
         shown = ", ".join(str(size) or "?" for size in declared)
@@ -194,6 +225,11 @@ def element_type(value: ValueInfoProto) -> int:
     return value.type.tensor_type.elem_type
 
 
+def type_name(dtype: int) -> str:
+    """ "FLOAT" for TensorProto.FLOAT; the number itself if ONNX has no such type."""
+    return str(TensorProto.DataType.Name(dtype)) if dtype in TensorProto.DataType.values() else str(dtype)
+
+
 def numpy_name(dtype: int) -> str:
-    """"float32" for TensorProto.FLOAT, and so on."""
+    """ "float32" for TensorProto.FLOAT, and so on."""
     return "bfloat16" if dtype == TensorProto.BFLOAT16 else str(helper.tensor_dtype_to_np_dtype(dtype))

@@ -183,7 +183,7 @@ def scale_to_depthwise(editor: Editor, node: Node) -> Result:
         return None
     channels = shape[1]
     scale = np.broadcast_to(chain.scale, (channels,)).astype(np.float32).reshape(channels, 1, 1, 1)
-    inputs = (chain.variable, editor.constant(f"{node.name}.scale", np.ascontiguousarray(scale)))
+    inputs: tuple[str, ...] = (chain.variable, editor.constant(f"{node.name}.scale", np.ascontiguousarray(scale)))
     if np.any(chain.shift):
         inputs = (*inputs, editor.constant(f"{node.name}.shift", np.ascontiguousarray(np.broadcast_to(chain.shift, (channels,)), np.float32)))
     attributes: Any = node.attributes
@@ -191,12 +191,27 @@ def scale_to_depthwise(editor: Editor, node: Node) -> Result:
 
 
 FOLD_RULES: tuple[Rule, ...] = (
-    Rule("fold-into-producer", MAPS, fold_into_producer, "scales, biases, batch normalization and clips cost nothing inside a convolution or matrix product"),
+    Rule(
+        "fold-into-producer",
+        MAPS,
+        fold_into_producer,
+        "scales, biases, batch normalization and clips cost nothing inside a convolution or matrix product",
+    ),
     Rule("clamp-producer", MAPS - {"conv"}, clamp_producer, "a clip costs nothing inside an addition or multiplication"),
 )
 FORWARD_RULES: tuple[Rule, ...] = (
-    Rule("fold-into-reader", frozenset({"conv", "matmul"}), fold_into_reader, "a scale before a convolution or matrix product costs nothing inside its weights"),
+    Rule(
+        "fold-into-reader",
+        frozenset({"conv", "matmul"}),
+        fold_into_reader,
+        "a scale before a convolution or matrix product costs nothing inside its weights",
+    ),
 )
 DEPTHWISE_RULES: tuple[Rule, ...] = (
-    Rule("scale-to-depthwise", frozenset({"add", "sub", "mul", "div"}), scale_to_depthwise, "a scale per channel is exact as a 1×1 depthwise convolution with one weight scale per channel"),
+    Rule(
+        "scale-to-depthwise",
+        frozenset({"add", "sub", "mul", "div"}),
+        scale_to_depthwise,
+        "a scale per channel is exact as a 1×1 depthwise convolution with one weight scale per channel",
+    ),
 )

@@ -14,8 +14,8 @@ import numpy as np
 
 from npucc import ops, scalar
 from npucc.graph import Editor, Node, Tensor
-from npucc.passes.rewrite import Alias, Result, Rewrite, Rule, merged_sources
-from npucc.passes.values import ARITHMETIC
+from npucc.passes.rewrite import Alias, Replacement, Result, Rewrite, Rule, merged_sources
+from npucc.passes.values import ARITHMETIC, as_function
 
 Shape = tuple[int, ...]
 MOVES = ("reshape", "transpose")
@@ -59,6 +59,24 @@ def merge_moves(editor: Editor, node: Node) -> Result:
         assert isinstance(producer.attributes, ops.Transpose)
         attributes = ops.Transpose(tuple(producer.attributes.permutation[axis] for axis in attributes.permutation))
     return Rewrite((replace(node, inputs=producer.inputs, attributes=attributes, sources=merged_sources(producer, node)),))
+
+
+def sink_below_transpose(editor: Editor, node: Node) -> Result:
+    """z = transpose(reshape(x)), where the reshape only adds or drops dimensions of 1  →  z = reshape(transpose(x))"""
+    assert isinstance(node.attributes, ops.Transpose)
+    move = editor.producer(node.inputs[0])
+    if move is None or move.op != "reshape" or not editor.is_read_once(node.inputs[0]):
+        return None
+    before, after = editor.tensors[move.inputs[0]].shape, editor.tensors[node.inputs[0]].shape
+    axes, new_axes = ([axis for axis, size in enumerate(shape) if size != 1] for shape in (before, after))
+    if [before[axis] for axis in axes] != [after[axis] for axis in new_axes]:
+        return None
+    moved = iter([axes[new_axes.index(axis)] for axis in node.attributes.permutation if after[axis] != 1])
+    permutation = tuple(axis if size == 1 else next(moved) for axis, size in enumerate(before))
+    build = Replacement(editor, node, (move,))
+    dtype = editor.tensors[node.outputs[0]].dtype
+    transposed = build.add("transpose", move.inputs, ops.Transpose(permutation), dtype=dtype)
+    return build.done(build.add("reshape", (transposed,), ops.Reshape(editor.tensors[node.outputs[0]].shape), dtype=dtype))
 
 
 def sink_below_table(editor: Editor, node: Node) -> Result:
@@ -139,13 +157,13 @@ def matmul_between_reshapes(editor: Editor, node: Node) -> Result:
     shape = editor.tensors[first.inputs[0]].shape
     if len(shape) < 2 or (*shape[:-1], weights.shape[1]) != editor.tensors[node.outputs[0]].shape or shape[-1] != weights.shape[0]:
         return None
-    return Rewrite((replace(product, inputs=(first.inputs[0], *product.inputs[1:]), outputs=node.outputs, sources=merged_sources(first, product, node)),))
+    return Rewrite(
+        (replace(product, inputs=(first.inputs[0], *product.inputs[1:]), outputs=node.outputs, sources=merged_sources(first, product, node)),)
+    )
 
 
 def sum_to_mean(editor: Editor, node: Node) -> Result:
     """s = reduce_sum(x) over n; m = mul(s, 1/n) or div(s, n)  →  m = reduce_mean(x)"""
-    from npucc.passes.values import as_function
-
     function = as_function(editor, node)
     producer = editor.producer(function[0]) if function else None
     if function is None or producer is None or producer.op != "reduce_sum":
@@ -165,7 +183,9 @@ def clip_before_move(editor: Editor, node: Node) -> Result:
     if move is None or move.op not in ("max_pool", "concat", "slice") or scalar.is_clip(node.attributes.expression) is None:
         return None
     producers = [editor.producer(name) for name in move.inputs]
-    if not editor.is_read_once(node.inputs[0]) or any(part is None or not ops.OPS[part.op].matrix or not editor.is_read_once(part.outputs[0]) for part in producers):
+    if not editor.is_read_once(node.inputs[0]) or any(
+        part is None or not ops.OPS[part.op].matrix or not editor.is_read_once(part.outputs[0]) for part in producers
+    ):
         return None
     parts, tensors = [], []
     for index, name in enumerate(move.inputs):
@@ -181,6 +201,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     Rule("nothing-to-do", _MOVING, nothing_to_do, "an operation that changes nothing is dropped"),
     Rule("unit-transpose", frozenset({"transpose"}), unit_transpose, "moving dimensions of size 1 moves no data"),
     Rule("merge-moves", frozenset({"reshape", "transpose"}), merge_moves, "two in a row are one, often none"),
+    Rule("sink-below-transpose", frozenset({"transpose"}), sink_below_transpose, "reshapes and transposes meet below, and cancel"),
     Rule("sink-below-table", frozenset({"table"}), sink_below_table, "reshapes and transposes meet below, and cancel"),
     Rule("sink-below-arithmetic", frozenset(ARITHMETIC), sink_below_arithmetic, "reshapes and transposes meet below, and cancel"),
     Rule("matmul-between-reshapes", frozenset({"reshape"}), matmul_between_reshapes, "a product needs no merged leading dimensions"),

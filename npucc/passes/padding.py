@@ -1,7 +1,7 @@
 """Padding becomes part of the window operation after it.
 
-The one big idea: a window operation has a padding value of its own (0 for a convolution, −∞ for a maximum); a Pad with that value, or with one that makes
-no difference, is not needed. A Pad(−∞) left standing would also ruin the quantization range of its tensor.
+The one big idea: a window operation has a padding value of its own (0 for a convolution, −∞ for a maximum); a Pad with that value, or with one
+that makes no difference, is not needed. A Pad(−∞) left standing would also ruin the quantization range of its tensor.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Any_:
+class Anything:
     """Any tensor, bound to `name`."""
 
     name: str
@@ -72,14 +72,16 @@ class Either:
     choices: tuple[Pattern, ...]
 
 
-Pattern: TypeAlias = Any_ | Constant | Op | Function | Either
+Pattern: TypeAlias = Anything | Constant | Op | Function | Either
 
 
 def op(name: str, *inputs: Pattern, bind: str = "", clamp_allowed: tuple[float, float] | None = None) -> Op:
+    """An `Op` pattern, written like a call."""
     return Op(name, inputs, bind, clamp_allowed)
 
 
 def either(*choices: Pattern) -> Either:
+    """An `Either` pattern, written like a call."""
     return Either(choices)
 
 
@@ -92,9 +94,9 @@ def _matches(editor: Editor, tensor: str, pattern: Pattern, found: Found) -> Ite
     if isinstance(pattern, Either):
         for choice in pattern.choices:
             yield from _matches(editor, tensor, choice, found)
-    elif isinstance(pattern, Any_ | Constant):
+    elif isinstance(pattern, Anything | Constant):
         known = found.tensors.get(pattern.name, tensor)
-        if known == tensor and (isinstance(pattern, Any_) or editor.tensors[tensor].is_constant):
+        if known == tensor and (isinstance(pattern, Anything) or editor.tensors[tensor].is_constant):
             yield Found({**found.tensors, pattern.name: tensor}, found.numbers, found.nodes, found.covered)
     else:
         node = editor.producer(tensor)

@@ -14,7 +14,7 @@ import numpy as np
 
 from npucc import ops, scalar
 from npucc.graph import Editor, Node
-from npucc.passes.pattern import Any_, Constant, Function, Pattern, either, find, op
+from npucc.passes.pattern import Anything, Constant, Function, Pattern, either, find, op
 from npucc.passes.rewrite import Replacement, Result, Rewrite, Rule, merged_sources
 
 # ---- functions within the patterns
@@ -62,7 +62,7 @@ def is_reciprocal(expression: scalar.Expression) -> float | None:
 # ---- LayerNorm
 
 _NON_NEGATIVE = (0.0, math.inf)
-_X = Any_("x")
+_X = Anything("x")
 _MEAN = op("reduce_mean", _X, bind="mean")
 _CENTERED = op("sub", _X, _MEAN)
 _VARIANCE = either(
@@ -143,15 +143,15 @@ def _norm_parameter(editor: Editor, node: Node, position: int) -> Result:
         if not editor.is_read_once(tensor) or getattr(attributes, "clamp", None) is not None:
             return f"the result of {norm.name!r} has other readers, or is clamped"
         vector = editor.constant(other, np.ascontiguousarray(np.broadcast_to(data.reshape(-1), shape[-1:])))
-        inputs = (*(norm.inputs[:position] + ("",))[:position], vector)
+        inputs = (*(*norm.inputs[:position], "")[:position], vector)
         return Rewrite((replace(norm, inputs=inputs, outputs=node.outputs, sources=merged_sources(norm, node)),))
     return None
 
 
 # ---- Softmax
 
-_LARGEST = op("reduce_max", Any_("x"), bind="largest")
-_EXPONENTIAL = either(Function(is_exponential, op("sub", Any_("x"), _LARGEST)), Function(is_exponential, Any_("x")))
+_LARGEST = op("reduce_max", Anything("x"), bind="largest")
+_EXPONENTIAL = either(Function(is_exponential, op("sub", Anything("x"), _LARGEST)), Function(is_exponential, Anything("x")))
 _TOTAL = op("reduce_sum", _EXPONENTIAL, bind="total")
 WRITTEN_SOFTMAX: Pattern = either(op("div", _EXPONENTIAL, _TOTAL), op("mul", _EXPONENTIAL, Function(is_reciprocal, _TOTAL)))
 
@@ -177,8 +177,10 @@ def _expression(node: Node) -> scalar.Expression:
 
 
 PATTERN_RULES: tuple[Rule, ...] = (
-    Rule("written-layer-norm", frozenset({"div", "mul", "add"}), written_layer_norm, "its moments lose their meaning in 8 bits; as one operation they are exact"),
+    Rule(
+        "written-layer-norm", frozenset({"div", "mul", "add"}), written_layer_norm, "its moments are lost in 8 bits; as one operation they are exact"
+    ),
     Rule("norm-scale", frozenset({"mul"}), norm_scale, "the scale is applied before rounding"),
     Rule("norm-shift", frozenset({"add"}), norm_shift, "the shift is applied before rounding"),
-    Rule("written-softmax", frozenset({"div", "mul"}), written_softmax, "its exponentials lose their meaning in 8 bits; as one operation they are exact"),
+    Rule("written-softmax", frozenset({"div", "mul"}), written_softmax, "its exponentials are lost in 8 bits; as one operation they are exact"),
 )

@@ -10,8 +10,17 @@ from npucc.passes.rewrite import Stage, stage
 from npucc.passes.tables import TABLE_RULES
 
 STAGES: tuple[Stage, ...] = (
-    stage("fold", (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES), "batch normalization, biases, scales, clips and padding cost nothing inside a convolution or matrix product", report=False),
+    stage(
+        "fold",
+        (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES),
+        "normalization, scales, clips and padding cost nothing inside a matrix operation",
+        report=False,
+    ),
     stage("tables", TABLE_RULES, "any function of one variable is one table, however it is written"),
     stage("patterns", (*LAYOUT_RULES, *PATTERN_RULES), "LayerNorm and Softmax keep their precision only as one operation"),
-    stage("finish", (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES, *FORWARD_RULES, *DEPTHWISE_RULES), "what has become foldable is folded; what scales channels becomes a depthwise convolution"),
+    stage(
+        "finish",
+        (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES, *FORWARD_RULES, *DEPTHWISE_RULES),
+        "what has become foldable is folded; a scale per channel becomes a depthwise convolution",
+    ),
 )

@@ -13,7 +13,7 @@ from npucc.graph import Editor, Node
 from npucc.passes.rewrite import Result, Rewrite, Rule, merged_sources
 from npucc.passes.values import ARITHMETIC, as_function, clamped, function_name, uniform
 
-LARGEST_EXPRESSION = 200  # function applications
+LARGEST_EXPRESSION = 64  # function applications; also bounds the depth of every walk over an expression
 DEEPEST_CHAIN = 8
 
 
@@ -83,5 +83,5 @@ def _chain(editor: Editor, tensor: str) -> float | dict[str, tuple[scalar.Expres
 TABLE_RULES: tuple[Rule, ...] = (
     Rule("constant-operand", frozenset(ARITHMETIC), constant_operand, "arithmetic with a constant is a function of one variable"),
     Rule("chain-of-tables", frozenset({"table"}), chain_of_tables, "two tables in a row are one table, and round once"),
-    Rule("common-variable", frozenset({*ARITHMETIC, "where"}), common_variable, "an operation on functions of one tensor is a function of that tensor"),
+    Rule("common-variable", frozenset({*ARITHMETIC, "where"}), common_variable, "operations on functions of one tensor are a function of it"),
 )

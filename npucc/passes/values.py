@@ -77,7 +77,7 @@ def channel_map(editor: Editor, node: Node, axis: int) -> ChannelMap | None:
     function = as_function(editor, node)
     if function is not None:
         line = scalar.clipped_line(function[1])
-        return line and ChannelMap(function[0], np.float64([line.scale]), np.float64([line.shift]), line.low, line.high)
+        return ChannelMap(function[0], np.array([line.scale]), np.array([line.shift]), line.low, line.high) if line else None
     if node.op in ("add", "sub", "mul", "div"):
         return _arithmetic_map(editor, node, axis)
     return _depthwise_map(editor, node) if node.op == "conv" and axis == 1 else None
@@ -92,12 +92,12 @@ def _arithmetic_map(editor: Editor, node: Node, axis: int) -> ChannelMap | None:
             continue
         if node.op in ("add", "sub"):
             negative = node.op == "sub"
-            scale = np.float64([-1.0 if negative and is_left else 1.0])
+            scale = np.array([-1.0 if negative and is_left else 1.0])
             shift = -value if negative and not is_left else value
         elif node.op == "div" and not np.all(value):
             continue
         else:
-            scale, shift = (1 / value if node.op == "div" else value), np.float64([0.0])
+            scale, shift = (1 / value if node.op == "div" else value), np.array([0.0])
         low, high = getattr(node.attributes, "clamp", None) or (-math.inf, math.inf)
         return ChannelMap(variable, scale, shift, low, high)
     return None
@@ -135,6 +135,7 @@ def is_depthwise_1x1(editor: Editor, node: Node) -> bool:
 
 
 def has_bias(node: Node) -> bool:
+    """Whether a convolution or matrix product has its third input."""
     return len(node.inputs) > 2 and bool(node.inputs[2])
 
 

@@ -85,7 +85,8 @@ def softmax_axis(graph: Graph, name: str) -> int | None:
 
 def _near_the_top(scores: Array, axis: int) -> Array:
     """Scores far below the largest of their row (masked ones) count as little below it: after softmax they are zero anyway."""
-    return np.maximum(scores, scores.max(axis=axis, keepdims=True) - np.float32(SOFTMAX_DEPTH))
+    floor: Array = scores.max(axis=axis, keepdims=True) - np.float32(SOFTMAX_DEPTH)
+    return np.asarray(np.maximum(scores, floor))
 
 
 def _channel_means(value: Array, axis: int) -> Array:
@@ -133,7 +134,7 @@ def _refuse_nan(graph: Graph, name: str, value: Array) -> None:
     if value.dtype.kind == "f" and np.isnan(value).any():
         node = graph.producer(name)
         where = node.sources[-1] if node and node.sources else name
-        raise QuantizeError(f"the float model yields NaN in tensor {name!r}", node=where, hint="check the model and the calibration samples in onnxruntime")
+        raise QuantizeError(f"the float model yields NaN in tensor {name!r}", node=where, hint="check model and samples in onnxruntime")
 
 
 def _total(feeds: Iterable[Any], limit: int) -> int:

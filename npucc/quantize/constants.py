@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from npucc.errors import QuantizeError
-from npucc.graph import Graph, Node, Quant
+from npucc.graph import Node, Quant
 from npucc.quantize.ranges import SMALLEST, Range, activation_quant
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -93,20 +93,32 @@ def dequantized(constants: MatrixConstants) -> Array:
     return constants.weights.astype(np.float64) * _along(quant.scale.astype(np.float64), quant.axis, constants.weights.ndim)
 
 
-def finite_constant(graph: Graph, node: Node, name: str, result: Range) -> Array:
-    """A constant operand with infinities replaced by values that reach beyond the result's range on any scale. Raises QuantizeError for NaN."""
-    data = graph.tensors[name].data
-    assert data is not None
+def source_of(node: Node) -> str:
+    """The ONNX node to name in an error."""
+    return node.sources[-1] if node.sources else node.name
+
+
+def finite_constant(node: Node, name: str, data: Array, result: Range) -> Array:
+    """A constant operand, float64, infinities replaced by values beyond the result's range on any scale. Raises QuantizeError for NaN."""
     values = data.astype(np.float64)
     if np.isnan(values).any():
-        raise QuantizeError(f"the constant {name!r} holds NaN", node=node.sources[-1] if node.sources else node.name, hint="NaN has no integer form; correct the model")
+        raise QuantizeError(f"the constant {name!r} holds NaN", node=source_of(node), hint="NaN has no integer form; correct the model")
     reach = 4 * max(-result.low, result.high, 1.0)
     return np.where(np.isinf(values), np.sign(values) * reach, values)
 
 
-def constant_quant(values: Array) -> Quant:
-    """For an operand that is no weight: exact for a single value, asymmetric over its own range otherwise."""
-    distinct = np.unique(values[values != 0]) if values.size else values
+def constant_quant(values: Array, *, wide: bool = False) -> Quant:
+    """For an operand that is no weight: exact for whole numbers that fit and for a single value, else asymmetric over its range.
+
+    `wide`: the other operand is stored in 16 bits, so whole numbers may be, too.
+    """
+    covered = Range(min(float(values.min(initial=0.0)), 0.0), max(float(values.max(initial=0.0)), 0.0))
+    if bool((values == np.rint(values)).all()):
+        if covered.width <= LARGEST_STEP:
+            return Quant("s8", np.asarray(1.0, np.float32), int(np.clip(-128 - covered.low, -128, 127)))
+        if wide and max(-covered.low, covered.high) < 2**15:
+            return Quant("s16", np.asarray(1.0, np.float32), 0)
+    distinct = np.unique(values[values != 0])
     if distinct.size == 1 and abs(float(distinct[0])) > SMALLEST:
         return Quant("s8", np.asarray(abs(distinct[0]) / LARGEST_WEIGHT, np.float32), 0)
-    return activation_quant(Range(min(float(values.min(initial=0.0)), 0.0), max(float(values.max(initial=0.0)), 0.0)))
+    return activation_quant(covered)

@@ -21,7 +21,7 @@ class QuantizeOptions:
     samples: int = field(default=128, metadata={"meaning": "calibrate with at most so many samples"})
     per_tensor: bool = field(default=False, metadata={"meaning": "one scale for a whole weight instead of one per output channel"})
     bias_correction: bool = field(default=True, metadata={"meaning": "shift biases by the mean error that rounding the weights causes"})
-    concat_ratio: float = field(default=4.0, metadata={"meaning": "rescale an input of a Concat whose range is so many times narrower than the result's"})
+    concat_ratio: float = field(default=4.0, metadata={"meaning": "rescale a Concat's input whose range is so many times narrower than the result's"})
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -7,6 +7,7 @@ bins merge; nothing is lost but resolution, and the result does not depend on th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,13 +127,15 @@ def percentile_range(histogram: Histogram, percentile: float) -> Range:
 def least_error_range(histogram: Histogram) -> Range:
     """The range with the least mean squared error of rounding and clipping: both ends together first, then each end alone."""
     observed, (centres, counts) = histogram.observed, histogram.values()
-    best = min((Range(observed.low * part, observed.high * part) for part in 0.95 ** np.arange(40)), key=lambda each: squared_error(each, centres, counts))
-    for step in (0.1, 0.03, 0.01):
-        for _ in range(2):
-            lows = [Range(best.low * (1 + step * i), best.high).within(observed.low, observed.high) for i in range(-4, 5)]
-            best = min(lows, key=lambda each: squared_error(each, centres, counts))
-            highs = [Range(best.low, best.high * (1 + step * i)).within(observed.low, observed.high) for i in range(-4, 5)]
-            best = min(highs, key=lambda each: squared_error(each, centres, counts))
+
+    def best_of(candidates: Iterable[Range]) -> Range:
+        return min((each.within(observed.low, observed.high) for each in candidates), key=lambda each: squared_error(each, centres, counts))
+
+    best = best_of(Range(observed.low * part, observed.high * part) for part in 0.95 ** np.arange(40))
+    for step in (0.1, 0.1, 0.03, 0.03, 0.01, 0.01):
+        factors = 1 + step * np.arange(-4, 5)
+        best = best_of([Range(best.low * factor, best.high) for factor in factors])
+        best = best_of([Range(best.low, best.high * factor) for factor in factors])
     return best
 
 

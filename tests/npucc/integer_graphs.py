@@ -35,7 +35,9 @@ class Net:
     def constant(self, shape: tuple[int, ...], quant: Quant | None = None) -> str:
         return self.tensor(self.editor.fresh("constant"), shape, quant or self.quant(), self.random.integers(-128, 128, shape).astype(np.int8))
 
-    def op(self, op: str, inputs: list[str], attributes: Attributes | None = None, *, quant: Quant | None = None, shape: tuple[int, ...] | None = None) -> str:
+    def op(
+        self, op: str, inputs: list[str], attributes: Attributes | None = None, *, quant: Quant | None = None, shape: tuple[int, ...] | None = None
+    ) -> str:
         """A node whose result takes the input's quant where the operator only moves data."""
         attributes = attributes or Attributes()
         tensors = self.editor.tensors
@@ -56,7 +58,9 @@ class Net:
         left, right = self.editor.tensors[source].quant, self.editor.tensors[weights].quant
         assert left is not None
         assert right is not None
-        return self.tensor(self.editor.fresh("b"), (count,), Quant("s32", left.scale * right.scale, 0, 0), self.random.integers(-3000, 3000, count).astype(np.int32))
+        return self.tensor(
+            self.editor.fresh("b"), (count,), Quant("s32", left.scale * right.scale, 0, 0), self.random.integers(-3000, 3000, count).astype(np.int32)
+        )
 
     def conv(self, x: str, outputs: int, kernel: tuple[int, int], attributes: ops.Conv | None = None, *, bias: bool = True) -> str:
         attributes = attributes or ops.Conv()
@@ -136,7 +140,9 @@ def reductions(net: Net) -> Graph:
 
 def normalization(net: Net) -> Graph:
     x = net.input(3, 5, 24)
-    gamma, beta = (net.editor.add_tensor(Tensor(net.editor.fresh("p"), (24,), "float32", net.random.normal(1, 0.5, 24).astype(np.float32))) for _ in range(2))
+    gamma, beta = (
+        net.editor.add_tensor(Tensor(net.editor.fresh("p"), (24,), "float32", net.random.normal(1, 0.5, 24).astype(np.float32))) for _ in range(2)
+    )
     return net.graph(net.op("layer_norm", [x, gamma, beta], ops.LayerNorm()), net.op("layer_norm", [x], ops.LayerNorm(1e-3)))
 
 

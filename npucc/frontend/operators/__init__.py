@@ -1,6 +1,7 @@
 """The ONNX operators that can be imported: one record each, grouped by what they do.
 
-The one big idea: the differences between ONNX opsets end here. An importer reads attributes or inputs, whichever its opset uses, and emits canonical nodes.
+The one big idea: the differences between ONNX opsets end here. An importer reads attributes or inputs, whichever its opset uses, and emits
+canonical nodes.
 """
 
 from npucc.frontend.node import Importer

@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from npucc import ops, scalar
 from npucc.frontend.node import Importer, NodeImport
+from npucc.frontend.prepare import NUMBERS, type_name
 
 Run = Callable[[NodeImport], str]
 
@@ -29,28 +30,9 @@ def dropout(node: NodeImport) -> str:
     return node.input(0)
 
 
-def leaky_relu(node: NodeImport) -> str:
-    return node.table(("leaky_relu", "x", node.real("alpha", 0.01)), node.input(0))
-
-
-def elu(node: NodeImport) -> str:
-    return node.table(("elu", "x", node.real("alpha", 1.0)), node.input(0))
-
-
-def selu(node: NodeImport) -> str:
-    return node.table(("selu", "x", node.real("alpha", 1.67326319217681884765625), node.real("gamma", 1.05070102214813232421875)), node.input(0))
-
-
-def celu(node: NodeImport) -> str:
-    return node.table(("celu", "x", node.real("alpha", 1.0)), node.input(0))
-
-
-def thresholded_relu(node: NodeImport) -> str:
-    return node.table(("thresholded_relu", "x", node.real("alpha", 1.0)), node.input(0))
-
-
-def hard_sigmoid(node: NodeImport) -> str:
-    return node.table(("hard_sigmoid", "x", node.real("alpha", 0.2), node.real("beta", 0.5)), node.input(0))
+def _parametric(function: str, **defaults: float) -> Run:
+    """A function whose further arguments are ONNX attributes, with these defaults."""
+    return lambda node: node.table((function, "x", *(node.real(name, default) for name, default in defaults.items())), node.input(0))
 
 
 def shrink(node: NodeImport) -> str:
@@ -61,19 +43,23 @@ def shrink(node: NodeImport) -> str:
 
 
 def gelu(node: NodeImport) -> str:
+    """x·Φ(x), or its tanh approximation."""
     return node.table(scalar.gelu(tanh=node.word("approximate", "none") == "tanh"), node.input(0))
 
 
 def quick_gelu(node: NodeImport) -> str:
+    """x · sigmoid(alpha · x)."""
     return node.table(("mul", "x", ("sigmoid", ("mul", "x", node.real("alpha", 1.702)))), node.input(0))
 
 
 def fast_gelu(node: NodeImport) -> str:
+    """The tanh approximation of GELU, of the input plus an optional bias."""
     biased = node.binary("add", node.input(0), node.input(1)) if node.has(1) else node.input(0)
     return node.table(scalar.gelu(tanh=True), biased)
 
 
 def swish(node: NodeImport) -> str:
+    """x · sigmoid(alpha · x)."""
     return node.table(("mul", "x", ("sigmoid", ("mul", "x", node.real("alpha", 1.0)))), node.input(0))
 
 
@@ -115,6 +101,7 @@ def _variadic(op: str) -> Run:
 
 
 def mean(node: NodeImport) -> str:
+    """Sum of all inputs over their number."""
     total = _variadic("add")(node)
     return node.table(("mul", "x", 1 / len(node.inputs)), total)
 
@@ -163,18 +150,22 @@ def _select(node: NodeImport, condition: str, first: str, second: str) -> str:
 
 
 def logical_not(node: NodeImport) -> str:
+    """condition ? false : true."""
     return _select(node, node.input(0), _truth(node, False), _truth(node, True))
 
 
 def logical_and(node: NodeImport) -> str:
+    """a ? b : false."""
     return _select(node, node.input(0), node.input(1), _truth(node, False))
 
 
 def logical_or(node: NodeImport) -> str:
+    """a ? true : b."""
     return _select(node, node.input(0), _truth(node, True), node.input(1))
 
 
 def where(node: NodeImport) -> str:
+    """condition ? a : b."""
     return _select(node, node.input(0), node.input(1), node.input(2))
 
 
@@ -185,8 +176,8 @@ def cast(node: NodeImport) -> str:
     x = node.input(0)
     if target == TensorProto.BOOL:
         return x if source == TensorProto.BOOL else node.emit("compare", (x, node.new_constant(0.0, "zero")), ops.Compare("ne"), dtype="bool")
-    if target in (TensorProto.STRING, TensorProto.COMPLEX64, TensorProto.COMPLEX128):
-        raise node.refuse(f"casts to {TensorProto.DataType.Name(target)}", hint="only numbers are supported")
+    if target not in NUMBERS:
+        raise node.refuse(f"casts to {type_name(target)}", hint="only numbers are supported")
     if source == TensorProto.BOOL:
         return node.table("x", x)
     to_real = target in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -194,9 +185,10 @@ def cast(node: NodeImport) -> str:
 
 
 _SIMPLE = {
-    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Erf": "erf", "HardSwish": "hard_swish", "Mish": "mish", "Softplus": "softplus", "Softsign": "softsign",
-    "Abs": "abs", "Neg": "neg", "Exp": "exp", "Log": "log", "Sqrt": "sqrt", "Reciprocal": "reciprocal", "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sign": "sign",
-    "Sin": "sin", "Cos": "cos", "Tan": "tan", "Asin": "asin", "Acos": "acos", "Atan": "atan", "Sinh": "sinh", "Cosh": "cosh", "Asinh": "asinh", "Acosh": "acosh", "Atanh": "atanh",
+    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Erf": "erf", "HardSwish": "hard_swish", "Mish": "mish", "Softplus": "softplus",
+    "Softsign": "softsign", "Abs": "abs", "Neg": "neg", "Exp": "exp", "Log": "log", "Sqrt": "sqrt", "Reciprocal": "reciprocal",
+    "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sign": "sign", "Sin": "sin", "Cos": "cos", "Tan": "tan", "Asin": "asin",
+    "Acos": "acos", "Atan": "atan", "Sinh": "sinh", "Cosh": "cosh", "Asinh": "asinh", "Acosh": "acosh", "Atanh": "atanh",
 }  # fmt: skip
 _COMPARISONS = {"Equal": "eq", "Greater": "gt", "GreaterOrEqual": "ge", "Less": "lt", "LessOrEqual": "le", "Xor": "ne"}
 
@@ -207,13 +199,13 @@ TABLE: tuple[Importer, ...] = (
     *(Importer(name, _compare(kind)) for name, kind in _COMPARISONS.items()),
     Importer("Identity", _identity),
     Importer("Dropout", dropout, "inference only"),
-    Importer("LeakyRelu", leaky_relu),
+    Importer("LeakyRelu", _parametric("leaky_relu", alpha=0.01)),
     Importer("PRelu", prelu),
-    Importer("Elu", elu),
-    Importer("Selu", selu),
-    Importer("Celu", celu),
-    Importer("ThresholdedRelu", thresholded_relu),
-    Importer("HardSigmoid", hard_sigmoid),
+    Importer("Elu", _parametric("elu", alpha=1.0)),
+    Importer("Selu", _parametric("selu", alpha=1.67326319217681884765625, gamma=1.05070102214813232421875)),
+    Importer("Celu", _parametric("celu", alpha=1.0)),
+    Importer("ThresholdedRelu", _parametric("thresholded_relu", alpha=1.0)),
+    Importer("HardSigmoid", _parametric("hard_sigmoid", alpha=0.2, beta=0.5)),
     Importer("Shrink", shrink),
     Importer("Gelu", gelu),
     Importer("Gelu", gelu, domain="com.microsoft"),

@@ -27,6 +27,7 @@ def reshape(node: NodeImport) -> str:
 
 
 def flatten(node: NodeImport) -> str:
+    """Two dimensions: those before `axis`, and the rest."""
     shape = node.shape(0)
     axis = node.integer("axis", 1)
     axis = axis + len(shape) if axis < 0 else axis
@@ -34,6 +35,7 @@ def flatten(node: NodeImport) -> str:
 
 
 def squeeze(node: NodeImport) -> str:
+    """Dimensions of 1 dropped: those given, or all."""
     shape = node.shape(0)
     axes = node.integers_of("axes", 1)
     dropped = {node.axis(axis, len(shape)) for axis in axes} if axes is not None else {i for i, size in enumerate(shape) if size == 1}
@@ -43,6 +45,7 @@ def squeeze(node: NodeImport) -> str:
 
 
 def unsqueeze(node: NodeImport) -> str:
+    """Dimensions of 1 put in; `axes` count in the result."""
     shape = list(node.shape(0))
     axes = node.integers_of("axes", 1) or []
     rank = len(shape) + len(axes)
@@ -52,6 +55,7 @@ def unsqueeze(node: NodeImport) -> str:
 
 
 def transpose(node: NodeImport) -> str:
+    """`perm`, or all dimensions reversed."""
     permutation = node.integers("perm") or list(reversed(range(node.rank())))
     if sorted(permutation) != list(range(node.rank())):
         raise node.refuse(f"perm={permutation} does not fit an input of shape {list(node.shape(0))}", hint="the model is damaged; export it again")
@@ -84,6 +88,7 @@ def split(node: NodeImport) -> list[str]:
 
 
 def slice_(node: NodeImport) -> str:
+    """Numpy's slices; bounds are attributes before opset 10, inputs since."""
     shape = node.shape(0)
     starts, ends = node.integers_of("starts", 1), node.integers_of("ends", 2)
     if starts is None or ends is None:
@@ -91,7 +96,9 @@ def slice_(node: NodeImport) -> str:
     axes = node.integers_of("axes", 3) or list(range(len(starts)))
     steps = node.integers_input(4, "steps") if node.has(4) else [1] * len(starts)
     if not len(starts) == len(ends) == len(axes) == len(steps):
-        raise node.refuse(f"has {len(starts)} starts, {len(ends)} ends, {len(axes)} axes and {len(steps)} steps", hint="the model is damaged; export it again")
+        raise node.refuse(
+            f"has {len(starts)} starts, {len(ends)} ends, {len(axes)} axes and {len(steps)} steps", hint="the model is damaged; export it again"
+        )
     picked = [range(size) for size in shape]
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         position = node.axis(axis, len(shape))
@@ -103,6 +110,7 @@ def slice_(node: NodeImport) -> str:
 
 
 def expand(node: NodeImport) -> str:
+    """Broadcast with a shape, both ways."""
     shape = np.broadcast_shapes(node.shape(0), tuple(node.integers_input(1, "shape")))
     return _expand(node, node.input(0), shape)
 
@@ -154,7 +162,9 @@ def _crop(node: NodeImport, x: str, before: Sequence[int], after: Sequence[int])
 def gather(node: NodeImport) -> str:
     """With constant indices: runs with a constant step become slices, joined by a concat."""
     if not node.is_constant(1):
-        raise node.refuse("its indices are computed", hint="look-ups by computed indices (embeddings) run outside the NPU; cut the model after this node")
+        raise node.refuse(
+            "its indices are computed", hint="look-ups by computed indices (embeddings) run outside the NPU; cut the model after this node"
+        )
     shape = node.shape(0)
     axis = node.axis(node.integer("axis", 0), len(shape))
     indices = node.constant(1, "indices")
@@ -163,7 +173,9 @@ def gather(node: NodeImport) -> str:
         raise node.refuse(f"an index is outside 0 to {shape[axis] - 1}, or there is none", hint="check the input shapes")
     runs = _runs([index % shape[axis] for index in flat])
     if len(runs) > MOST_PIECES:
-        raise node.refuse(f"its {len(flat)} indices form {len(runs)} separate runs; supported are up to {MOST_PIECES}", hint="reorder the channels in the model")
+        raise node.refuse(
+            f"its {len(flat)} indices form {len(runs)} separate runs; supported are up to {MOST_PIECES}", hint="reorder the channels in the model"
+        )
     parts = [node.slice(node.input(0), axis, start, count, step) for start, count, step in runs]
     joined = parts[0] if len(parts) == 1 else node.emit("concat", parts, ops.Concat(axis))
     return node.reshape(joined, (*shape[:axis], *indices.shape, *shape[axis + 1 :]))
@@ -184,6 +196,7 @@ def _runs(indices: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def depth_to_space(node: NodeImport) -> str:
+    """Channels to blocks of pixels, in either order (DCR, CRD)."""
     n, c, h, w = node.shape(0)
     block = node.integer("blocksize", 1)
     depth = c // (block * block)
@@ -195,10 +208,12 @@ def depth_to_space(node: NodeImport) -> str:
 
 
 def space_to_depth(node: NodeImport) -> str:
+    """Blocks of pixels to channels, in either order (DCR, CRD)."""
     n, c, h, w = node.shape(0)
     block = node.integer("blocksize", 1)
     parts = node.reshape(node.input(0), (n, c, h // block, block, w // block, block))
-    return node.reshape(node.transpose(parts, (0, 3, 5, 1, 2, 4)), (n, c * block * block, h // block, w // block))
+    order = (0, 3, 5, 1, 2, 4) if node.word("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    return node.reshape(node.transpose(parts, order), (n, c * block * block, h // block, w // block))
 
 
 TABLE: tuple[Importer, ...] = (

@@ -13,7 +13,9 @@ def _weights(node: NodeImport) -> np.ndarray:
     """Convolution weights, [a, b, kh, kw]."""
     weights = node.floats(1, "weights")
     if weights.ndim != node.rank() or weights.ndim not in (3, 4):
-        raise node.refuse(f"has weights of shape {list(weights.shape)} and an input of shape {list(node.shape(0))}; supported are 1-D and 2-D convolutions")
+        raise node.refuse(
+            f"has weights of shape {list(weights.shape)} and an input of shape {list(node.shape(0))}; supported are 1-D and 2-D convolutions"
+        )
     return weights if weights.ndim == 4 else weights[:, :, None, :]
 
 
@@ -27,11 +29,15 @@ def _bias(node: NodeImport, channels: int) -> tuple[str, ...]:
 
 
 def conv(node: NodeImport) -> str:
+    """Convolution over one or two spatial dimensions."""
     weights = _weights(node)
     groups = node.integer("group", 1)
     channels = node.shape(0)[1]
     if groups < 1 or weights.shape[1] * groups != channels or weights.shape[0] % groups:
-        raise node.refuse(f"has weights of shape {list(weights.shape)} and {groups} groups for {channels} input channels", hint="the model is damaged; export it again")
+        raise node.refuse(
+            f"has weights of shape {list(weights.shape)} and {groups} groups for {channels} input channels",
+            hint="the model is damaged; export it again",
+        )
     kernel = node.integers("kernel_shape")
     windows = read_windows(node, weights.shape[2:])
     if kernel is not None and as_pair(kernel, 1) != weights.shape[2:]:
@@ -46,10 +52,14 @@ def _weight_input(node: NodeImport, weights: np.ndarray) -> str:
 
 
 def conv_transpose(node: NodeImport) -> str:
+    """Transposed convolution over one or two spatial dimensions."""
     weights = _weights(node)
     groups = node.integer("group", 1)
     if groups < 1 or weights.shape[0] != node.shape(0)[1] or weights.shape[0] % groups:
-        raise node.refuse(f"has weights of shape {list(weights.shape)} and {groups} groups for {node.shape(0)[1]} input channels", hint="the model is damaged; export it again")
+        raise node.refuse(
+            f"has weights of shape {list(weights.shape)} and {groups} groups for {node.shape(0)[1]} input channels",
+            hint="the model is damaged; export it again",
+        )
     attributes = _transpose_attributes(node, as_pair(weights.shape[2:], 1), groups)
     inputs = (_weight_input(node, weights), *_bias(node, weights.shape[1] * groups))
     return in_2d(node, node.input(0), lambda x: node.emit("conv_transpose", (x, *inputs), attributes))
@@ -68,13 +78,13 @@ def _transpose_attributes(node: NodeImport, kernel: tuple[int, int], groups: int
     if wanted is None and mode == "VALID":
         return ops.ConvTranspose(strides, (0, 0, 0, 0), dilations, groups, output_padding)
     target = as_pair(wanted[-(node.rank() - 2) :], 1) if wanted else (size[0] * strides[0], size[1] * strides[1])
-    total = [full[i] - target[i] for i in (0, 1)]
-    if min(total) < 0:
-        raise node.refuse(f"output size {list(target)} is larger than the {full} that kernel and strides reach", hint="use output_padding")
-    small = [part // 2 for part in total]
-    large = [part - part // 2 for part in total]
-    begins, ends = (small, large) if mode == "SAME_UPPER" else (large, small)
-    return ops.ConvTranspose(strides, (begins[0], begins[1], ends[0], ends[1]), dilations, groups, output_padding)
+    missing = (max(0, target[0] - full[0]), max(0, target[1] - full[1]))
+    output_padding = (output_padding[0] + missing[0], output_padding[1] + missing[1])
+    total = [max(0, full[i] - target[i]) for i in (0, 1)]
+    small = (total[0] // 2, total[1] // 2)
+    large = (total[0] - small[0], total[1] - small[1])
+    pads = (*small, *large) if mode == "SAME_UPPER" else (*large, *small)
+    return ops.ConvTranspose(strides, pads, dilations, groups, output_padding)
 
 
 def gemm(node: NodeImport) -> str:
@@ -138,7 +148,9 @@ def _constant_left(node: NodeImport) -> str:
     a, b_shape = node.floats(0, "left operand"), node.shape(1)
     matrix = a[None, :] if a.ndim == 1 else a
     if matrix.size != matrix.shape[-1] * matrix.shape[-2]:
-        raise node.refuse(f"its first input is a constant of shape {list(a.shape)}, a different matrix per batch entry", hint="swap the operands in the model")
+        raise node.refuse(
+            f"its first input is a constant of shape {list(a.shape)}, a different matrix per batch entry", hint="swap the operands in the model"
+        )
     weights = node.new_constant(matrix.reshape(matrix.shape[-2:]).T, "weights")
     b = node.input(1) if len(b_shape) > 1 else node.reshape(node.input(1), (*b_shape, 1))
     rank = len(node.shape_of(b))

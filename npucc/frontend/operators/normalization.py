@@ -10,9 +10,11 @@ import numpy as np
 from npucc import ops
 from npucc.frontend.node import Importer, NodeImport
 
+SMALLEST_NORM = 1e-30
+
 
 def per_channel(node: NodeImport, x: str, scale: np.ndarray, shift: np.ndarray) -> str:
-    """scale[c] · x + shift[c] over dimension 1: a 1×1 depthwise convolution, which folds into a convolution before it; on matrices a mul and an add."""
+    """scale[c] · x + shift[c] over dimension 1: a 1×1 depthwise convolution, which folds into one before it; on matrices a mul and an add."""
     shape = node.shape_of(x)
     channels = shape[1]
     if len(shape) == 2:
@@ -80,17 +82,22 @@ def _parameter(node: NodeImport, index: int, tail: tuple[int, ...]) -> str:
     if not node.has(index):
         return ""
     value = node.floats(index, "scale" if index == 1 else "bias")
-    return node.input(index) if value.shape == tail and len(tail) == 1 else node.new_constant(np.broadcast_to(value, tail).reshape(-1), f"parameter{index}")
+    return (
+        node.input(index)
+        if value.shape == tail and len(tail) == 1
+        else node.new_constant(np.broadcast_to(value, tail).reshape(-1), f"parameter{index}")
+    )
 
 
 def lp_normalization(node: NodeImport) -> str:
-    """x / |x| along an axis, with the norm of order 1 or 2."""
+    """x / |x| along an axis, with the norm of order 1 or 2; 0 stays 0."""
     axis = node.axis(node.integer("axis", -1), node.rank())
     x = node.input(0)
     if node.integer("p", 2) == 1:
-        return node.binary("div", x, node.reduce("reduce_sum", node.table(("abs", "x"), x), [axis]))
+        total = node.reduce("reduce_sum", node.table(("abs", "x"), x), [axis])
+        return node.binary("div", x, node.table(("max", "x", SMALLEST_NORM), total))
     total = node.reduce("reduce_sum", node.table(("mul", "x", "x"), x), [axis])
-    return node.binary("div", x, node.table(("sqrt", "x"), total))
+    return node.binary("div", x, node.table(("max", ("sqrt", "x"), SMALLEST_NORM), total))
 
 
 TABLE: tuple[Importer, ...] = (

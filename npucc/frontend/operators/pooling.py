@@ -15,12 +15,14 @@ def _windows(node: NodeImport) -> Windows:
 
 
 def max_pool(node: NodeImport) -> str:
+    """Largest value of each window; padding never wins."""
     windows = _windows(node)
     attributes = ops.Pool(windows.kernel, windows.strides, windows.pads, windows.dilations)
     return in_2d(node, node.input(0), lambda x: node.emit("max_pool", (x,), attributes))
 
 
 def average_pool(node: NodeImport) -> str:
+    """Mean of each window, with or without its padding."""
     windows = _windows(node)
     return in_2d(node, node.input(0), lambda x: _average(node, x, windows, bool(node.integer("count_include_pad", 0))))
 
@@ -37,10 +39,12 @@ def _average(node: NodeImport, x: str, windows: Windows, include: bool) -> str:
 
 
 def global_average_pool(node: NodeImport) -> str:
+    """Mean over the spatial dimensions."""
     return node.reduce("reduce_mean", node.input(0), range(2, node.rank()))
 
 
 def global_max_pool(node: NodeImport) -> str:
+    """Maximum over the spatial dimensions."""
     return node.reduce("reduce_max", node.input(0), range(2, node.rank()))
 
 

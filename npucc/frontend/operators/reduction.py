@@ -56,6 +56,7 @@ def _flattened(node: NodeImport) -> tuple[str, int]:
 
 
 def softmax(node: NodeImport) -> str:
+    """Along one axis; before opset 13 along all from `axis` on."""
     x, axis = _flattened(node)
     return node.reshape(node.emit("softmax", (x,), ops.Softmax(axis)), node.shape(0))
 

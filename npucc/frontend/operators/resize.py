@@ -30,6 +30,7 @@ def upsample(node: NodeImport) -> str:
 
 
 def resize(node: NodeImport) -> str:
+    """By `sizes` or `scales`, over all dimensions or those in `axes`."""
     if node.opset < 11:
         return upsample(node)
     shape = node.shape(0)

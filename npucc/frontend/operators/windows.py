@@ -53,6 +53,7 @@ def pair(node: NodeImport, name: str, default: int, *, missing: int | None = Non
 
 
 def as_pair(values: Sequence[int], missing: int) -> Pair:
+    """One or two values as (height, width); `missing` is the height of a 1-D one."""
     return (missing, values[0]) if len(values) == 1 else (values[0], values[1])
 
 
@@ -61,7 +62,10 @@ def read_windows(node: NodeImport, kernel: Sequence[int]) -> Windows:
     size = as_pair(node.shape(0)[2:], 1)
     windows = Windows(as_pair(kernel, 1), pair(node, "strides", 1), pair(node, "dilations", 1))
     if min(*windows.kernel, *windows.strides, *windows.dilations) < 1:
-        raise node.refuse(f"kernel {windows.kernel}, strides {windows.strides} and dilations {windows.dilations} must be positive", hint="the model is damaged; export it again")
+        raise node.refuse(
+            f"kernel {windows.kernel}, strides {windows.strides} and dilations {windows.dilations} must be positive",
+            hint="the model is damaged; export it again",
+        )
     mode = node.word("auto_pad", "NOTSET")
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         begins, ends = zip(*(_same(size[i], windows.spans()[i], windows.strides[i], upper=mode == "SAME_UPPER") for i in (0, 1)), strict=True)

@@ -1,0 +1,144 @@
+"""From what was seen to one scale per group of tensors.
+
+The one big idea: a group's range is chosen from the histogram of all its values together; some tensors take theirs whole (inputs, masked
+scores, integers), and some scales must have a certain form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from npucc.arithmetic import RANGES
+from npucc.errors import QuantizeError
+from npucc.graph import Graph, Node, Quant
+from npucc.ops import OPS, Table
+from npucc.quantize.calibrate import Calibration, softmax_axis
+from npucc.quantize.options import QuantizeOptions
+from npucc.quantize.ranges import Histogram, Range, activation_quant, choose_range, squared_error
+from npucc.quantize.share import Groups
+
+BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
+CLIPPING_MUST_PAY = 0.5  # a graph input is clipped only if that at least halves its squared error
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """How every activation is stored: per root of a group its range and quantization."""
+
+    groups: Groups
+    covered: Mapping[str, Range]
+    quants: Mapping[str, Quant]
+
+    def of(self, graph: Graph, tensor: str) -> Quant:
+        """The quantization of an activation of the graph."""
+        return BOOLEAN if graph.tensors[tensor].dtype == "bool" else self.quants[self.groups.root(tensor)]
+
+    def range(self, tensor: str) -> Range:
+        """The range that the tensor's group covers."""
+        return self.covered.get(self.groups.root(tensor), Range())
+
+
+def observed_ranges(graph: Graph, calibration: Calibration) -> dict[str, Range]:
+    """Per tensor the range of the values seen, of constants that are moved, and of what padding adds."""
+    observed = {name: histogram.observed for name, histogram in calibration.histograms.items()}
+    for node in graph:
+        if OPS[node.op].moves_data:
+            observed |= _moved_constants(graph, node)
+    return observed
+
+
+def _moved_constants(graph: Graph, node: Node) -> dict[str, Range]:
+    """Ranges that a moving node adds: its constant inputs, and the value it pads with."""
+    added = {}
+    for name in node.inputs:
+        tensor = graph.tensors[name]
+        if tensor.data is not None and tensor.dtype != "bool":
+            values = tensor.data[np.isfinite(tensor.data)]
+            added[name] = Range(min(0.0, float(values.min(initial=0.0))), max(0.0, float(values.max(initial=0.0))))
+    padding = getattr(node.attributes, "value", 0.0)
+    if padding and np.isfinite(padding):
+        added[node.outputs[0]] = Range(min(0.0, padding), max(0.0, padding))
+    return added
+
+
+def choose_scales(graph: Graph, groups: Groups, calibration: Calibration, options: QuantizeOptions) -> Scales:
+    """A range and a quantization for each group. Raises QuantizeError for integers that do not fit."""
+    moved = observed_ranges(graph, calibration)
+    covered: dict[str, Range] = {}
+    quants: dict[str, Quant] = {}
+    for root, names in _members(graph, groups).items():
+        covered[root] = _covered(graph, names, calibration, moved, options)
+        quants[root] = _quant(graph, names, covered[root])
+    return Scales(groups, covered, quants)
+
+
+def _members(graph: Graph, groups: Groups) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = {}
+    for name, tensor in graph.tensors.items():
+        if tensor.dtype != "bool":
+            members.setdefault(groups.root(name), []).append(name)
+    return members
+
+
+def _covered(graph: Graph, names: Sequence[str], calibration: Calibration, moved: Mapping[str, Range], options: QuantizeOptions) -> Range:
+    histogram, extra = Histogram(), Range()
+    for name in names:
+        source = name if name in calibration.histograms else _original(graph, name)
+        if source in calibration.histograms:
+            histogram.merge(calibration.histograms[source])
+        elif name in moved:
+            extra = extra.joined(moved[name])
+    if any(_is_taken_whole(graph, name) for name in names):
+        return histogram.observed.joined(extra)
+    chosen = choose_range(histogram, options)
+    if any(name in graph.inputs for name in names) and not _clipping_pays(histogram, chosen):
+        chosen = histogram.observed
+    return chosen.joined(extra)
+
+
+def _original(graph: Graph, name: str) -> str:
+    """A rescaled copy was not there when values were counted; it has those of its original."""
+    node = graph.producer(name)
+    return node.inputs[0] if node and node.attributes == Table("x") else name
+
+
+def _is_taken_whole(graph: Graph, name: str) -> bool:
+    return _is_whole_number(graph, name) or softmax_axis(graph, name) is not None
+
+
+def _is_whole_number(graph: Graph, name: str) -> bool:
+    return np.dtype(graph.tensors[name].dtype).kind in "iu"
+
+
+def _clipping_pays(histogram: Histogram, chosen: Range) -> bool:
+    centres, counts = histogram.values()
+    return squared_error(chosen, centres, counts) < CLIPPING_MUST_PAY * squared_error(histogram.observed, centres, counts)
+
+
+def _quant(graph: Graph, names: Sequence[str], covered: Range) -> Quant:
+    """In steps of one for integers; 1/n for a softmax, as onnxruntime's kernel assumes; else what covers the range."""
+    if any(_is_whole_number(graph, name) for name in names):
+        return whole_steps(names[0], covered)
+    quant = activation_quant(covered)
+    if not any(node.op == "softmax" for node in map(graph.producer, names) if node):
+        return quant
+    steps = max(int(1 / float(quant.scale)), 1)
+    while int(np.float32(1) / np.float32(1 / steps)) != steps:
+        steps -= 1
+    return Quant(quant.dtype, np.asarray(1 / steps, np.float32), quant.zero)
+
+
+def whole_steps(name: str, covered: Range) -> Quant:
+    """Scale 1: in 8 bits if they hold the range, else in 16. Raises QuantizeError."""
+    if covered.width <= RANGES["s8"][1] - RANGES["s8"][0]:
+        return Quant("s8", np.asarray(1.0, np.float32), int(np.clip(-128 - covered.low, -128, 127)))
+    low, high = RANGES["s16"]
+    if covered.low < low or covered.high > high:
+        raise QuantizeError(
+            f"the integer tensor {name!r} takes values from {covered.low:.0f} to {covered.high:.0f}, expected {low} to {high}",
+            hint="compute on it outside the model, or convert it to float and scale it first",
+        )
+    return Quant("s16", np.asarray(1.0, np.float32), 0)

@@ -1,0 +1,394 @@
+"""The machine as a whole: memories that cannot be left, boundaries, orders, named tensors, several samples at once."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from isa.program import Event, Instruction, Layer, Loop, Program, TensorRecord, Tile, dense_strides
+from isa.target import Target
+from runtime import Machine, RuntimeFault
+from runtime.binder import Writers
+from runtime.memory import Memory, overlaps_itself
+from runtime.stream import program_order, random_order, unrolled
+from tests.runtime.harness import instruction, integers, layer, program
+
+TARGET = Target("test", rows=4, cols=4, spm_bytes=1 << 16, acc_bytes=1 << 14, dram_bytes=1 << 20)
+
+
+def after(item: Instruction, *, waits: tuple[Event, ...] = (), signals: tuple[Event, ...] = ()) -> Instruction:
+    return replace(item, waits=waits, signals=signals)
+
+
+def nhwc(address: int, channels: int, height: int, width: int, *, space: str = "dram", dtype: str = "s8") -> Tile:
+    """A [1, C, H, W] tensor whose channels lie side by side."""
+    return Tile(space, address, dtype, (1, channels, height, width), (height * width * channels, 1, width * channels, channels))
+
+
+def conv_program(*, rows: int = 8, tiles: int = 4, cut: bool = False) -> tuple[Program, bytes, np.ndarray[Any, Any]]:
+    """A 3x3 convolution of 8 channels over row tiles, ping and pong, then a ReLU layer that reads what it stored; the weights."""
+    rng = np.random.default_rng(2)
+    weights, bias = integers(rng, (3, 3, 8, 8)), rng.integers(-9000, 9000, 8).astype(np.int32)
+    scales = (rng.random(8) * 0.001).astype(np.float32)
+    constants = weights.tobytes() + bias.tobytes() + scales.tobytes()
+    height = rows * tiles
+    line = 10 * 8
+    ld, mm, vec, st = (Event(queue) for queue in ("ld", "mm", "vec", "st"))
+    loads = (
+        after(instruction("ld", Tile.dense("spm", 0x8000, "s8", (3, 3, 8, 8)), Tile.dense("dram", 0x40000, "s8", (3, 3, 8, 8)))),
+        after(instruction("ld", Tile.dense("spm", 0x9000, "s32", (8,)), Tile.dense("dram", 0x40240, "s32", (8,)))),
+        after(instruction("ld", Tile.dense("spm", 0x9100, "f32", (8,)), Tile.dense("dram", 0x40260, "f32", (8,))), signals=(vec,)),
+    )
+
+    def tile_of_rows(index: int) -> list[Instruction]:
+        top, bottom = int(index == 0), int(index == tiles - 1)
+        first, count = index * rows - 1 + top, rows + 2 - top - bottom
+        slot = 0x1000 * (index % 2)
+        source = Tile.dense("dram", first * line, "s8", (count, 10, 8))
+        x, y = Tile.dense("spm", slot, "s8", (count, 10, 8)), Tile.dense("acc", slot, "s32", (rows, 10, 8))
+        result = Tile.dense("spm", 0x4000 + slot, "s8", (rows, 10, 8))
+        w, b, s = (Tile.dense("spm", address, dtype, shape) for address, dtype, shape in ((0x8000, "s8", (3, 3, 8, 8)), (0x9000, "s32", (8,)), (0x9100, "f32", (8,))))
+        once = (ld,) if index == 0 else ()
+        again = index >= 2
+        return [
+            after(instruction("ld", x, source), waits=(mm,) if again else (), signals=(mm,)),
+            after(instruction("conv", y, x, w, b, pad=(top, 1, bottom, 1), zero=-3), waits=(ld, vec) if again else (ld,), signals=(ld, vec) if index < tiles - 2 else (vec,)),
+            after(instruction("requant", result, y, s, zero=4), waits=(mm, *once) + ((st,) if again else ()), signals=(mm, st) if index < tiles - 2 else (st,)),
+            after(instruction("st", Tile.dense("dram", 0x10000 + index * rows * line, "s8", (rows, 10, 8)), result), waits=(vec,), signals=(vec,) if index < tiles - 2 else (ld,) * (index == tiles - 1)),
+        ]
+
+    whole = Tile.dense("spm", 0xA000, "s8", (height, 10, 8))
+    second = (
+        after(instruction("ld", whole, Tile.dense("dram", 0x10000, "s8", whole.shape)), waits=(st,), signals=(vec,)),
+        after(instruction("max", whole, whole, qa=(0.1, 4), qy=(0.1, 4), imm=0.0), waits=(ld,), signals=(st,)),
+        after(instruction("st", Tile.dense("dram", 0x20000, "s8", whole.shape), whole), waits=(vec,)),
+    )
+    built = program(
+        Layer("conv", "conv", ("Conv_0",), 0, loads + tuple(itertools.chain(*(tile_of_rows(index) for index in range(tiles))))), Layer("relu", "max", ("Relu_1",), 0, second),
+        target=TARGET, inputs=(TensorRecord("image", nhwc(0, 8, height, 10), 0.05, -3),), outputs=(TensorRecord("out", nhwc(0x20000, 8, height, 10), 0.1, 4),),
+        tensors=(TensorRecord("image_again", nhwc(0, 8, height, 10), 0.05, -3), TensorRecord("middle", nhwc(0x10000, 8, height, 10), 0.1, 4, layer="conv")),
+        constants=(0x40000, len(constants)), dram_bytes=0x41000,
+    )  # fmt: skip
+    return built, constants, weights
+
+
+def reference(weights: Any, constants: bytes, image: Any) -> tuple[Any, Any]:
+    """(conv, relu) as stored, in [C, H, W]."""
+    stored = np.clip(np.rint(image[0] / np.float32(0.05)) - 3, -128, 127).astype(np.int64)
+    bias, scales = np.frombuffer(constants[576:608], np.int32), np.frombuffer(constants[608:640], np.float32)
+    height, width = stored.shape[1:]
+    padded = np.full((8, height + 2, width + 2), -3, np.int64)
+    padded[:, 1:-1, 1:-1] = stored
+    total = np.zeros((8, height, width), np.int64) + bias[:, None, None]
+    for k, m in np.ndindex(3, 3):
+        total += np.einsum("cn,chw->nhw", weights[k, m].astype(np.int64), padded[:, k : k + height, m : m + width])
+    middle = np.clip(np.rint(total.astype(np.float32) * scales[:, None, None]) + 4, -128, 127)
+    return middle, np.maximum(middle, 4)
+
+
+@pytest.fixture(scope="module")
+def image() -> Any:
+    return np.random.default_rng(0).normal(size=(1, 8, 32, 10)).astype(np.float32) * 2
+
+
+def test_a_tiled_convolution_end_to_end(image: Any) -> None:
+    built, constants, weights = conv_program()
+    middle, result = reference(weights, constants, image)
+    machine = Machine(built, constants)
+    for _ in range(2):  # a machine carries nothing from one run to the next
+        run = machine.run({"image": image}, dump=True)
+        np.testing.assert_array_equal(run.raw["out"][0], result)
+        np.testing.assert_array_equal(run.outputs["out"], (run.raw["out"].astype(np.float32) - 4) * np.float32(0.1))
+        np.testing.assert_array_equal(run.tensors["middle"][0], middle)
+        np.testing.assert_array_equal(run.tensors["image_again"][0], np.clip(np.rint(image[0] / np.float32(0.05)) - 3, -128, 127))
+    assert machine.run({"image": image}, dump={"middle"}).tensors.keys() == {"middle"}
+    seen: list[str] = []
+    machine.run({"image": image}, dump=lambda record, stored: seen.append(record.name))
+    assert seen == ["image_again", "middle"]
+    with pytest.raises(RuntimeFault, match="no tensor 'nowhere'"):
+        machine.run({"image": image}, dump={"nowhere"})
+
+
+def test_random_orders_give_the_same_bytes(image: Any) -> None:
+    built, constants, _ = conv_program()
+    machine = Machine(built, constants)
+    expected = machine.run({"image": image}).raw["out"]
+    steps = unrolled(built)
+    assert len({tuple(random_order(steps, seed)) for seed in range(20)}) > 10
+    for seed in range(20):
+        np.testing.assert_array_equal(machine.run({"image": image}, order="random", seed=seed).raw["out"], expected)
+
+
+def test_a_missing_event_is_found_by_random_order(image: Any) -> None:
+    """Without the events between store and the next layer's load, some order reads too early."""
+    built, constants, _ = conv_program()
+    expected = Machine(built, constants).run({"image": image}).raw["out"]
+
+    def loosen(item: Instruction | Loop) -> Instruction | Loop:
+        assert isinstance(item, Instruction)
+        return replace(item, waits=tuple(event for event in item.waits if event.queue != "st"), signals=tuple(event for event in item.signals if event.queue != "ld" or item.name != "st"))
+
+    layers = tuple(replace(each, body=tuple(loosen(item) for item in each.body)) for each in built.layers)
+    broken = Machine(replace(built, layers=layers), constants)
+    assert any(not np.array_equal(broken.run({"image": image}, order="random", seed=seed).raw["out"], expected) for seed in range(30))
+
+
+def test_many_samples_on_several_machines(image: Any) -> None:
+    built, constants, _ = conv_program()
+    samples = [{"image": image * factor} for factor in (0.5, 1, 1.5, 2, 2.5, 3, -1)]
+    machine = Machine(built, constants)
+    alone = [run.raw["out"] for run in machine.run_many(samples)]
+    for workers in (2, 3):
+        together = [run.raw["out"] for run in machine.run_many(samples, workers=workers)]
+        assert len(together) == len(alone)
+        assert all(np.array_equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+# ---- boundaries --------------------------------------------------------------------------------------------------------
+
+
+def copy_program(record: TensorRecord, output: TensorRecord) -> Program:
+    """A program that moves its input to its output."""
+    flat = Tile.dense("spm", 0, record.tile.dtype, record.tile.shape)
+    return program(layer("copy", instruction("ld", flat, record.tile), instruction("st", output.tile, flat)), target=TARGET, inputs=(record,), outputs=(output,), dram_bytes=4096)
+
+
+def copied(value: Any, *, dtype: str, outside: str, scale: float = 1.0, zero: int = 0) -> tuple[Any, Any]:
+    shape = np.asarray(value).shape
+    record = TensorRecord("x", Tile.dense("dram", 64, dtype, shape), scale, zero, dtype=outside)
+    run = Machine(copy_program(record, replace(record, name="y", tile=Tile.dense("dram", 2048, dtype, shape)))).run({"x": value})
+    return run.raw["y"], run.outputs["y"]
+
+
+def test_inputs_are_quantized_by_the_stated_formula() -> None:
+    value = np.array([0.05, 0.15, -0.15, 1e9, -np.inf, 0.1, 3.0], np.float32)
+    raw, real = copied(value, dtype="s8", outside="float32", scale=0.1, zero=-3)
+    expected = np.clip(np.rint(value / np.float32(0.1)) + np.float32(-3), -128, 127).astype(np.int8)
+    assert raw.tolist() == expected.tolist()
+    assert real.dtype == np.float32
+    assert real.tolist() == ((expected.astype(np.float32) + 3) * np.float32(0.1)).tolist()
+
+
+def test_integers_and_booleans_keep_their_type() -> None:
+    raw, real = copied(np.array([0, 255, 7], np.uint8), dtype="s8", outside="uint8", zero=-128)
+    assert raw.tolist() == [-128, 127, -121]
+    assert real.dtype == np.uint8
+    assert real.tolist() == [0, 255, 7]
+    raw, real = copied(np.array([True, False]), dtype="u8", outside="bool")
+    assert raw.tolist() == [1, 0]
+    assert real.dtype == bool
+    raw, real = copied(np.array([2**31 - 1, -5]), dtype="s32", outside="int64")
+    assert real.dtype == np.int64
+    assert real.tolist() == [2**31 - 1, -5]
+    raw, real = copied(np.array([1.5, -0.0, 3e38]), dtype="f32", outside="float32")
+    assert real.tolist() == np.array([1.5, -0.0, 3e38], np.float32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("feed", "message"),
+    [
+        ({}, "missing: 'image'"),
+        ({"image": np.zeros((1, 8, 32, 10)), "mask": 1}, "unknown: 'mask'"),
+        ({"image": np.zeros((8, 32, 10))}, r"shape \[8, 32, 10\]"),
+        ({"image": np.full((1, 8, 32, 10), np.nan)}, "NaN"),
+        ({"image": np.full((1, 8, 32, 10), "x")}, "holds <U1"),
+        ({"image": np.zeros((1, 8, 32, 10), complex)}, "holds complex128"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(feed: dict[str, Any], message: str) -> None:
+    built, constants, _ = conv_program()
+    with pytest.raises(RuntimeFault, match=message):
+        Machine(built, constants).run(feed)
+
+
+def test_integers_outside_the_stored_range_are_refused() -> None:
+    with pytest.raises(RuntimeFault, match="values from 0 to 300"):
+        copied(np.array([0, 300]), dtype="s8", outside="int64")
+    with pytest.raises(RuntimeFault, match="fractions"):
+        copied(np.array([0.5]), dtype="s8", outside="int64")
+
+
+# ---- hostile programs --------------------------------------------------------------------------------------------------
+
+
+def run_one(*items: Instruction | Loop, **fields: Any) -> None:
+    Machine(program(layer("bad", *items), **{"target": TARGET, "dram_bytes": 4096, **fields})).run({})
+
+
+SPM = TARGET.spm_bytes
+GOOD = Tile.dense("spm", 0, "s8", (16,))
+
+
+@pytest.mark.parametrize(
+    ("tile", "message"),
+    [
+        (Tile.dense("dram", 4090, "s8", (16,)), "touches bytes 4090 to 4106"),
+        (Tile.dense("dram", -1, "s8", (16,)), "touches bytes -1 to 15"),
+        (Tile("dram", 8, "s8", (16,), (-1,)), "touches bytes -7 to 9"),
+        (Tile("dram", 0, "s8", (16,), (2**62,)), "touches bytes"),
+        (Tile("dram", 2**70, "s8", (16,), (1,)), "touches bytes"),
+    ],
+)
+def test_tiles_cannot_leave_their_memory(tile: Tile, message: str) -> None:
+    with pytest.raises(RuntimeFault, match=message):
+        run_one(instruction("ld", GOOD, tile))
+
+
+def test_every_iteration_of_a_loop_is_checked() -> None:
+    walking = Tile("dram", 0, "s8", (16,), (1,), (1024,))
+    run_one(Loop(4, (instruction("ld", GOOD, walking),)))
+    with pytest.raises(RuntimeFault, match="touches bytes 4096 to 4112"):
+        run_one(Loop(5, (instruction("ld", GOOD, walking),)))
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ((instruction("ld", Tile.dense("spm", 2, "s32", (4,)), Tile.dense("dram", 0, "s32", (4,))),), "is not aligned"),
+        ((instruction("ld", Tile.dense("spm", 0, "s32", (4,)), Tile("dram", 0, "s32", (4,), (6,))),), "is not aligned"),
+        ((instruction("ld", Tile("spm", 0, "s8", (4, 4), (2, 1)), Tile.dense("dram", 0, "s8", (4, 4))),), "elements of the result share bytes"),
+        ((instruction("ld", Tile.dense("spm", 0, "s8", (0,)), Tile.dense("dram", 0, "s8", (0,))),), "can't be read or written"),
+        ((instruction("ld", GOOD),), "ld has 1 operands"),
+        ((instruction("ld", GOOD, Tile.dense("spm", 64, "s8", (16,))),), "operand x is s8 in spm"),
+        ((instruction("ld", GOOD, Tile.dense("dram", 64, "u8", (16,))),), "copies u8 to s8"),
+        ((instruction("ld", GOOD, Tile.dense("dram", 64, "s8", (4, 4))),), "has 4x4 where d is 16"),
+        ((instruction("leap", GOOD),), "unknown instruction 'leap'"),
+        ((Loop(10**12, (instruction("fill", GOOD),)),), "executes 1000000000000 instructions"),
+        ((Loop(0, (instruction("fill", GOOD),)),), "a loop of 0 times"),
+        ((instruction("fill", GOOD, value=10**30),), "integers reach"),
+        ((instruction("reduce", Tile.dense("spm", 0, "s32", (1, 1)), Tile("spm", 0, "s8", (2**20, 2**20), (0, 0))),), "can't be read or written"),
+    ],
+)
+def test_hostile_programs_are_refused(items: tuple[Instruction | Loop, ...], message: str) -> None:
+    with pytest.raises(RuntimeFault, match=message):
+        run_one(*items)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dram_bytes": 2**46, "target": replace(TARGET, dram_bytes=2**47)}, "the dram memory has"),
+        ({"dram_bytes": 2**30}, "uses 1073741824 bytes of dram"),
+        ({"constants": (4000, 0)}, ""),
+        ({"constants": (5000, 0)}, "the constants lie at 5000 to 5000"),
+        ({"constants": (0, 10)}, "the constants have 0 bytes"),
+        ({"tensors": (TensorRecord("t", GOOD, 1.0, 0, layer="nowhere"),)}, "layer 'nowhere', which does not exist"),
+    ],
+)
+def test_impossible_memories_are_refused(fields: dict[str, Any], message: str) -> None:
+    if not message:
+        run_one(instruction("fill", GOOD), **fields)
+        return
+    with pytest.raises(RuntimeFault, match=message):
+        run_one(instruction("fill", GOOD), **fields)
+
+
+def test_deadlocks_are_named() -> None:
+    with pytest.raises(RuntimeFault, match=r"deadlock: vec at line 7 \(fill\) waits for ld\.3"):
+        run_one(replace(after(instruction("fill", GOOD), waits=(Event("ld", 3),)), line=7))
+
+
+def test_a_wait_before_its_signal_in_the_text_holds_its_queue_back() -> None:
+    vec, ld = Event("vec"), Event("ld")
+    source = Tile.dense("dram", 0, "s8", (16,))
+    built = program(
+        layer("late", after(instruction("fill", GOOD, value=5.0), waits=(ld,)), instruction("fill", replace(GOOD, address=16), value=6.0), after(instruction("ld", GOOD, source), signals=(vec,))),
+        target=TARGET, dram_bytes=4096,
+    )  # fmt: skip
+    assert program_order(unrolled(built)) == [2, 0, 1]
+
+
+# ---- what is known at load time ----------------------------------------------------------------------------------------
+
+
+def test_writers_agree_with_a_byte_array() -> None:
+    rng = np.random.default_rng(4)
+    writers, truth = Writers(), np.full(200, -1)
+    for step in range(400):
+        low = int(rng.integers(0, 190))
+        high = int(rng.integers(low + 1, min(200, low + 40) + 1))
+        if rng.random() < 0.5:
+            writers.write(low, high, step)
+            truth[low:high] = step
+        else:
+            assert writers.last(low, high) == truth[low:high].max()
+            assert writers.only(low, high) == (truth[low] if (truth[low:high] == truth[low]).all() else -1)
+
+
+def test_results_over_their_own_operands() -> None:
+    """s8 results written over the s32 values they are computed from, and shifted over themselves."""
+    values = np.arange(-8, 8, dtype=np.int32)
+    source = Tile.dense("dram", 0, "s32", (1, 16))
+    wide, narrow = Tile.dense("spm", 0, "s32", (1, 16)), Tile.dense("spm", 0, "s8", (1, 16))
+    shifted = Tile.dense("spm", 4, "s8", (1, 16))
+    built = program(
+        layer("in place", instruction("ld", wide, source), instruction("requant", narrow, wide, scale=2.0), instruction("cvt", shifted, narrow), instruction("st", Tile.dense("dram", 512, "s8", (1, 16)), shifted)),
+        target=TARGET, inputs=(TensorRecord("x", source, 1.0, 0, dtype="int32"),), outputs=(TensorRecord("y", Tile.dense("dram", 512, "s8", (1, 16)), 1.0, 0),), dram_bytes=4096,
+    )  # fmt: skip
+    assert Machine(built).run({"x": values[None]}).raw["y"].tolist() == [(2 * values).tolist()]
+
+
+def test_weights_that_are_overwritten_are_not_taken_for_constants() -> None:
+    """The second conv reads weights that a fill has changed; the third reads them loaded again, at an offset."""
+    weights = np.arange(1, 9, dtype=np.int8)
+    load = instruction("ld", Tile.dense("spm", 0, "s8", (8,)), Tile.dense("dram", 0, "s8", (8,)))
+    ones = instruction("fill", Tile.dense("spm", 64, "s8", (1, 1, 4)), value=1.0)
+
+    def conv(address: int, result: int) -> list[Instruction]:
+        y = Tile.dense("acc", result, "s32", (1, 1, 1))
+        return [
+            instruction("conv", y, Tile.dense("spm", 64, "s8", (1, 1, 4)), Tile.dense("spm", address, "s8", (1, 1, 4, 1))),
+            instruction("requant", Tile.dense("spm", 128 + result, "s16", (1, 1, 1)), y),
+        ]
+
+    change = instruction("fill", Tile.dense("spm", 2, "s8", (1,)), value=100.0)
+    out = Tile.dense("dram", 256, "s16", (3,))
+    built = program(
+        layer("convs", load, ones, *conv(0, 0), change, *conv(0, 4), load, *conv(3, 8), instruction("st", out, Tile("spm", 128, "s16", (3,), (4,)))),
+        target=TARGET, outputs=(TensorRecord("y", out, 1.0, 0),), constants=(0, 8), dram_bytes=4096,
+    )  # fmt: skip
+    assert Machine(built, weights.tobytes()).run({}).raw["y"].tolist() == [1 + 2 + 3 + 4, 1 + 2 + 100 + 4, 4 + 5 + 6 + 7]
+
+
+def test_constants_that_the_program_stores_over() -> None:
+    load = instruction("ld", Tile.dense("spm", 0, "s8", (1, 1, 4, 1)), Tile.dense("dram", 0, "s8", (1, 1, 4, 1)))
+    ones = instruction("fill", Tile.dense("spm", 64, "s8", (1, 1, 4)), value=1.0)
+    y = Tile.dense("acc", 0, "s32", (1, 1, 1))
+    conv = instruction("conv", y, Tile.dense("spm", 64, "s8", (1, 1, 4)), Tile.dense("spm", 0, "s8", (1, 1, 4, 1)))
+    result = Tile.dense("spm", 128, "s8", (1, 1, 1))
+    store = instruction("st", Tile.dense("dram", 0, "s8", (1, 1, 1)), result)
+    built = program(layer("twice", load, ones, conv, instruction("requant", result, y), store, load, conv, instruction("requant", result, y), store),
+                    target=TARGET, outputs=(TensorRecord("y", Tile.dense("dram", 0, "s8", (1,)), 1.0, 0),), constants=(0, 4), dram_bytes=4096)  # fmt: skip
+    machine = Machine(built, bytes([1, 2, 3, 4]))
+    for _ in range(2):
+        assert machine.run({}).raw["y"].tolist() == [10 + 2 + 3 + 4]
+
+
+def test_overlap_within_a_tile() -> None:
+    assert not overlaps_itself(Tile.dense("spm", 0, "s32", (3, 4, 5)))
+    assert not overlaps_itself(Tile("spm", 0, "s8", (4, 3), (1, 4)))
+    assert overlaps_itself(Tile("spm", 0, "s8", (4, 3), (1, 3)))
+    assert overlaps_itself(Tile("spm", 0, "s32", (4,), (0,)))
+    assert not overlaps_itself(Tile("spm", 9, "s8", (4,), (-2,)))
+
+
+def test_views_share_the_memory() -> None:
+    memory = Memory("spm", 128)
+    assert memory.bytes.ctypes.data % 64 == 0
+    memory.view(Tile("spm", 10, "s16", (3,), (-4,)), 10)[...] = [1, 2, 3]
+    assert memory.bytes[[2, 6, 10]].tolist() == [3, 2, 1]
+    assert dense_strides((2, 3), "s16") == (6, 2)
+
+
+def test_the_runtime_needs_neither_the_compiler_nor_onnx() -> None:
+    code = "import sys, runtime; print(sorted({name.partition('.')[0] for name in sys.modules} & {'npucc', 'onnx', 'onnxruntime', 'networkx', 'lark'}))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, timeout=60)
+    assert done.stdout.strip() in ("[]", "['lark']")
