@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from isa.program import Instruction
+from isa.spec import SPEC
 from isa.text import format_instruction
 
 
@@ -23,4 +24,6 @@ class Finding:
 
 def finding(instruction: Instruction, message: str, hint: str) -> Finding:
     """A finding at an instruction; one that was built in Python has no line and is quoted instead."""
-    return Finding(instruction.line, 0, message if instruction.line else f"`{' '.join(format_instruction(instruction).split())}`: {message}", hint)
+    if not instruction.line and instruction.name in SPEC:
+        message = f"`{' '.join(format_instruction(instruction).split())}`: {message}"
+    return Finding(instruction.line, 0, message, hint)

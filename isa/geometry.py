@@ -56,6 +56,8 @@ def _footprint(shape: tuple[int, ...], strides: tuple[int, ...], run: int) -> Fo
     for size, stride in reversed(dims):
         if merged and stride == merged[-1][0] * merged[-1][1]:
             merged[-1] = (size * merged[-1][0], merged[-1][1])
+        elif merged and stride == merged[-1][1]:
+            merged[-1] = (size + merged[-1][0] - 1, stride)
         else:
             merged.append((size, stride))
     return Footprint(low, high, run, tuple(reversed(merged)))

@@ -119,10 +119,10 @@ An operand is a *tile*: a strided view of one memory.
 
 - Addresses, steps and strides are in bytes. All memories are byte arrays, little endian.
 - Strides left out mean dense, row-major. A stride of 0 broadcasts, a negative one walks backwards; results need elements that lie apart.
-- `+STEP*i` adds STEP per iteration of the outermost loop around the line, `j` of the next, and so on ({", ".join(LOOP_VARIABLES)}); it may be negative.
+- `+STEP*i` adds STEP per iteration of the outermost loop around the line, `j` of the next ({", ".join(LOOP_VARIABLES)}); it may be negative.
 - Element types (bytes): {dtypes}.
 - A tile starts at a multiple of the target's `alignment` and lies within its memory in every iteration. The constants are read only.
-- Inside an instruction the result may lie exactly on an elementwise operand of the same element size, or apart from all operands; nothing in between.
+- Inside an instruction the result may lie exactly on an elementwise operand of the same element size, or apart from all operands.
 """
 
 

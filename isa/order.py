@@ -142,7 +142,8 @@ class _Walk:
     def require_written(self, step: Step, access: Access, low: int, written: Coverage) -> None:
         """Report a read of bytes that no earlier instruction wrote. Strided tiles are looked up run by run."""
         key = (0, id(step.instruction), step.accesses.index(access))
-        missing = next((start for start in _run_addresses(access.footprint, low) if not written.covers(start, start + access.footprint.run)), None)
+        runs = ((start, start + access.footprint.run) for start in _run_addresses(access.footprint, low))
+        missing = next((written.first_missing(*run) for run in runs if not written.covers(*run)), None)
         if missing is None or key in self.reported:
             return
         self.reported.add(key)
@@ -204,6 +205,11 @@ class Coverage:
     def covers(self, low: int, high: int) -> bool:
         index = bisect_right(self.starts, low) - 1
         return (index >= 0 and self.ends[index] >= high) or low >= high
+
+    def first_missing(self, low: int, high: int) -> int:
+        """The lowest address in [low, high) that is not in the set; `high` if there is none."""
+        index = bisect_right(self.starts, low) - 1
+        return min(max(low, self.ends[index]), high) if index >= 0 else low
 
     def add(self, low: int, high: int) -> None:
         if self.covers(low, high):

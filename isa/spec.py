@@ -77,7 +77,7 @@ def _elementwise(name: str, formula: str, note: str = "") -> InstructionSpec:
         (_quant("qa", "a"), _quant("qb", "b"), _quant("qy", "y"), Attribute("imm", "float", 0.0, "stands for real(b) when b is left out"), CLAMP),
         f"y = {formula}", "vector",
         "All tiles have the same shape; broadcast with a stride of 0. " + note,
-        f"{name} %0x0:s8[14,56,64], %0x8000:s8[14,56,64], %0x10000:s8[14,56,64]{{0,0,1}} qa=0.05,-3 qb=0.1,0 qy=0.07,-128",
+        f"{name} %0x0:s8[14,56,64], %0xd000:s8[14,56,64], %0x1a000:s8[14,56,64]{{0,0,1}} qa=0.05,-3 qb=0.1,0 qy=0.07,-128",
     )  # fmt: skip
 
 

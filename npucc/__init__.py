@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from npucc.compiler import compile, stages, steps  # noqa: A004  named so by the API
+    from npucc.compiler import compile, stages, steps
     from npucc.errors import CompileError, DataError, GraphError, ImportModelError, NpuccError, QuantizeError
     from npucc.package import Package, Result, load
 

@@ -11,6 +11,7 @@ The one big idea: `steps` is a generator. It yields the value after each stage, 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 Feeds = Iterable[Mapping[str, Any]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +74,12 @@ def stages() -> tuple[StageName, ...]:
     )
 
 
-def compile(  # noqa: A001  named so by the API: npucc.compile
+def compile(
     model: str | Path | onnx.ModelProto,
     target: str | Path | Target = "edge",
     *,
     calibration: str | Path | Feeds | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Shapes | None = None,
     prune: str | None = None,
     quant: str | QuantizeOptions | None = None,
     progress: Progress | None = None,
@@ -88,10 +90,8 @@ def compile(  # noqa: A001  named so by the API: npucc.compile
     line takes it. Without it, scales come from made-up inputs and the package says so. `shapes` binds open input sizes.
     `quant`: "key=value,…" of QuantizeOptions. Raises NpuccError or IsaError.
     """
-    last = None
-    for last in steps(model, target, calibration=calibration, shapes=shapes, prune=prune, quant=quant, progress=progress):
-        pass
-    assert last is not None and isinstance(last.value, Package)
+    (last,) = deque(steps(model, target, calibration=calibration, shapes=shapes, prune=prune, quant=quant, progress=progress), maxlen=1)
+    assert isinstance(last.value, Package)
     return last.value
 
 
@@ -100,7 +100,7 @@ def steps(
     target: str | Path | Target = "edge",
     *,
     calibration: str | Path | Feeds | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Shapes | None = None,
     prune: str | None = None,
     quant: str | QuantizeOptions | None = None,
     progress: Progress | None = None,
@@ -140,10 +140,10 @@ def steps(
     yield Step("check", package)
 
 
-def float_graph(model: str | Path | onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> Graph:
+def float_graph(model: str | Path | onnx.ModelProto, shapes: Shapes) -> Graph:
     """The graph that `quantize` gets: the float model after all passes. Raises ImportModelError."""
     before = [stage.name for stage in stages()].index("quantize")
-    *_, last = itertools.islice(steps(model, shapes=shapes), before)
+    (last,) = deque(itertools.islice(steps(model, shapes=shapes), before), maxlen=1)
     assert isinstance(last.value, Graph)
     return last.value
 
@@ -164,7 +164,7 @@ def quantize_options(spec: str | QuantizeOptions | None) -> QuantizeOptions:
 
 
 def bind_shapes(
-    model: str | Path | onnx.ModelProto, calibration: str | Path | Feeds | None, shapes: Mapping[str, tuple[int, ...]]
+    model: str | Path | onnx.ModelProto, calibration: str | Path | Feeds | None, shapes: Shapes
 ) -> tuple[Feeds | None, dict[str, tuple[int, ...]]]:
     """(feeds, shapes): sizes that the model leaves open and `shapes` does not give are those of the first feed."""
     bound = {name: tuple(shape) for name, shape in shapes.items()}
@@ -174,11 +174,15 @@ def bind_shapes(
     if isinstance(calibration, str | Path):
         ports = [Port(name, bound.get(name, port.shape), port.dtype) for name, port in declared.items() if port is not None]
         dataset = open_dataset(calibration, ports)
-        feeds, first = dataset, dataset.shapes
-    else:
-        feeds, first = _peek(calibration)
-    open_sizes = {name for name, port in declared.items() if port is None or None in port.shape}
-    return feeds, {**{name: shape for name, shape in first.items() if name in open_sizes}, **bound}
+        return dataset, _completed(bound, dataset.shapes, declared)
+    feeds, first = _peek(calibration)
+    return feeds, _completed(bound, first, declared)
+
+
+def _completed(bound: Shapes, first: Shapes, declared: Mapping[str, Port | None]) -> dict[str, tuple[int, ...]]:
+    """`bound`, and the shapes of the first feed for inputs whose sizes are still open."""
+    still_open = {name for name, port in declared.items() if port is None or None in port.shape}
+    return {**{name: shape for name, shape in first.items() if name in still_open}, **bound}
 
 
 def _peek(feeds: Feeds) -> tuple[Feeds, dict[str, tuple[int, ...]]]:

@@ -44,13 +44,14 @@ class OutputError:
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """One node: `accumulated_db` of its result in the integer network, `single_db` of the node alone on quantized exact inputs."""
+    """One node: `accumulated_db` of its result in the integer network (None where that was not kept), `single_db` of the node alone on
+    quantized exact inputs."""
 
     name: str
     op: str
     nodes: tuple[str, ...]
     tensor: str
-    accumulated_db: float
+    accumulated_db: float | None
     single_db: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,12 +87,13 @@ class ErrorSum:
 
     def __init__(self) -> None:
         self.signal = self.noise = self.found = self.product = self.largest = 0.0
-        self.rows = self.agreeing = 0
+        self.rows = self.agreeing = self.samples = 0
 
     def add(self, found: Array, wanted: Array) -> None:
         """One sample. Raises DataError for different shapes."""
         if found.shape != wanted.shape:
             raise DataError(f"the shapes {list(found.shape)} and {list(wanted.shape)} differ", hint=SAME_MODEL)
+        self.samples += 1
         rows_found, rows_wanted = score_rows(found), score_rows(wanted)
         x, y = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
         usable = np.isfinite(y)
@@ -111,6 +113,11 @@ class ErrorSum:
             return LARGEST_DB
         ratio = self.signal / self.noise
         return float(np.clip(10 * math.log10(ratio), -LARGEST_DB, LARGEST_DB)) if ratio > 0 else -LARGEST_DB
+
+    @property
+    def known_db(self) -> float | None:
+        """`sqnr_db`, or None before the first sample."""
+        return self.sqnr_db if self.samples else None
 
     @property
     def cosine(self) -> float:
@@ -204,7 +211,7 @@ def layer_errors(
         if progress:
             progress("layers", count, 0)
     return tuple(
-        LayerError(node.name, node.op, node.sources, node.outputs[0], accumulated[node.name].sqnr_db, single[node.name].sqnr_db) for node in graph
+        LayerError(node.name, node.op, node.sources, node.outputs[0], accumulated[node.name].known_db, single[node.name].sqnr_db) for node in graph
     )
 
 

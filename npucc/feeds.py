@@ -188,7 +188,9 @@ def _open(path: Path, ports: tuple[Port, ...]) -> _File:
 
 
 def _damaged(path: Path, error: Exception | str) -> DataError:
-    return DataError(f"not a readable .npz file ({error})", file=str(path), hint="write it with numpy.savez(path, input_name=array_with_leading_sample_axis)")
+    return DataError(
+        f"not a readable .npz file ({error})", file=str(path), hint="write it with numpy.savez(path, input_name=array_with_leading_sample_axis)"
+    )
 
 
 def _common_count(members: tuple[_Member, ...], path: Path) -> int:
@@ -201,11 +203,11 @@ def _common_count(members: tuple[_Member, ...], path: Path) -> int:
 
 def _header(stream: IO[bytes], entry: zipfile.ZipInfo, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """(shape, Fortran order, dtype) of an .npy stream, left standing at the first element. Never unpickles."""
-    version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
+    version = np.lib.format.read_magic(stream)
     if version == (1, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)  # type: ignore[arg-type]
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     elif version == (2, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)  # type: ignore[arg-type]
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
     else:
         raise _damaged(path, f"array {entry.filename!r} has format version {version}")
     if dtype.hasobject or dtype.names or dtype.kind not in "fiub":
@@ -271,11 +273,13 @@ def _read(file: _File, ports: tuple[Port, ...]) -> Iterator[Sample]:
 
 def _pieces(stream: IO[bytes], member: _Member, path: Path) -> Iterator[Array]:
     """One array's samples in order."""
-    version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
+    version = np.lib.format.read_magic(stream)
     skip = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    skip(stream)  # type: ignore[arg-type]
+    skip(stream)
     if member.fortran is not None:
-        whole = np.frombuffer(_exactly(stream, math.prod(member.fortran) * member.dtype.itemsize, path), member.dtype).reshape(member.fortran, order="F")
+        whole = np.frombuffer(_exactly(stream, math.prod(member.fortran) * member.dtype.itemsize, path), member.dtype).reshape(
+            member.fortran, order="F"
+        )
         yield from np.ascontiguousarray(whole).reshape(member.count, *member.shape)
         return
     size = math.prod(member.shape) * member.dtype.itemsize
@@ -297,13 +301,21 @@ def _convert(value: Array, port: Port, *, place: str) -> Array:
         raise DataError(f"input {port.name!r} is {value.dtype}", file=place, hint=f"expected {port.text()}")
     if wanted.kind == "f":
         _refuse_not_finite(value, port, place=place)
-        return np.ascontiguousarray(value, dtype=wanted).reshape(value.shape)
+        return _as(value, wanted)
     if value.dtype.kind == "f":
-        raise DataError(f"input {port.name!r} is {value.dtype}", file=place, hint=f"the model takes {wanted}; convert the array (array.astype({wanted.name!r}))")
+        raise DataError(
+            f"input {port.name!r} is {value.dtype}", file=place, hint=f"the model takes {wanted}; convert the array (array.astype({wanted.name!r}))"
+        )
     low, high = (0, 1) if wanted.kind == "b" else (int(np.iinfo(wanted).min), int(np.iinfo(wanted).max))
     if value.size and (int(value.min()) < low or int(value.max()) > high):
         raise DataError(f"input {port.name!r} has values from {value.min()} to {value.max()}", file=place, hint=f"{wanted} holds {low} to {high}")
-    return np.ascontiguousarray(value, dtype=wanted).reshape(value.shape)
+    return _as(value, wanted)
+
+
+def _as(value: Array, dtype: np.dtype[Any]) -> Array:
+    """The same values, densely stored as `dtype`, in the same shape (numpy makes a scalar one-dimensional)."""
+    dense: Array = np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
+    return dense
 
 
 def _refuse_not_finite(value: Array, port: Port, *, place: str) -> None:

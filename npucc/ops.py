@@ -216,6 +216,8 @@ def _conv_transpose(a: ConvTranspose, shapes: Sequence[Shape]) -> Shape:
 
 def _matmul(_: MatMul, shapes: Sequence[Shape]) -> Shape:
     left, right = shapes[0], shapes[1]
+    if left[-1] != right[-2]:
+        return (-1,)
     return (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
 
 

@@ -168,7 +168,13 @@ def wrap(value: Array) -> Array:
 # ---- matrix operators -------------------------------------------------------------------------------------------------
 
 
-def _conv(call: Call) -> Array:
+def sums(graph: Graph, node: Node, stored: Mapping[str, Array]) -> Array:
+    """The 32-bit sums (bias included) of an operator with the trait `matrix`, before they are requantized; int64."""
+    operands = tuple(_operand(graph.tensors[name], stored) if name else None for name in node.inputs)
+    return SUMS[node.op](Call(node, operands, graph.tensors[node.outputs[0]]))
+
+
+def _conv_sums(call: Call) -> Array:
     a, x, w = call.attributes, call.operand(0).steps, call.operand(1).steps
     top, left, bottom, right = a.pads
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
@@ -178,8 +184,12 @@ def _conv(call: Call) -> Array:
         rows = _positions(i * a.dilations[0], a.strides[0], height)
         columns = _positions(j * a.dilations[1], a.strides[1], width)
         total += _grouped(w[:, :, i, j], x[:, :, rows, columns], a.groups)
-    total = wrap(total.reshape(call.tensor.shape)) + _channels(call.bias())
-    return call.requantized(wrap(total), _channels(arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant)))
+    return wrap(wrap(total.reshape(call.tensor.shape)) + _channels(call.bias()))
+
+
+def _conv(call: Call) -> Array:
+    factors = arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant)
+    return call.requantized(SUMS[call.node.op](call), _channels(factors))
 
 
 def _positions(start: int, stride: int, count: int) -> slice:
@@ -200,7 +210,7 @@ def _channels(value: Any) -> Array:
     return array.reshape(-1, 1, 1) if array.ndim else array
 
 
-def _conv_transpose(call: Call) -> Array:
+def _conv_transpose_sums(call: Call) -> Array:
     a, x, w = call.attributes, call.operand(0).steps, call.operand(1).steps
     groups, (top, left, bottom, right) = a.groups, a.pads
     batch, channels, height, width = x.shape
@@ -213,14 +223,19 @@ def _conv_transpose(call: Call) -> Array:
         columns = _positions(j * a.dilations[1], a.strides[1], width)
         total[:, :, rows, columns] += _grouped(matrix[:, :, i, j], x, groups).reshape(batch, results, height, width)
     inside = total[:, :, top : total.shape[2] - bottom, left : total.shape[3] - right]
-    sums = wrap(wrap(inside) + _channels(call.bias()))
-    return call.requantized(sums, _channels(arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant)))
+    return wrap(wrap(inside) + _channels(call.bias()))
+
+
+def _matmul_sums(call: Call) -> Array:
+    product = np.matmul(call.operand(0).steps.astype(np.float64), call.operand(1).steps.astype(np.float64))
+    return wrap(wrap(product) + call.bias())
 
 
 def _matmul(call: Call) -> Array:
-    left, right = call.operand(0), call.operand(1)
-    total = wrap(np.matmul(left.steps.astype(np.float64), right.steps.astype(np.float64)))
-    return call.requantized(wrap(total + call.bias()), arithmetic.multiplier(left.scaled, right.scaled, call.quant))
+    return call.requantized(_matmul_sums(call), arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant))
+
+
+SUMS: dict[str, Callable[[Call], Array]] = {"conv": _conv_sums, "conv_transpose": _conv_transpose_sums, "matmul": _matmul_sums}
 
 
 # ---- elementwise ------------------------------------------------------------------------------------------------------
@@ -399,7 +414,7 @@ def _key(quant: Quant | None) -> Any:
 
 KERNELS: dict[str, Callable[[Call], Array]] = {
     "conv": _conv,
-    "conv_transpose": _conv_transpose,
+    "conv_transpose": _conv,
     "matmul": _matmul,
     "add": _add,
     "sub": _on_reals(np.subtract),
@@ -427,3 +442,4 @@ KERNELS: dict[str, Callable[[Call], Array]] = {
     "pad": _moving(lambda call, _: _pad(call)),
 }
 assert KERNELS.keys() == OPS.keys()
+assert SUMS.keys() == {name for name, record in OPS.items() if record.matrix}

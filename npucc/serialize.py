@@ -45,7 +45,7 @@ def from_bytes(text: bytes, blob: bytes, *, file: str = "") -> Graph:
         record = json.loads(text.decode())
         if not isinstance(record, dict) or record.get("version") != VERSION:
             found = record.get("version") if isinstance(record, dict) else type(record).__name__
-            raise _Malformed(f"version is {found!r}, expected {VERSION}")
+            raise _MalformedError(f"version is {found!r}, expected {VERSION}")
         tensors = [_tensor(entry, blob) for entry in _items(record, "tensors", dict)]
         nodes = [_node(entry) for entry in _items(record, "nodes", dict)]
         _refuse_duplicates("tensor", [tensor.name for tensor in tensors])
@@ -54,17 +54,24 @@ def from_bytes(text: bytes, blob: bytes, *, file: str = "") -> Graph:
         inputs, outputs = _items(record, "inputs", str), _items(record, "outputs", str)
         for name in (*inputs, *outputs):
             if name not in known:
-                raise _Malformed(f"graph input or output {name!r} is no tensor")
+                raise _MalformedError(f"graph input or output {name!r} is no tensor")
         return make_graph(_get(record, "name", str), nodes, known, inputs, outputs)
     except GraphError as error:
         raise _damaged(error.message, file) from error
-    except _Malformed as error:
+    except _MalformedError as error:
         raise _damaged(str(error), file) from None
-    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, AttributeError) as error:  # absurd sizes reach the shape rules of the operators
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+        AttributeError,
+    ) as error:  # absurd sizes reach the shape rules of the operators
         raise _damaged(f"{type(error).__name__}: {error}", file) from error
 
 
-class _Malformed(Exception):
+class _MalformedError(Exception):
     """What is wrong with the record; becomes a PackageError that names the file."""
 
 
@@ -140,7 +147,7 @@ def _get(record: dict[str, Any], key: str, kind: type | tuple[type, ...], defaul
     value = record.get(key, default)
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise _Malformed(f"{key!r} is {_short(value)}, expected {' or '.join(each.__name__ for each in kinds)}")
+        raise _MalformedError(f"{key!r} is {_short(value)}, expected {' or '.join(each.__name__ for each in kinds)}")
     return value
 
 
@@ -148,7 +155,7 @@ def _items(record: dict[str, Any], key: str, kind: type) -> list[Any]:
     values = _get(record, key, list, [])
     for value in values:
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise _Malformed(f"{key!r} holds {_short(value)}, expected {kind.__name__}")
+            raise _MalformedError(f"{key!r} holds {_short(value)}, expected {kind.__name__}")
     return list(values)
 
 
@@ -161,21 +168,21 @@ def _refuse_duplicates(kind: str, names: list[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise _Malformed(f"{kind} {name!r} is given twice")
+            raise _MalformedError(f"{kind} {name!r} is given twice")
         seen.add(name)
 
 
 def _shape(record: dict[str, Any]) -> tuple[int, ...]:
     shape = tuple(_items(record, "shape", int))
     if len(shape) > _MAX_RANK or any(size < 0 for size in shape) or math.prod(shape) >= 1 << 62:
-        raise _Malformed(f"shape {_short(list(shape))} is impossible")
+        raise _MalformedError(f"shape {_short(list(shape))} is impossible")
     return shape
 
 
 def _word(record: dict[str, Any], key: str, words: tuple[str, ...], default: str | None = None) -> str:
     value: str = _get(record, key, str, default)
     if value not in words:
-        raise _Malformed(f"{key!r} is {value!r}, expected one of {', '.join(words)}")
+        raise _MalformedError(f"{key!r} is {value!r}, expected one of {', '.join(words)}")
     return value
 
 
@@ -185,7 +192,7 @@ def _array(record: dict[str, Any], blob: bytes) -> np.ndarray[Any, Any]:
     shape, offset = _shape(record), _get(record, "offset", int)
     size = math.prod(shape) * dtype.itemsize
     if offset < 0 or offset + size > len(blob):
-        raise _Malformed(f"{size} bytes at {offset} lie outside the {len(blob)} bytes of {BIN_NAME}")
+        raise _MalformedError(f"{size} bytes at {offset} lie outside the {len(blob)} bytes of {BIN_NAME}")
     return np.frombuffer(blob, dtype, math.prod(shape), offset).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -193,7 +200,7 @@ def _tensor(record: dict[str, Any], blob: bytes) -> Tensor:
     name, shape = _get(record, "name", str), _shape(record)
     data = _array(_get(record, "data", dict), blob) if "data" in record else None
     if data is not None and data.shape != shape:
-        raise _Malformed(f"tensor {name!r} has shape {list(shape)}, but its constant has {list(data.shape)}")
+        raise _MalformedError(f"tensor {name!r} has shape {list(shape)}, but its constant has {list(data.shape)}")
     quant = _quant(_get(record, "quant", dict), shape, blob) if "quant" in record else None
     return Tensor(name, shape, _word(record, "dtype", (*_DTYPES, "bfloat16")), data, quant, _get(record, "source", str, ""))
 
@@ -203,10 +210,10 @@ def _quant(record: dict[str, Any], shape: tuple[int, ...], blob: bytes) -> Quant
     stored = record.get("scale")
     scale = _array(stored, blob) if isinstance(stored, dict) and "offset" in stored else np.asarray(_value(stored), np.float32)
     if scale.dtype != np.float32 or not np.isfinite(scale).all() or not (scale > 0).all():
-        raise _Malformed(f"scale {_short(stored)} is not a positive number")
+        raise _MalformedError(f"scale {_short(stored)} is not a positive number")
     wanted = () if axis is None else (shape[axis],) if -len(shape) <= axis < len(shape) else None
     if scale.shape != wanted:
-        raise _Malformed(f"{scale.shape} scales for axis {axis} of shape {list(shape)}")
+        raise _MalformedError(f"{scale.shape} scales for axis {axis} of shape {list(shape)}")
     return Quant(_word(record, "dtype", _STORED), scale, _get(record, "zero", int, 0), axis)
 
 
@@ -215,7 +222,7 @@ def _node(record: dict[str, Any]) -> Node:
     attributes = _attributes(OPS[op].attributes, _get(record, "attributes", dict, {}), name)
     inputs, outputs, sources = (tuple(_items(record, key, str)) for key in ("inputs", "outputs", "sources"))
     if not outputs:
-        raise _Malformed(f"node {name!r} has no output")
+        raise _MalformedError(f"node {name!r} has no output")
     return Node(name, op, inputs, outputs, attributes, sources)
 
 
@@ -224,10 +231,10 @@ def _attributes(kind: type[Attributes], record: dict[str, Any], node: str) -> At
     values: dict[str, Any] = {}
     for key, stored in record.items():
         if key not in known:
-            raise _Malformed(f"node {node!r} has unknown attribute {key!r}")
+            raise _MalformedError(f"node {node!r} has unknown attribute {key!r}")
         value = _value(stored)
         if not _is_like(value, known[key].default, str(known[key].type)):
-            raise _Malformed(f"node {node!r}: attribute {key} is {_short(value)}, expected {known[key].type}")
+            raise _MalformedError(f"node {node!r}: attribute {key} is {_short(value)}, expected {known[key].type}")
         values[key] = value
     return kind(**values)
 
@@ -235,12 +242,12 @@ def _attributes(kind: type[Attributes], record: dict[str, Any], node: str) -> At
 def _value(stored: Any, depth: int = 0) -> Any:
     """The Python value of an attribute: lists become tuples, {"float": "inf"} the number."""
     if depth > _MAX_DEPTH:
-        raise _Malformed("an attribute is nested too deep")
+        raise _MalformedError("an attribute is nested too deep")
     if isinstance(stored, list):
         return tuple(_value(item, depth + 1) for item in stored)
     if isinstance(stored, dict):
         if list(stored) != ["float"] or stored["float"] not in ("inf", "-inf", "nan"):
-            raise _Malformed(f"{_short(stored)} is no attribute value")
+            raise _MalformedError(f"{_short(stored)} is no attribute value")
         return float(stored["float"])
     return stored
 

@@ -14,7 +14,15 @@ PART_TITLES = ("ideal", "under-use", "fill", "DMA stall", "sync stall")
 
 def grid(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1, footer: Sequence[object] | None = None) -> Table:
     """A plain table: the first `left` columns are names (left, shortened where the terminal is narrow), the others numbers (right)."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_footer=footer is not None)
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        show_footer=footer is not None,
+    )
     for index, header in enumerate(headers):
         foot = str(footer[index]) if footer is not None else ""
         if index < left:
@@ -77,7 +85,16 @@ def layers(report: Mapping[str, Any], *, top: int | None = None) -> Table:
 def _layer_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
     parts = (f"{int(layer[part]):,}" for part in CYCLE_PARTS)
     share = f"{100 * layer['cycles'] / total:.1f}"
-    return (layer["name"], layer["op"], f"{int(layer['cycles']):,}", share, *parts, f"{int(layer['macs']):,}", size(layer["dram_bytes"]), energy(layer["energy_pj"]))
+    return (
+        layer["name"],
+        layer["op"],
+        f"{int(layer['cycles']):,}",
+        share,
+        *parts,
+        f"{int(layer['macs']):,}",
+        size(layer["dram_bytes"]),
+        energy(layer["energy_pj"]),
+    )
 
 
 def size(count: float) -> str:

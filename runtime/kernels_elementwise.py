@@ -18,8 +18,8 @@ from runtime.scratch import collapse, pieces
 from runtime.site import Site
 
 Evaluate = Callable[..., Array]
-#: elements below which filling a 256 x 256 table costs more than it saves
-TABLE_PAYS = 4096
+#: elements below which a look-up in a 256 x 256 table saves less than making the table costs
+TABLE_PAYS = 512
 ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum,
 }  # fmt: skip
@@ -36,6 +36,8 @@ def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
     total = product + addend
     rest = total - product
     error = (product - (total - rest)) + (addend - rest)
+    if not error.any():
+        return total.astype(np.float32)
     inexact = (error != 0) & np.isfinite(error) & (total.view(np.int64) & 1 == 0)
     toward = np.where(error > 0, np.inf, -np.inf)
     return np.where(inexact, np.nextafter(total, toward), total).astype(np.float32)
@@ -137,9 +139,9 @@ def _table(site: Site, evaluate: Evaluate, dtypes: list[np.dtype[Any]]) -> Array
     key = ("table", site.instruction.name, tuple(site.instruction.attributes), tuple(dtypes), site.views["y"].dtype)
     if key not in site.memo:
         codes: Array = np.arange(256, dtype=np.uint8)
-        operands = [codes] if len(dtypes) == 1 else [np.repeat(codes, 256), np.tile(codes, 256)]
+        operands = [codes] if len(dtypes) == 1 else [codes.reshape(256, 1), codes]
         with np.errstate(all="ignore"):
-            site.memo[key] = evaluate(*(operand.view(dtype) for operand, dtype in zip(operands, dtypes, strict=True)))
+            site.memo[key] = evaluate(*(operand.view(dtype) for operand, dtype in zip(operands, dtypes, strict=True))).reshape(-1)
     table: Array = site.memo[key]
     return table
 

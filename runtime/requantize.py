@@ -123,7 +123,7 @@ def _requant(site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], 
             np.rint(values, out=values)
             if offset:
                 np.add(values, offset, out=values)
-            np.clip(values, low, high, out=values)
+            values.clip(low, high, values)
             np.copyto(result, values, casting="unsafe")
 
     def run_guarded() -> None:

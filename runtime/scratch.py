@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from runtime.memory import CACHE_LINE, Array
 
 #: elements that a kernel works on at once, so that its float32 working arrays stay in the first- and second-level cache
-PIECE = 16384
+PIECE = 32768
 
 
 class Scratch:

@@ -86,6 +86,10 @@ def make_line(instruction: Instruction) -> Line:
     return Line(instruction, spec.queue, waits, signals)
 
 
+def _names(events: tuple[EventKey, ...]) -> str:
+    return ", ".join(f"{source}.{number}" for source, _, number in events)
+
+
 class _Queues:
     """The state of all queues while an order is made: what is left in each, and the events given and not yet consumed."""
 
@@ -114,11 +118,9 @@ class _Queues:
         """Raise RuntimeFault when instructions are left that can never execute."""
         stuck = [(queue, self.steps[waiting[0]].line) for queue, waiting in self.waiting.items() if waiting]
         if stuck:
-            told = [
-                f"{queue} at line {line.instruction.line} ({line.instruction.name}) waits for {', '.join(f'{event[0]}.{event[2]}' for event in line.waits)}"
-                for queue, line in stuck
-            ]
-            raise RuntimeFault(f"deadlock: {'; '.join(told)}", line=stuck[0][1].instruction.line, hint="every wait needs a signal that can be given before it")
+            told = [f"{queue} at line {line.instruction.line} ({line.instruction.name}) waits for {_names(line.waits)}" for queue, line in stuck]
+            hint = "every wait needs a signal that can be given before it"
+            raise RuntimeFault(f"deadlock: {'; '.join(told)}", line=stuck[0][1].instruction.line, hint=hint)
 
 
 def program_order(steps: list[Step]) -> list[int]:

@@ -10,8 +10,8 @@ times `ld` before `st`), and occupies the channel for its burst cycles. So laten
 Every cycle of the run belongs to one layer and one of five parts. In a cycle in which
     the matrix engine works     its layer: ideal (products / peak), fill (array filling and draining), or underuse (the rest)
     only the vector engine does its layer: underuse (the array idles meanwhile)
-    only a transfer does        its layer: dma_stall
-    nothing does                the layer of the next instruction to start: sync_stall
+    only the DRAM channel does  the layer of the transfer that streams: dma_stall
+    nothing does                sync_stall of the layer that works next: everyone waits for an answer (a request's latency after an event)
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ class LayerTime:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Start and end cycle of every dynamic instruction, in line order, and the layers' shares of the run."""
+    """Start and end cycle of every dynamic instruction, in line order, and the layers' shares of the run.
+
+    A transfer starts with its request; `begins` tells when it begins to stream (for the other engines it equals `starts`).
+    """
 
     program: Program
     steps: list[Step]
     starts: Integers
+    begins: Integers
     ends: Integers
     total_cycles: int
     layers: tuple[LayerTime, ...]
@@ -84,9 +88,10 @@ def simulate(program: Program) -> Timeline:
         if known is None:
             known = by_line[id(step.line)] = cost(step.line.instruction, program.target)
         costs.append(known)
-    starts, ends = _Clock(steps, costs, program.target).run()
-    total = int(ends.max(initial=0))
-    return Timeline(program, steps, starts, ends, total, _attribute(program, steps, costs, starts, ends))
+    clock = _Clock(steps, costs, program.target)
+    clock.run()
+    layers = _attribute(program, steps, costs, clock.begins, clock.ends)
+    return Timeline(program, steps, clock.starts, clock.begins, clock.ends, int(clock.ends.max(initial=0)), layers)
 
 
 class _Clock:
@@ -111,11 +116,10 @@ class _Clock:
         self.free = [0] * len(QUEUES)  # when the queue may start (a DMA: issue) its next instruction
         self.last_end = [0] * len(QUEUES)
         self.channel_free = 0
-        self.starts = np.zeros(len(steps), np.int64)
-        self.ends = np.zeros(len(steps), np.int64)
+        self.starts, self.begins, self.ends = (np.zeros(len(steps), np.int64) for _ in range(3))
 
-    def run(self) -> tuple[Integers, Integers]:
-        """Start and end of every step."""
+    def run(self) -> None:
+        """Find start and end of every step. Raises RuntimeFault on deadlock."""
         possible: list[int | None] = [self._possible(queue) for queue in range(len(QUEUES))]
         for _ in self.steps:
             queue, when = -1, -1
@@ -129,7 +133,6 @@ class _Clock:
             possible[queue] = self._possible(queue)
             if given:
                 possible = [self._possible(number) if time is None else time for number, time in enumerate(possible)]
-        return self.starts, self.ends
 
     def _possible(self, queue: int) -> int | None:
         """When the queue's next instruction can start; None while that is unknown, or there is none."""
@@ -151,14 +154,14 @@ class _Clock:
         self.heads[queue] += 1
         line, cycles = self.steps[index].line, self.costs[index].cycles
         if QUEUES[queue] in ("ld", "st"):
-            streaming = max(when + self.latency, self.channel_free)
-            start, end = max(when, self.last_end[queue]), streaming + cycles
-            self.free[queue], self.channel_free = streaming, end
+            begin = max(when + self.latency, self.channel_free)
+            start, end = max(when, self.last_end[queue]), begin + cycles
+            self.free[queue], self.channel_free = begin, end
         else:
-            start, end = when, when + cycles
+            start, begin, end = when, when, when + cycles
             self.free[queue] = end
         self.last_end[queue] = end
-        self.starts[index], self.ends[index] = start, end
+        self.starts[index], self.begins[index], self.ends[index] = start, begin, end
         for event in self.waits[id(line)]:
             self.taken[event] += 1
         signals = self.signals[id(line)]
@@ -167,7 +170,7 @@ class _Clock:
         return bool(signals)
 
 
-def _attribute(program: Program, steps: list[Step], costs: list[Cost], starts: Integers, ends: Integers) -> tuple[LayerTime, ...]:
+def _attribute(program: Program, steps: list[Step], costs: list[Cost], begins: Integers, ends: Integers) -> tuple[LayerTime, ...]:
     """Each layer's parts, by the rule at the top of this file."""
     count, peak = len(program.layers), program.target.macs_per_cycle
     matrix, fill, work = [0] * count, [0] * count, [Work()] * count
@@ -180,7 +183,7 @@ def _attribute(program: Program, steps: list[Step], costs: list[Cost], starts: I
         executed[key] = (each, executed[key][1] + 1 if key in executed else 1)
     for (layer, _), (each, times) in executed.items():
         work[layer] = work[layer] + each.work.times(times)
-    vector, stall, idle = _idle_array(steps, starts, ends, count)
+    vector, stall, idle = _idle_array(steps, begins, ends, count)
     layers = []
     for layer in range(count):
         ideal = work[layer].macs // peak
@@ -189,25 +192,25 @@ def _attribute(program: Program, steps: list[Step], costs: list[Cost], starts: I
     return tuple(layers)
 
 
-def _idle_array(steps: list[Step], starts: Integers, ends: Integers, layers: int) -> tuple[Integers, Integers, Integers]:
-    """Cycles in which the matrix engine does not work, per layer: (vector engine works, only transfers do, nothing does)."""
+def _idle_array(steps: list[Step], begins: Integers, ends: Integers, layers: int) -> tuple[Integers, Integers, Integers]:
+    """Cycles in which the matrix engine does not work, per layer: (vector engine works, only the DRAM channel does, nothing does)."""
     shares: tuple[Integers, Integers, Integers] = (np.zeros(layers, np.int64), np.zeros(layers, np.int64), np.zeros(layers, np.int64))
     if not steps:
         return shares
     queue_of, layer_of = np.array([QUEUES.index(step.line.queue) for step in steps]), np.array([step.layer for step in steps])
-    times = np.unique(np.concatenate(([0], starts, ends)))
-    begins, lengths = times[:-1], np.diff(times)
-    left = np.ones(len(begins), bool)  # segments not yet given to anyone
+    times = np.unique(np.concatenate(([0], begins, ends)))
+    cuts, lengths = times[:-1], np.diff(times)
+    left = np.ones(len(cuts), bool)  # segments not yet given to anyone
     for queue, share in (("mm", None), ("vec", shares[0]), ("host", shares[0]), ("ld", shares[1]), ("st", shares[1])):
         own = np.flatnonzero(queue_of == QUEUES.index(queue))
         if not len(own):
             continue
-        latest = np.searchsorted(starts[own], begins, side="right") - 1
-        busy = left & (latest >= 0) & (ends[own][latest] > begins)
+        latest = np.searchsorted(begins[own], cuts, side="right") - 1
+        busy = left & (latest >= 0) & (ends[own][latest] > cuts)
         left &= ~busy
         if share is not None:
             np.add.at(share, layer_of[own][latest[busy]], lengths[busy])
-    by_start = np.lexsort((np.arange(len(starts)), starts))
-    following = by_start[np.searchsorted(starts[by_start], begins[left], side="left")]
+    in_time = np.lexsort((np.arange(len(begins)), begins))
+    following = in_time[np.searchsorted(begins[in_time], cuts[left], side="left")]
     np.add.at(shares[2], layer_of[following], lengths[left])
     return shares

@@ -7,6 +7,7 @@ arrives here as an exception, and leaves as one message on standard error: 1 the
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import sys
@@ -60,6 +61,9 @@ def npucc(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code. Never raises for what a user can cause."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no µ or ─ gets a question mark, not a crash
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="npucc")
     except SystemExit as leave:
@@ -80,24 +84,19 @@ def _explain(error: Exception) -> int:
         import traceback
 
         traceback.print_exc()
-    if isinstance(error, (NpuccError, IsaError)) or _is_runtime_fault(error):
+    if isinstance(error, NpuccError | IsaError):
         return _fail(str(error), 1)
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", 1)
     if isinstance(error, MemoryError):
         return _fail("not enough memory for this model or data", 1)
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("npucc", "onnx", "onnxruntime", "numpy"))
+    versions = ", ".join((f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in ("npucc", "onnx", "onnxruntime", "numpy"))))
     return _fail(
         f"this is a bug in npucc: {type(error).__name__}: {error}\n"
-        f"  hint: run again with NPUCC_DEBUG=1 and report the traceback, the command and the versions ({versions}, Python {platform.python_version()})",
+        f"  hint: run again with NPUCC_DEBUG=1 and report the traceback, the command and the versions: {versions}",
         1,
     )
-
-
-def _is_runtime_fault(error: Exception) -> bool:
-    faults = sys.modules.get("runtime.errors")  # not loaded: it can't have been raised
-    return faults is not None and isinstance(error, faults.RuntimeFault)
 
 
 def _fail(message: str, code: int) -> int:

@@ -35,11 +35,22 @@ Examples:
 Checked are bounds, alignment, element types, capacity, event pairing, deadlock and races.
 All findings are printed, each with its line."""
 
-Text = Annotated[Path, typer.Argument(metavar="PROGRAM.npuasm", help="The program's text.", exists=True, dir_okay=False, readable=True, show_default=False)]
-Either = Annotated[Path, typer.Argument(metavar="FILE", help="A package (.npu) or a program's text (.npuasm).", exists=True, dir_okay=False, readable=True, show_default=False)]
+Text = Annotated[
+    Path, typer.Argument(metavar="PROGRAM.npuasm", help="The program's text.", exists=True, dir_okay=False, readable=True, show_default=False)
+]
+Either = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="A package (.npu) or a program's text (.npuasm).", exists=True, dir_okay=False, readable=True, show_default=False
+    ),
+]
+
+
+MAXIMUM_TEXT_BYTES = 1 << 28
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
     app.command("asm", epilog=ASM_EPILOG)(asm)
     app.command("disasm", epilog=DISASM_EPILOG)(disasm)
     app.command("check", epilog=CHECK_EPILOG)(check)
@@ -47,14 +58,26 @@ def register(app: typer.Typer) -> None:
 
 def asm(
     program: Text,
-    constants: Annotated[Path | None, typer.Option("--constants", metavar="FILE", help="The constants' bytes: a .bin file, or a package to take them from.", exists=True, dir_okay=False, show_default=False)] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.npu", help="The package to write. [default: PROGRAM.npu, here]", show_default=False)] = None,
+    constants: Annotated[
+        Path | None,
+        typer.Option(
+            "--constants",
+            metavar="FILE",
+            help="The constants' bytes: a .bin file, or a package to take them from.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.npu", help="The package to write. [default: PROGRAM.npu, here]", show_default=False)
+    ] = None,
 ) -> None:
     """Assemble text into a package."""
     import isa
 
     options.writable(output)
-    package = isa.pack_text(program.read_text(encoding="utf-8"), _constants(constants), file=str(program), tool="npucc asm")
+    package = isa.pack_text(_text(program), _constants(constants), file=str(program), tool="npucc asm")
     isa.check(package.program, file=str(program))
     path = output or Path(program.with_suffix(".npu").name)
     package.save(path)
@@ -63,8 +86,12 @@ def asm(
 
 def disasm(
     package: options.PackageFile,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.npuasm", help="Write the text there instead of printing it.", show_default=False)] = None,
-    constants: Annotated[Path | None, typer.Option("--constants", metavar="OUT.bin", help="Write the constants' bytes too.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.npuasm", help="Write the text there instead of printing it.", show_default=False)
+    ] = None,
+    constants: Annotated[
+        Path | None, typer.Option("--constants", metavar="OUT.bin", help="Write the constants' bytes too.", show_default=False)
+    ] = None,
 ) -> None:
     """Print a package's program as text."""
     import isa
@@ -111,4 +138,20 @@ def _program(path: Path) -> isa.Program:
         is_package = stream.read(2) == b"PK"
     if is_package or path.suffix == ".npu":
         return isa.Package.load(path).program
-    return isa.parse_program(path.read_text(encoding="utf-8"), file=str(path))
+    return isa.parse_program(_text(path), file=str(path))
+
+
+def _text(path: Path) -> str:
+    """The file as text. Raises ParseError for what can't be a program."""
+    import isa
+
+    if path.stat().st_size > MAXIMUM_TEXT_BYTES:
+        raise isa.ParseError(
+            f"the file has {path.stat().st_size} bytes", file=str(path), hint="a program's text is far shorter; is this the right file?"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise isa.ParseError(
+            f"byte {error.start} is not UTF-8 text", file=str(path), hint="give a program's text (.npuasm), or a package (.npu)"
+        ) from None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from isa.target import Target, load_target, target_names
 from npucc import tables
 from npucc.cli import options, terminal
-from npucc.ops import TABLE, Operator, Pool, Reduce, Resize
+
+if TYPE_CHECKING:
+    from npucc.ops import Operator
 
 TARGETS_EPILOG = """\b
 Examples:
@@ -28,6 +30,7 @@ Every operator runs on the NPU in integers; nothing falls back to the host."""
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
     app.command("ops", epilog=OPS_EPILOG)(ops)
     app.command("targets", epilog=TARGETS_EPILOG)(targets)
 
@@ -81,11 +84,17 @@ def _bandwidth(chip: Target) -> str:
 
 
 def ops(
-    target: Annotated[str | None, typer.Option("--target", "-t", metavar="NAME|FILE.toml", help="Show the graph operators and who runs them on this target.", show_default=False)] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", "-t", metavar="NAME|FILE.toml", help="Show the graph operators and who runs them on this target.", show_default=False
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """List the ONNX operators that can be compiled, and the graph operators they come down to."""
     from npucc.frontend import supported_operators
+    from npucc.ops import TABLE
 
     chip = options.target(target) if target is not None else None
     onnx = supported_operators()
@@ -98,13 +107,24 @@ def ops(
         return
     terminal.show(tables.grid(f"{len(onnx)} ONNX operators", ("operator", "limits"), onnx, left=2))
     if chip is not None:
-        rates = {"matrix": f"{chip.macs_per_cycle} MACs per cycle", "vector": f"{chip.vec_lanes} elements per cycle", "DMA": f"{chip.dram_bytes_per_cycle:g} bytes per cycle"}
+        rates = {
+            "matrix": f"{chip.macs_per_cycle} MACs per cycle",
+            "vector": f"{chip.vec_lanes} elements per cycle",
+            "DMA": f"{chip.dram_bytes_per_cycle:g} bytes per cycle",
+        }
         rows = [(name, meaning, engine, rates[engine]) for name, meaning, engine in graph]
-        terminal.show("", tables.grid(f"the {len(graph)} graph operators they become, on target {chip.name}", ("operator", "meaning", "engine", "at most"), rows, left=4))
+        terminal.show(
+            "",
+            tables.grid(
+                f"the {len(graph)} graph operators they become, on target {chip.name}", ("operator", "meaning", "engine", "at most"), rows, left=4
+            ),
+        )
 
 
 def _engine(record: Operator) -> str:
     """The engine that bounds the operator. Data that only moves is placed by DMA or by strides."""
+    from npucc.ops import Pool, Reduce, Resize
+
     if record.matrix:
         return "matrix"
     return "DMA" if record.moves_data and not issubclass(record.attributes, Pool | Reduce | Resize) else "vector"

@@ -26,18 +26,29 @@ Without it the scales come from made-up inputs: cycles and energy are right, the
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
     app.command("compile", epilog=EPILOG)(compile_model)
 
 
 def compile_model(
     model: options.Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.npu", help="The package to write. [default: MODEL.npu, here]", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="OUT.npu", help="The package to write. [default: MODEL.npu, here]", show_default=False)
+    ] = None,
     target: options.TargetName = "edge",
-    calibration: Annotated[Path | None, typer.Option("--calibration", "-c", metavar="DATA", help=f"Typical inputs: {options.DATA_HELP}.", show_default=False)] = None,
-    shape: Annotated[list[str] | None, typer.Option("--shape", metavar="x=1,3,224,224", help="Bind an input's open sizes; repeat per input.", show_default=False)] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", "-c", metavar="DATA", help=f"Typical inputs: {options.DATA_HELP}.", show_default=False)
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="x=1,3,224,224", help="Bind an input's open sizes; repeat per input.", show_default=False)
+    ] = None,
     prune: Annotated[str | None, typer.Option("--prune", metavar="SPEC", help="Not available yet; refused.", show_default=False)] = None,
-    quant: Annotated[str | None, typer.Option("--quant", metavar="SPEC", help="Quantization options: key=value,key=value.", show_default=False)] = None,
-    dump_after: Annotated[str | None, typer.Option("--dump-after", metavar="STAGE", help="Print the value after a stage.", show_default=False)] = None,
+    quant: Annotated[
+        str | None, typer.Option("--quant", metavar="SPEC", help="Quantization options: key=value,key=value.", show_default=False)
+    ] = None,
+    dump_after: Annotated[
+        str | None, typer.Option("--dump-after", metavar="STAGE", help="Print the value after a stage.", show_default=False)
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Compile an ONNX model for an NPU and write a package.
@@ -51,7 +62,9 @@ def compile_model(
     options.quant(quant)
     options.writable(output)
     _known_stage(dump_after)
-    path = output or Path(model.with_suffix(".npu").name)
+    path = output or Path(f"{model.name.removesuffix('.onnx')}.npu")
+    if path.exists() and path.samefile(model):
+        raise typer.BadParameter(f"{str(path)!r} is the model itself", param_hint="'-o'")
     dump, package = None, None
     with terminal.progress() as progress:
         for step in compiler.steps(model, chip, calibration=calibration, shapes=bound, prune=prune, quant=quant, progress=progress):
@@ -90,10 +103,14 @@ def _show_package(package: Package, path: Path, *, stage: str | None, dump: str 
         terminal.warn(SYNTHETIC_WARNING)
     if json:
         extra = {} if dump is None else {"stage": stage, "dump": dump}
-        terminal.show_json({"output": str(path), "bytes": path.stat().st_size, "target": target.name, "calibration": package.calibration, **report, **extra})
+        terminal.show_json(
+            {"output": str(path), "bytes": path.stat().st_size, "target": target.name, "calibration": package.calibration, **report, **extra}
+        )
         return
     if dump is not None:
         terminal.write_or_show(dump, None)
-    layers = f"{len(package.program.layers)} layers, {package.instructions:,} instructions, {tables.size(package.program.constants_bytes)} of constants"
+    layers = (
+        f"{len(package.program.layers)} layers, {package.instructions:,} instructions, {tables.size(package.program.constants_bytes)} of constants"
+    )
     rows = [("wrote", f"{path} ({tables.size(path.stat().st_size)})"), ("target", f"{target.name} ({target.description})"), ("program", layers)]
     terminal.show(tables.facts([*rows, *tables.totals(report, clock_hz=target.clock_hz)]))

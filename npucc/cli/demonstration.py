@@ -28,6 +28,7 @@ EXCERPT_LINES = 14
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
     app.command("demo", epilog=EPILOG)(demo)
 
 
@@ -49,9 +50,19 @@ def demo(
         result = measure(package, bundled.MODEL, open_dataset(bundled.SAMPLES, package.inputs, limit=limit), layer_samples=0, progress=progress)
     report = package.report.as_dict()
     if json:
-        terminal.show_json({"target": chip.name, "calibration": package.calibration, **report, **{key: value for key, value in result.as_dict().items() if key != "layers"}})
+        terminal.show_json(
+            {
+                "target": chip.name,
+                "calibration": package.calibration,
+                **report,
+                **{key: value for key, value in result.as_dict().items() if key != "layers"},
+            }
+        )
         return
-    rows = [("network", f"{bundled.MODEL.name}, {len(package.program.layers)} layers, {package.instructions:,} instructions"), ("target", f"{chip.name} ({chip.description})")]
+    rows = [
+        ("network", f"{bundled.MODEL.name}, {len(package.program.layers)} layers, {package.instructions:,} instructions"),
+        ("target", f"{chip.name} ({chip.description})"),
+    ]
     parts: list[RenderableType] = [tables.facts([*rows, *accuracy(result, package), *tables.totals(report, clock_hz=chip.clock_hz)]), ""]
     terminal.show(*parts, tables.layers(report, top=5), "", *excerpt(package))
     if output is not None:

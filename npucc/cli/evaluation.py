@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,15 +33,32 @@ SYNTHETIC_WARNING = "the package was calibrated with made-up inputs (no --calibr
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
     app.command("eval", epilog=EPILOG)(evaluate)
 
 
 def evaluate(
     package: options.PackageFile,
-    reference: Annotated[Path, typer.Option("--reference", "-r", metavar="MODEL.onnx", help="The float model, run by onnxruntime.", exists=True, dir_okay=False, readable=True, show_default=False)],
-    data: Annotated[Path, typer.Option("--data", "-d", metavar="DATA", help=f"Samples, best with `labels`: {options.DATA_HELP}.", show_default=False)],
+    reference: Annotated[
+        Path,
+        typer.Option(
+            "--reference",
+            "-r",
+            metavar="MODEL.onnx",
+            help="The float model, run by onnxruntime.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Option("--data", "-d", metavar="DATA", help=f"Samples, best with `labels`: {options.DATA_HELP}.", show_default=False)
+    ],
     limit: options.Limit = None,
-    layer_samples: Annotated[int, typer.Option("--layer-samples", metavar="N", min=0, help="Measure errors per layer on the first N samples; 0 leaves them out.")] = 4,
+    layer_samples: Annotated[
+        int, typer.Option("--layer-samples", metavar="N", min=0, help="Measure errors per layer on the first N samples; 0 leaves them out.")
+    ] = 4,
     json: options.Json = False,
 ) -> None:
     """Compare a package with the float model it was made from."""
@@ -59,8 +77,6 @@ def evaluate(
 
 def measure(package: Package, reference: Path, dataset: Dataset, *, layer_samples: int, progress: terminal.Report) -> Evaluation:
     """Run both models over the samples, then the layers over the first few. Raises NpuccError."""
-    from dataclasses import replace
-
     from npucc import evaluate as evaluation
 
     def count(what: str, done: int, _: int) -> None:
@@ -92,17 +108,19 @@ def reference_runner(path: Path, package: Package) -> Run:
     settings.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  onnxruntime's exceptions share no base but Exception
+    except Exception as error:  # onnxruntime's exceptions share no other base
         raise ImportModelError(f"onnxruntime can't load the reference model: {_first_line(error)}", file=str(path)) from error
     wanted, found = {port.name for port in package.inputs}, {value.name for value in session.get_inputs()}
     if wanted - found:
-        raise DataError(f"the reference model has no input {sorted(wanted - found)[0]!r}", file=str(path), hint="give the model that the package was made from")
+        raise DataError(
+            f"the reference model has no input {sorted(wanted - found)[0]!r}", file=str(path), hint="give the model that the package was made from"
+        )
     names = [value.name for value in session.get_outputs()]
 
     def run(feed: Mapping[str, Any]) -> dict[str, Any]:
         try:
             return dict(zip(names, session.run(names, dict(feed)), strict=True))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise DataError(f"onnxruntime can't run the reference model: {_first_line(error)}", file=str(path)) from error
 
     return run
@@ -122,7 +140,10 @@ def report(result: Evaluation, package: Package, *, worst: int = 10) -> list[Ren
     if result.layers:
         chosen = sorted(result.layers, key=lambda layer: layer.single_db)[:worst]
         lines = [(layer.name, layer.op, f"{layer.accumulated_db:.1f}", f"{layer.single_db:.1f}") for layer in chosen]
-        parts += ["", tables.grid(f"the {len(chosen)} least exact of {len(result.layers)} nodes", ("node", "op", "accumulated dB", "single dB"), lines, left=2)]
+        parts += [
+            "",
+            tables.grid(f"the {len(chosen)} least exact of {len(result.layers)} nodes", ("node", "op", "accumulated dB", "single dB"), lines, left=2),
+        ]
     return parts
 
 

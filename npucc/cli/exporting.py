@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from npucc.cli import options, terminal
+from npucc.files import write_bytes
+from npucc.package import load
 
 EPILOG = """\b
 Example:
@@ -18,6 +20,7 @@ session.x64quantprecision=1 to compare bit by bit."""
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
     app.command("export", epilog=EPILOG)(export)
 
 
@@ -26,9 +29,6 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="Q.onnx", help="The ONNX file to write.", show_default=False)],
 ) -> None:
     """Write the quantized model as QDQ ONNX."""
-    from npucc.files import write_bytes
-    from npucc.package import load
-
     options.writable(output)
     model = load(package).to_onnx()
     write_bytes(output, model.SerializeToString(deterministic=True))

@@ -10,10 +10,10 @@ from rich.console import RenderableType
 
 from npucc import tables
 from npucc.cli import options, terminal
+from npucc.package import Package, load
 
 if TYPE_CHECKING:
     from isa import Program, TensorRecord
-    from npucc.package import load
 
 EPILOG = """\b
 Examples:
@@ -25,6 +25,7 @@ Examples:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
     app.command("inspect", epilog=EPILOG)(inspect)
 
 
@@ -37,8 +38,6 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Look into a package: a summary, or the parts that are asked for."""
-    from npucc.package import load
-
     loaded = load(package)
     if json:
         terminal.show_json(_as_values(loaded, package, asm=asm, graph=graph, memory=memory))
@@ -92,7 +91,14 @@ def _summary(package: Package, path: Path) -> RenderableType:
 
 
 def _port(record: TensorRecord) -> dict[str, Any]:
-    return {"name": record.name, "shape": record.tile.shape, "dtype": record.dtype, "stored": record.tile.dtype, "scale": record.scale, "zero": record.zero}
+    return {
+        "name": record.name,
+        "shape": record.tile.shape,
+        "dtype": record.dtype,
+        "stored": record.tile.dtype,
+        "scale": record.scale,
+        "zero": record.zero,
+    }
 
 
 def _signature(record: TensorRecord) -> str:
@@ -113,5 +119,7 @@ def _regions(program: Program) -> list[tuple[str, str, str, int, int, str]]:
 def _memory(program: Program) -> tuple[RenderableType, ...]:
     target = program.target
     regions = ((name, kind, f"{space} 0x{address:x}", layer, tables.size(count)) for name, kind, space, address, count, layer in _regions(program))
-    title = f"DRAM: {tables.size(program.dram_bytes)} used; scratchpad: {tables.size(target.spm_bytes)}; accumulators: {tables.size(target.acc_bytes)}"
+    title = (
+        f"DRAM: {tables.size(program.dram_bytes)} used; scratchpad: {tables.size(target.spm_bytes)}; accumulators: {tables.size(target.acc_bytes)}"
+    )
     return (tables.grid(title, ("tensor", "kind", "address", "written by", "size"), regions, left=4),)

@@ -11,7 +11,12 @@ from isa.errors import TargetError
 from isa.target import Target, load_target
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX model.", exists=True, dir_okay=False, readable=True, show_default=False)]
-PackageFile = Annotated[Path, typer.Argument(metavar="OUT.npu", help="A package made by `npucc compile` (or demo, asm).", exists=True, dir_okay=False, readable=True, show_default=False)]
+PackageFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="OUT.npu", help="A package made by `npucc compile` (or demo, asm).", exists=True, dir_okay=False, readable=True, show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on standard output.", show_default=False)]
 TargetName = Annotated[str, typer.Option("--target", "-t", metavar="NAME|FILE.toml", help="The NPU to compile for; `npucc targets` lists them.")]
 Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Use only the first N samples.", show_default=False)]

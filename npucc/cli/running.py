@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -15,9 +15,7 @@ from npucc import tables
 from npucc.cli import options, terminal
 from npucc.feeds import Feed, open_dataset, synthetic_feeds
 from npucc.files import json_text, write_arrays, write_bytes, write_text
-
-if TYPE_CHECKING:
-    from npucc.package import Package, Result
+from npucc.package import Package, Result, load
 
 EPILOG = """\b
 Examples:
@@ -30,22 +28,30 @@ Cycles and energy do not depend on the input's values. The outputs' first axis c
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
     app.command("run", epilog=EPILOG)(run)
 
 
 def run(
     package: options.PackageFile,
     input: Annotated[Path | None, typer.Option("--input", "-i", metavar="DATA", help=f"Samples: {options.DATA_HELP}.", show_default=False)] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT.npz", help="Write the outputs, stacked along a leading sample axis.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT.npz", help="Write the outputs, stacked along a leading sample axis.", show_default=False),
+    ] = None,
     limit: options.Limit = None,
     all_layers: Annotated[bool, typer.Option("--all", help="Show every layer, in program order.", show_default=False)] = False,
     top: Annotated[int, typer.Option("--top", metavar="N", min=0, help="Show the N layers with the most cycles.")] = 10,
-    trace: Annotated[Path | None, typer.Option("--trace", metavar="TRACE.json", help="Write what each engine does when (Chrome trace format).", show_default=False)] = None,
-    dump_tensors: Annotated[Path | None, typer.Option("--dump-tensors", metavar="DIR", help="Write every named tensor of the first sample into a folder.", show_default=False)] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="TRACE.json", help="Write what each engine does when (Chrome trace format).", show_default=False)
+    ] = None,
+    dump_tensors: Annotated[
+        Path | None,
+        typer.Option("--dump-tensors", metavar="DIR", help="Write every named tensor of the first sample into a folder.", show_default=False),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Run a package and report cycles, memory traffic and energy."""
-    from npucc.package import load
 
     options.existing(input, "--input")
     options.writable(output)
@@ -71,7 +77,9 @@ def _feeds(package: Package, path: Path | None, limit: int | None) -> tuple[Iter
     return iter(dataset), len(dataset)
 
 
-def _run_all(package: Package, feeds: Iterator[Feed], count: int, *, keep: bool, dump: bool, progress: terminal.Report) -> tuple[dict[str, Any], Result]:
+def _run_all(
+    package: Package, feeds: Iterator[Feed], count: int, *, keep: bool, dump: bool, progress: terminal.Report
+) -> tuple[dict[str, Any], Result]:
     """(outputs stacked by sample, or nothing if not kept; the first sample's result)."""
     kept: dict[str, list[Any]] = {record.name: [] for record in package.program.outputs}
     first = None
@@ -97,14 +105,24 @@ def write_tensors(package: Package, result: Result, folder: Path) -> None:
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, np.ascontiguousarray(values[record.name]), allow_pickle=False)
         write_bytes(folder / file, buffer.getvalue())
-        index.append({"name": record.name, "file": file, "layer": record.layer, "dtype": record.tile.dtype, "scale": record.scale, "zero": record.zero})
+        index.append(
+            {"name": record.name, "file": file, "layer": record.layer, "dtype": record.tile.dtype, "scale": record.scale, "zero": record.zero}
+        )
     write_text(folder / "index.json", json_text(index) + "\n")
 
 
 def _report(package: Package, result: Result, *, count: int, synthetic: bool, json: bool, top: int | None) -> None:
     report = result.report.as_dict()
     if json:
-        terminal.show_json({"target": package.program.target.name, "samples": count, "input": "synthetic" if synthetic else "data", "calibration": package.calibration, **report})
+        terminal.show_json(
+            {
+                "target": package.program.target.name,
+                "samples": count,
+                "input": "synthetic" if synthetic else "data",
+                "calibration": package.calibration,
+                **report,
+            }
+        )
         return
     if synthetic:
         terminal.note("no --input: ran one made-up sample (standard normal values); cycles and energy do not depend on values")
@@ -112,4 +130,6 @@ def _report(package: Package, result: Result, *, count: int, synthetic: bool, js
         terminal.show(tables.layers(report, top=top), "")
     samples = f"{count} sample{'s' * (count != 1)}; figures are for one"
     target = package.program.target
-    terminal.show(tables.facts([("target", f"{target.name} ({target.description})"), ("ran", samples), *tables.totals(report, clock_hz=target.clock_hz)]))
+    terminal.show(
+        tables.facts([("target", f"{target.name} ({target.description})"), ("ran", samples), *tables.totals(report, clock_hz=target.clock_hz)])
+    )

@@ -7,7 +7,7 @@ onnxruntime session. Result sizes are inferred before anything runs, so a few by
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
@@ -50,6 +50,10 @@ class Constants:
 
     def __contains__(self, name: str) -> bool:
         return name in self._values or name in self._waiting or name in self._stored or name in self._sparse
+
+    def store(self, tensors: Iterable[TensorProto]) -> None:
+        """Further stored constants (a subgraph's initializers)."""
+        self._stored.update({tensor.name: tensor for tensor in tensors})
 
     def set(self, name: str, value: np.ndarray) -> None:
         self._values[name] = value

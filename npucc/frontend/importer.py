@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from npucc.errors import GraphError, ImportModelError
 from npucc.frontend.constants import NOT_CONSTANT, Constants
@@ -81,8 +81,24 @@ class _Importer:
             self.constants.defer(node)
         elif node.op_type in ("Shape", "Size"):
             self.constants.set(node.output[0], self._shape_value(node))
+        elif node.op_type == "If" and node.input[0] in self.constants:
+            self._take_branch(node)
         else:
             self._import(node)
+
+    def _take_branch(self, node: NodeProto) -> None:
+        """An If whose condition is a constant: the nodes of the branch that it picks."""
+        wanted = "then_branch" if bool(np.all(self.constants.value(node.input[0]))) else "else_branch"
+        branch: GraphProto = next(attribute.g for attribute in node.attribute if attribute.name == wanted)
+        self.constants.store(branch.initializer)
+        for number, inner in enumerate(branch.node):
+            inner.name = inner.name or f"{node.name}/{number}"
+            self._take(inner)
+        for outer, value in zip(node.output, branch.output, strict=False):
+            if value.name in self.constants:
+                self.constants.set(outer, self.constants.value(value.name))
+            else:
+                self.tensors[outer], self.types[outer] = self.tensors[value.name], self.types[value.name]
 
     def _shape_value(self, node: NodeProto) -> np.ndarray:
         shape = self.editor.tensors[self.tensors[node.input[0]]].shape

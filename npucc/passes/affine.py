@@ -14,8 +14,8 @@ import numpy as np
 
 from npucc import ops
 from npucc.graph import Editor, Node
-from npucc.passes.rewrite import Result, Rewrite, Rule, merged_sources
-from npucc.passes.values import ARITHMETIC, ChannelMap, Reals, as_function, channel_map, constant, has_bias, uniform
+from npucc.passes.rewrite import Replacement, Result, Rewrite, Rule, merged_sources
+from npucc.passes.values import ARITHMETIC, ChannelMap, Reals, as_function, channel_map, constant, has_bias, is_depthwise_1x1, uniform
 
 MAPS = frozenset({"table", "add", "sub", "mul", "div", "max", "min", "conv"})
 MATRIX = ("conv", "conv_transpose", "matmul")
@@ -190,6 +190,20 @@ def scale_to_depthwise(editor: Editor, node: Node) -> Result:
     return Rewrite((replace(node, op="conv", inputs=inputs, attributes=ops.Conv(groups=channels, clamp=attributes.clamp)),))
 
 
+def scale_after_pool(editor: Editor, node: Node) -> Result:
+    """z = max_pool(conv(x, s[C,1,1,1]))  →  z = conv(max_pool(x), s[C,1,1,1]), for s > 0: fewer elements to scale"""
+    scale = editor.producer(node.inputs[0])
+    if scale is None or not is_depthwise_1x1(editor, scale):
+        return None
+    if not editor.is_read_once(node.inputs[0]):
+        return f"the result of {scale.name!r} has other readers"
+    if np.any(constant(editor, scale.inputs[1]) <= 0):
+        return f"{scale.name!r} has a scale that is not positive"
+    build = Replacement(editor, node)
+    pooled = build.add("max_pool", scale.inputs[:1], node.attributes)
+    return build.done(build.add("conv", (pooled, *scale.inputs[1:]), scale.attributes, sources=scale.sources))
+
+
 FOLD_RULES: tuple[Rule, ...] = (
     Rule(
         "fold-into-producer",
@@ -208,10 +222,6 @@ FORWARD_RULES: tuple[Rule, ...] = (
     ),
 )
 DEPTHWISE_RULES: tuple[Rule, ...] = (
-    Rule(
-        "scale-to-depthwise",
-        frozenset({"add", "sub", "mul", "div"}),
-        scale_to_depthwise,
-        "a scale per channel is exact as a 1×1 depthwise convolution with one weight scale per channel",
-    ),
+    Rule("scale-to-depthwise", frozenset({"add", "sub", "mul", "div"}), scale_to_depthwise, "a scale per channel is exact as a 1×1 depthwise convolution"),
+    Rule("scale-after-pool", frozenset({"max_pool"}), scale_after_pool, "after the pool there are fewer elements to scale"),
 )

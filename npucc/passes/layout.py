@@ -19,6 +19,7 @@ from npucc.passes.values import ARITHMETIC, as_function
 
 Shape = tuple[int, ...]
 MOVES = ("reshape", "transpose")
+MOST_READERS = 32  # of one tensor; above this equal ones are not looked for
 
 
 def nothing_to_do(editor: Editor, node: Node) -> Result:
@@ -37,6 +38,19 @@ def nothing_to_do(editor: Editor, node: Node) -> Result:
     else:
         useless = same
     return Alias(source.name) if useless else None
+
+
+def computed_already(editor: Editor, node: Node) -> Result:
+    """y = f(x); z = f(x)  →  z = y"""
+    source = next(name for name in node.inputs if name and not editor.tensors[name].is_constant)
+    readers = editor.readers(source)
+    if not 1 < len(readers) <= MOST_READERS:
+        return None
+    for other in readers:
+        if other.name != node.name and (other.op, other.inputs, other.attributes) == (node.op, node.inputs, node.attributes):
+            same_type = (editor.tensors[other.outputs[0]].dtype == "bool") == (editor.tensors[node.outputs[0]].dtype == "bool")
+            return Alias(other.outputs[0]) if same_type else None
+    return None
 
 
 def unit_transpose(editor: Editor, node: Node) -> Result:
@@ -199,6 +213,7 @@ def clip_before_move(editor: Editor, node: Node) -> Result:
 _MOVING = frozenset({"reshape", "transpose", "slice", "expand", "concat", "pad", "table", "max_pool", "average_pool"})
 LAYOUT_RULES: tuple[Rule, ...] = (
     Rule("nothing-to-do", _MOVING, nothing_to_do, "an operation that changes nothing is dropped"),
+    Rule("computed-already", frozenset(ops.OPS), computed_already, "the same operation on the same tensors is done once"),
     Rule("unit-transpose", frozenset({"transpose"}), unit_transpose, "moving dimensions of size 1 moves no data"),
     Rule("merge-moves", frozenset({"reshape", "transpose"}), merge_moves, "two in a row are one, often none"),
     Rule("sink-below-transpose", frozenset({"transpose"}), sink_below_transpose, "reshapes and transposes meet below, and cancel"),

@@ -6,7 +6,7 @@ channel sums at once and are dropped, so that memory holds one sample only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 
 from npucc.errors import DataError, QuantizeError
-from npucc.export import to_onnx
+from npucc.export import to_onnx, unclamped_name
 from npucc.feeds import Port, check_feed
 from npucc.graph import Graph, Node
 from npucc.ops import OPS
@@ -94,21 +94,21 @@ def _channel_means(value: Array, axis: int) -> Array:
     return np.asarray(value.mean(axis=others, dtype=np.float64))
 
 
-def tensor_runner(graph: Graph, wanted: list[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    """A function from a feed to the wanted tensors."""
+def tensor_runner(graph: Graph, wanted: Sequence[str], *, before_clamp: bool = False) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """A function from a feed to the wanted tensors of a float graph by name. `before_clamp`: as they are before their node's clamp."""
     model = to_onnx(graph)
-    have = {*graph.inputs, *(value.name for value in model.graph.output)}
-    for name in wanted:
-        if name not in have:
+    names = {name: unclamped_name(graph, name) if before_clamp else name for name in wanted if name not in graph.inputs}
+    have = {value.name for value in model.graph.output}
+    for name, output in names.items():
+        if output not in have:
             tensor = graph.tensors[name]
             kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, tensor.shape))
-    computed = [name for name in wanted if name not in graph.inputs]
+            model.graph.output.append(onnx.helper.make_tensor_value_info(output, kind, tensor.shape))
     session = float_session(model)
 
     def run(feed: Mapping[str, Array]) -> dict[str, Array]:
-        values = session.run(computed, dict(feed)) if computed else []
-        return {**{name: feed[name] for name in wanted if name in feed}, **dict(zip(computed, values, strict=True))}
+        values = session.run(list(names.values()), dict(feed)) if names else []
+        return {**{name: feed[name] for name in wanted if name in feed}, **dict(zip(names, values, strict=True))}
 
     return run
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from npucc import scalar
 from npucc.arithmetic import RANGES
 from npucc.graph import Quant
 from npucc.quantize.options import QuantizeOptions
+from npucc.scalar import Expression
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -105,12 +107,12 @@ class Histogram:
         return centres, self.counts[index]
 
 
-def choose_range(histogram: Histogram, options: QuantizeOptions) -> Range:
-    """The range to cover with 8 bits, by the method of the options."""
+def choose_range(histogram: Histogram, options: QuantizeOptions, *, function: Expression = "x") -> Range:
+    """The range to cover with 8 bits, by the method of the options. `function`: what the values go through next (see `Fit`)."""
     observed = histogram.observed
     if options.method == "minmax" or observed.width < SMALLEST:
         return observed
-    return percentile_range(histogram, options.percentile) if options.method == "percentile" else least_error_range(histogram)
+    return percentile_range(histogram, options.percentile) if options.method == "percentile" else least_error_range(histogram, function)
 
 
 def percentile_range(histogram: Histogram, percentile: float) -> Range:
@@ -124,27 +126,55 @@ def percentile_range(histogram: Histogram, percentile: float) -> Range:
     return Range(min(float(low) - half, 0.0), max(float(high) + half, 0.0)).within(histogram.low, histogram.high)
 
 
-def least_error_range(histogram: Histogram) -> Range:
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Measures how well a range serves the values of a histogram.
+
+    The error is that of `function` of the values: what a tanh or hard-swish flattens anyway need not be told apart. "x" is the values' own.
+    """
+
+    centres: Array
+    counts: Array
+    function: Expression
+    wanted: Array
+
+    @classmethod
+    def of(cls, histogram: Histogram, function: Expression = "x") -> Fit:
+        centres, counts = histogram.values()
+        return cls(centres, counts, function, _through(function, centres))
+
+    def error(self, candidate: Range) -> float:
+        """Mean squared error when stored as s8 over the candidate."""
+        scale, zero = scale_and_zero(candidate, "s8")
+        stored = np.minimum(np.maximum(np.rint(self.centres / scale) + zero, -128), 127)
+        found = (stored - zero) * scale
+        if self.function != "x":
+            levels = _through(self.function, (np.arange(-128.0, 128.0) - zero) * scale)
+            found = levels[stored.astype(np.int64) + 128]
+        error = found - self.wanted
+        return float(np.dot(error * error, self.counts) / self.counts.sum())
+
+
+def _through(function: Expression, values: Array) -> Array:
+    """The function of the values, float64; where it has none, zero."""
+    if function == "x":
+        return values
+    return np.nan_to_num(scalar.evaluate(function, values.astype(np.float32)).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def least_error_range(histogram: Histogram, function: Expression = "x") -> Range:
     """The range with the least mean squared error of rounding and clipping: both ends together first, then each end alone."""
-    observed, (centres, counts) = histogram.observed, histogram.values()
+    observed, fit = histogram.observed, Fit.of(histogram, function)
 
     def best_of(candidates: Iterable[Range]) -> Range:
-        return min((each.within(observed.low, observed.high) for each in candidates), key=lambda each: squared_error(each, centres, counts))
+        return min((each.within(observed.low, observed.high) for each in candidates), key=fit.error)
 
-    best = best_of(Range(observed.low * part, observed.high * part) for part in 0.95 ** np.arange(40))
-    for step in (0.1, 0.1, 0.03, 0.03, 0.01, 0.01):
-        factors = 1 + step * np.arange(-4, 5)
+    best = best_of(Range(observed.low * part, observed.high * part) for part in (0.95**i for i in range(40)))
+    for step in (0.1, 0.1, 0.1, 0.03, 0.03, 0.01, 0.01):
+        factors = [1 + step * i for i in range(-4, 5)]
         best = best_of([Range(best.low * factor, best.high) for factor in factors])
         best = best_of([Range(best.low, best.high * factor) for factor in factors])
     return best
-
-
-def squared_error(candidate: Range, centres: Array, counts: Array) -> float:
-    """Mean squared error of the values when stored as s8 over the candidate."""
-    scale, zero = scale_and_zero(candidate, "s8")
-    stored = np.clip(np.rint(centres / scale) + zero, -128, 127)
-    error = (stored - zero) * scale - centres
-    return float(np.dot(error * error, counts) / counts.sum())
 
 
 def scale_and_zero(covered: Range, dtype: str) -> tuple[np.float32, int]:

@@ -17,8 +17,9 @@ from npucc.graph import Graph, Node, Quant
 from npucc.ops import OPS, Table
 from npucc.quantize.calibrate import Calibration, softmax_axis
 from npucc.quantize.options import QuantizeOptions
-from npucc.quantize.ranges import Histogram, Range, activation_quant, choose_range, squared_error
+from npucc.quantize.ranges import Fit, Histogram, Range, activation_quant, choose_range
 from npucc.quantize.share import Groups
+from npucc.scalar import Expression
 
 BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
 CLIPPING_MUST_PAY = 0.5  # a graph input is clipped only if that at least halves its squared error
@@ -93,7 +94,7 @@ def _covered(graph: Graph, names: Sequence[str], calibration: Calibration, moved
             extra = extra.joined(moved[name])
     if any(_is_taken_whole(graph, name) for name in names):
         return histogram.observed.joined(extra)
-    chosen = choose_range(histogram, options)
+    chosen = choose_range(histogram, options, function=_next_function(graph, names))
     if any(name in graph.inputs for name in names) and not _clipping_pays(histogram, chosen):
         chosen = histogram.observed
     return chosen.joined(extra)
@@ -113,9 +114,16 @@ def _is_whole_number(graph: Graph, name: str) -> bool:
     return np.dtype(graph.tensors[name].dtype).kind in "iu"
 
 
+def _next_function(graph: Graph, names: Sequence[str]) -> Expression:
+    """The table that all readers of a group's only tensor compute, or "x"."""
+    expressions = [node.attributes.expression if isinstance(node.attributes, Table) else "x" for node in graph.users(names[0])]
+    alone = len(names) == 1 and names[0] not in graph.outputs and expressions and all(each == expressions[0] for each in expressions)
+    return expressions[0] if alone else "x"
+
+
 def _clipping_pays(histogram: Histogram, chosen: Range) -> bool:
-    centres, counts = histogram.values()
-    return squared_error(chosen, centres, counts) < CLIPPING_MUST_PAY * squared_error(histogram.observed, centres, counts)
+    fit = Fit.of(histogram)
+    return fit.error(chosen) < CLIPPING_MUST_PAY * fit.error(histogram.observed)
 
 
 def _quant(graph: Graph, names: Sequence[str], covered: Range) -> Quant:

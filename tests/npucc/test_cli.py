@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +98,7 @@ USAGE = {
     "no such stage": (["compile", MODEL, "--dump-after", "lunch"], "'lunch' is no stage; the stages are import, "),
     "no such quantization option": (["compile", MODEL, "--quant", "flavour=mint"], "'flavour=mint' is no quantization option"),
     "no such folder": (["compile", MODEL, "-o", "no/such/folder.npu"], "the folder 'no/such' does not exist"),
+    "over the model": (["compile", MODEL, "-o", MODEL], "is the model itself"),
     "no such data": (["compile", MODEL, "--calibration", "nothere.npz"], "'nothere.npz' does not exist"),
 }
 
@@ -118,6 +118,7 @@ def faulty_files(folder: Path, package: Path) -> None:
     (folder / "junk.npu").write_bytes(b"this is no package")
     (folder / "cut.npu").write_bytes(package.read_bytes()[:5000])
     (folder / "junk.npuasm").write_text(".npu 1\njunk\n")
+    (folder / "bytes.npuasm").write_bytes(b".npu 1\n\xff\xfe")
     (folder / "junk.toml").write_text("rows = 'many'\n")
     np.savez(folder / "other.npz", picture=np.zeros((1, 3, 32, 32), np.float32))
     np.savez(folder / "nan.npz", image=np.full((1, 3, 32, 32), np.nan, np.float32))
@@ -129,12 +130,17 @@ FAULTS = {
     "cut package": (["inspect", "cut.npu"], "cut.npu: the zip container is damaged or cut short"),
     "junk text": (["asm", "junk.npuasm"], "junk.npuasm:2:1: "),
     "junk text to check": (["check", "junk.npuasm"], "junk.npuasm:2:1: "),
+    "bytes for text": (["asm", "bytes.npuasm"], "bytes.npuasm: byte 7 is not UTF-8 text"),
+    "bytes for text to check": (["check", "bytes.npuasm"], "bytes.npuasm: byte 7 is not UTF-8 text"),
     "junk target": (["compile", MODEL, "--target", "junk.toml"], "junk.toml: rows is 'many'"),
     "other input": (["run", "shapes.npu", "--input", "other.npz"], "other.npz: there is no array 'image'; the file holds 'picture'"),
     "not a number": (["run", "shapes.npu", "--input", "nan.npz", "-o", "out.npz"], "nan.npz, sample 0: input 'image' is nan at [0, 0, 0, 0]"),
     "other shape": (["compile", MODEL, "--shape", "image=1,3,64,64"], "shape (1, 3, 64, 64) does not fit input 'image'"),
     "pruning": (["compile", MODEL, "--prune", "2:4"], "pruning ('2:4') is not available yet"),
-    "junk reference": (["eval", "shapes.npu", "--reference", "junk.onnx", "--data", SAMPLES], "junk.onnx: onnxruntime can't load the reference model"),
+    "junk reference": (
+        ["eval", "shapes.npu", "--reference", "junk.onnx", "--data", SAMPLES],
+        "junk.onnx: onnxruntime can't load the reference model",
+    ),
 }
 
 
@@ -171,6 +177,15 @@ def test_a_reader_that_has_seen_enough_is_no_error(demo_file: Path) -> None:
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == ".npu 1\n"
     assert done.stderr == ""
+
+
+def test_a_terminal_without_our_characters(demo_file: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "npucc", "inspect", str(demo_file), "--layers"], env=environment, capture_output=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"stem/conv" in done.stdout
 
 
 # compile
@@ -416,7 +431,15 @@ def test_demo(npucc_command: Npucc, tmp_path: Path) -> None:
 def test_only_the_demos_own_data_is_needed(tmp_path: Path) -> None:
     """As a new user runs it: another process, another folder, nothing in the environment."""
     environment = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "PYTHONPATH")}
-    done = subprocess.run([sys.executable, "-m", "npucc", "demo", "--limit", "2", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "npucc", "demo", "--limit", "2", "--json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     check_report(json.loads(done.stdout))
 

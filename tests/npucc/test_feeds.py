@@ -44,7 +44,8 @@ def test_rows_are_taken_in_groups_where_the_model_has_a_batch(tmp_path: Path) ->
     dataset = open_dataset(write(tmp_path / "a.npz", x=x, labels=np.arange(6)), [Port("x", (3, 2))])
     samples = list(dataset.samples())
     assert [sample.feed["x"].tolist() for sample in samples] == [x[:3].tolist(), x[3:].tolist()]
-    assert samples[1].labels is not None and samples[1].labels.tolist() == [3, 4, 5]
+    assert samples[1].labels is not None
+    assert samples[1].labels.tolist() == [3, 4, 5]
 
 
 def test_rows_that_fill_no_batch_are_refused(tmp_path: Path) -> None:
@@ -68,7 +69,8 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
 def test_fortran_order_is_read_right(tmp_path: Path) -> None:
     x = np.asfortranarray(np.arange(2 * 48, dtype=np.float32).reshape(2, 3, 4, 4))
     (first, second) = open_dataset(write(tmp_path / "a.npz", x=x), [X])
-    assert np.array_equal(second["x"][0], x[1]) and np.array_equal(first["x"][0], x[0])
+    assert np.array_equal(second["x"][0], x[1])
+    assert np.array_equal(first["x"][0], x[0])
 
 
 def test_samples_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +92,10 @@ def test_samples_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"y": np.zeros((1, 3, 4, 4))}, r"there is no array 'x'; the file holds 'y'"),
-    "shape": ({"x": np.zeros((1, 3, 5, 4))}, r"array 'x' has shape \[1, 3, 5, 4\]\n  hint: expected \[samples,1,3,4,4\] for input x float32\[1,3,4,4\]"),
+    "shape": (
+        {"x": np.zeros((1, 3, 5, 4))},
+        r"array 'x' has shape \[1, 3, 5, 4\]\n  hint: expected \[samples,1,3,4,4\] for input x float32\[1,3,4,4\]",
+    ),
     "empty": ({"x": np.zeros((0, 3, 4, 4))}, r"there are no samples"),
     "text": ({"x": np.zeros((1, 3, 4, 4), "U4")}, r"array 'x' holds <U4\n  hint: samples and labels are plain numbers"),
     "labels": ({"x": np.zeros((2, 3, 4, 4)), "labels": np.zeros(3, int)}, r"labels have shape \[3\] for 2 samples"),
@@ -145,27 +150,28 @@ def test_damaged_bytes(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[300] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(DataError, match="not a readable .npz file"):
+    with pytest.raises(DataError, match=r"not a readable \.npz file"):
         list(open_dataset(path, [X]))
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 no zip either"])
 def test_no_zip_at_all(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(DataError, match="not a readable .npz file"):
+    with pytest.raises(DataError, match=r"not a readable \.npz file"):
         open_dataset(tmp_path / "a.npz", [X])
 
 
 def test_no_such_file_and_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         open_dataset(tmp_path / "a.npz", [X])
-    with pytest.raises(DataError, match="holds no .npz file"):
+    with pytest.raises(DataError, match=r"holds no \.npz file"):
         open_dataset(tmp_path, [X])
 
 
 def test_check_feed_takes_what_fits() -> None:
     feed = check_feed({"x": np.zeros((1, 3, 4, 4)), "ids": [[1, 2, 3, 4, 5, 6, 7, 8]]}, [X, IDS])
-    assert feed["x"].dtype == np.float32 and feed["ids"].dtype == np.int64
+    assert feed["x"].dtype == np.float32
+    assert feed["ids"].dtype == np.int64
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,9 @@ def test_what_is_saved_is_what_was_compiled(demo_package: npucc.Package, tmp_pat
 
 def test_the_text_is_the_program(demo_package: npucc.Package) -> None:
     assert isa.parse_program(demo_package.text) == isa.parse_program(isa.format_program(demo_package.program))
-    assert demo_package.instructions == sum(line.startswith("  ") and line.split()[0] not in ("loop", "end") for line in demo_package.text.splitlines())
+    assert demo_package.instructions == sum(
+        line.startswith("  ") and line.split()[0] not in ("loop", "end") for line in demo_package.text.splitlines()
+    )
 
 
 def test_run_many_is_lazy_and_in_order(demo_package: npucc.Package) -> None:

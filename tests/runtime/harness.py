@@ -59,7 +59,8 @@ def execute(
         if given is None and operand is not spec.operands[0]:
             continue
         shape, dtype = result if given is None else (given.shape, next(key for key, value in NUMPY.items() if value == given.dtype))
-        tile = Tile(operand.spaces[0], place[operand.spaces[0]], dtype, shape, padded_strides(shape, dtype, gap if operand.name not in constant else 0))
+        strides = padded_strides(shape, dtype, gap if operand.name not in constant else 0)
+        tile = Tile(operand.spaces[0], place[operand.spaces[0]], dtype, shape, strides)
         place[operand.spaces[0]] = tile.extent()[1] + (-tile.extent()[1] % 16) + 16
         if given is not None and operand.name in constant:
             source = Tile.dense("dram", 1 << 16 | len(tiles) << 18, dtype, shape)
@@ -74,7 +75,8 @@ def execute(
     binder = Binder(program(layer("only", *steps), constants=(1 << 16, 1 << 20)), memories, {}, known_order=True)
     for number, step in enumerate(steps):
         binder.bind(number, Step(make_line(step), (), 0))()
-    return memories[tiles[0].space].view(tiles[0], tiles[0].address).copy()
+    got: Array = memories[tiles[0].space].view(tiles[0], tiles[0].address).copy()
+    return got
 
 
 def _expanded(tile: Tile, shape: tuple[int, ...]) -> Tile:

@@ -32,7 +32,7 @@ def nhwc(address: int, channels: int, height: int, width: int, *, space: str = "
     return Tile(space, address, dtype, (1, channels, height, width), (height * width * channels, 1, width * channels, channels))
 
 
-def conv_program(*, rows: int = 8, tiles: int = 4, cut: bool = False) -> tuple[Program, bytes, np.ndarray[Any, Any]]:
+def conv_program(*, rows: int = 8, tiles: int = 4) -> tuple[Program, bytes, np.ndarray[Any, Any]]:
     """A 3x3 convolution of 8 channels over row tiles, ping and pong, then a ReLU layer that reads what it stored; the weights."""
     rng = np.random.default_rng(2)
     weights, bias = integers(rng, (3, 3, 8, 8)), rng.integers(-9000, 9000, 8).astype(np.int32)
@@ -54,14 +54,16 @@ def conv_program(*, rows: int = 8, tiles: int = 4, cut: bool = False) -> tuple[P
         source = Tile.dense("dram", first * line, "s8", (count, 10, 8))
         x, y = Tile.dense("spm", slot, "s8", (count, 10, 8)), Tile.dense("acc", slot, "s32", (rows, 10, 8))
         result = Tile.dense("spm", 0x4000 + slot, "s8", (rows, 10, 8))
-        w, b, s = (Tile.dense("spm", address, dtype, shape) for address, dtype, shape in ((0x8000, "s8", (3, 3, 8, 8)), (0x9000, "s32", (8,)), (0x9100, "f32", (8,))))
-        once = (ld,) if index == 0 else ()
-        again = index >= 2
+        stored = Tile.dense("dram", 0x10000 + index * rows * line, "s8", (rows, 10, 8))
+        w, b = Tile.dense("spm", 0x8000, "s8", (3, 3, 8, 8)), Tile.dense("spm", 0x9000, "s32", (8,))
+        s = Tile.dense("spm", 0x9100, "f32", (8,))
+        once, again, more = (ld,) * (index == 0), index >= 2, index < tiles - 2
+        conv = instruction("conv", y, x, w, b, pad=(top, 1, bottom, 1), zero=-3)
         return [
-            after(instruction("ld", x, source), waits=(mm,) if again else (), signals=(mm,)),
-            after(instruction("conv", y, x, w, b, pad=(top, 1, bottom, 1), zero=-3), waits=(ld, vec) if again else (ld,), signals=(ld, vec) if index < tiles - 2 else (vec,)),
-            after(instruction("requant", result, y, s, zero=4), waits=(mm, *once) + ((st,) if again else ()), signals=(mm, st) if index < tiles - 2 else (st,)),
-            after(instruction("st", Tile.dense("dram", 0x10000 + index * rows * line, "s8", (rows, 10, 8)), result), waits=(vec,), signals=(vec,) if index < tiles - 2 else (ld,) * (index == tiles - 1)),
+            after(instruction("ld", x, source), waits=(mm,) * again, signals=(mm,)),
+            after(conv, waits=(ld, *(vec,) * again), signals=(*(ld,) * more, vec)),
+            after(instruction("requant", result, y, s, zero=4), waits=(mm, *once, *(st,) * again), signals=(*(mm,) * more, st)),
+            after(instruction("st", stored, result), waits=(vec,), signals=(vec,) if more else (ld,) * (index == tiles - 1)),
         ]
 
     whole = Tile.dense("spm", 0xA000, "s8", (height, 10, 8))
@@ -70,12 +72,20 @@ def conv_program(*, rows: int = 8, tiles: int = 4, cut: bool = False) -> tuple[P
         after(instruction("max", whole, whole, qa=(0.1, 4), qy=(0.1, 4), imm=0.0), waits=(ld,), signals=(st,)),
         after(instruction("st", Tile.dense("dram", 0x20000, "s8", whole.shape), whole), waits=(vec,)),
     )
+    first = loads + tuple(itertools.chain(*(tile_of_rows(index) for index in range(tiles))))
     built = program(
-        Layer("conv", "conv", ("Conv_0",), 0, loads + tuple(itertools.chain(*(tile_of_rows(index) for index in range(tiles))))), Layer("relu", "max", ("Relu_1",), 0, second),
-        target=TARGET, inputs=(TensorRecord("image", nhwc(0, 8, height, 10), 0.05, -3),), outputs=(TensorRecord("out", nhwc(0x20000, 8, height, 10), 0.1, 4),),
-        tensors=(TensorRecord("image_again", nhwc(0, 8, height, 10), 0.05, -3), TensorRecord("middle", nhwc(0x10000, 8, height, 10), 0.1, 4, layer="conv")),
-        constants=(0x40000, len(constants)), dram_bytes=0x41000,
-    )  # fmt: skip
+        Layer("conv", "conv", ("Conv_0",), 0, first),
+        Layer("relu", "max", ("Relu_1",), 0, second),
+        target=TARGET,
+        inputs=(TensorRecord("image", nhwc(0, 8, height, 10), 0.05, -3),),
+        outputs=(TensorRecord("out", nhwc(0x20000, 8, height, 10), 0.1, 4),),
+        tensors=(
+            TensorRecord("image_again", nhwc(0, 8, height, 10), 0.05, -3),
+            TensorRecord("middle", nhwc(0x10000, 8, height, 10), 0.1, 4, layer="conv"),
+        ),
+        constants=(0x40000, len(constants)),
+        dram_bytes=0x41000,
+    )
     return built, constants, weights
 
 
@@ -110,7 +120,7 @@ def test_a_tiled_convolution_end_to_end(image: Any) -> None:
         np.testing.assert_array_equal(run.tensors["image_again"][0], np.clip(np.rint(image[0] / np.float32(0.05)) - 3, -128, 127))
     assert machine.run({"image": image}, dump={"middle"}).tensors.keys() == {"middle"}
     seen: list[str] = []
-    machine.run({"image": image}, dump=lambda record, stored: seen.append(record.name))
+    machine.run({"image": image}, dump=lambda record, _: seen.append(record.name))
     assert seen == ["image_again", "middle"]
     with pytest.raises(RuntimeFault, match="no tensor 'nowhere'"):
         machine.run({"image": image}, dump={"nowhere"})
@@ -133,7 +143,11 @@ def test_a_missing_event_is_found_by_random_order(image: Any) -> None:
 
     def loosen(item: Instruction | Loop) -> Instruction | Loop:
         assert isinstance(item, Instruction)
-        return replace(item, waits=tuple(event for event in item.waits if event.queue != "st"), signals=tuple(event for event in item.signals if event.queue != "ld" or item.name != "st"))
+        return replace(
+            item,
+            waits=tuple(event for event in item.waits if event.queue != "st"),
+            signals=tuple(event for event in item.signals if event.queue != "ld" or item.name != "st"),
+        )
 
     layers = tuple(replace(each, body=tuple(loosen(item) for item in each.body)) for each in built.layers)
     broken = Machine(replace(built, layers=layers), constants)
@@ -157,7 +171,13 @@ def test_many_samples_on_several_machines(image: Any) -> None:
 def copy_program(record: TensorRecord, output: TensorRecord) -> Program:
     """A program that moves its input to its output."""
     flat = Tile.dense("spm", 0, record.tile.dtype, record.tile.shape)
-    return program(layer("copy", instruction("ld", flat, record.tile), instruction("st", output.tile, flat)), target=TARGET, inputs=(record,), outputs=(output,), dram_bytes=4096)
+    return program(
+        layer("copy", instruction("ld", flat, record.tile), instruction("st", output.tile, flat)),
+        target=TARGET,
+        inputs=(record,),
+        outputs=(output,),
+        dram_bytes=4096,
+    )
 
 
 def copied(value: Any, *, dtype: str, outside: str, scale: float = 1.0, zero: int = 0) -> tuple[Any, Any]:
@@ -299,9 +319,15 @@ def test_a_wait_before_its_signal_in_the_text_holds_its_queue_back() -> None:
     vec, ld = Event("vec"), Event("ld")
     source = Tile.dense("dram", 0, "s8", (16,))
     built = program(
-        layer("late", after(instruction("fill", GOOD, value=5.0), waits=(ld,)), instruction("fill", replace(GOOD, address=16), value=6.0), after(instruction("ld", GOOD, source), signals=(vec,))),
-        target=TARGET, dram_bytes=4096,
-    )  # fmt: skip
+        layer(
+            "late",
+            after(instruction("fill", GOOD, value=5.0), waits=(ld,)),
+            instruction("fill", replace(GOOD, address=16), value=6.0),
+            after(instruction("ld", GOOD, source), signals=(vec,)),
+        ),
+        target=TARGET,
+        dram_bytes=4096,
+    )
     assert program_order(unrolled(built)) == [2, 0, 1]
 
 
@@ -329,9 +355,18 @@ def test_results_over_their_own_operands() -> None:
     wide, narrow = Tile.dense("spm", 0, "s32", (1, 16)), Tile.dense("spm", 0, "s8", (1, 16))
     shifted = Tile.dense("spm", 4, "s8", (1, 16))
     built = program(
-        layer("in place", instruction("ld", wide, source), instruction("requant", narrow, wide, scale=2.0), instruction("cvt", shifted, narrow), instruction("st", Tile.dense("dram", 512, "s8", (1, 16)), shifted)),
-        target=TARGET, inputs=(TensorRecord("x", source, 1.0, 0, dtype="int32"),), outputs=(TensorRecord("y", Tile.dense("dram", 512, "s8", (1, 16)), 1.0, 0),), dram_bytes=4096,
-    )  # fmt: skip
+        layer(
+            "in place",
+            instruction("ld", wide, source),
+            instruction("requant", narrow, wide, scale=2.0),
+            instruction("cvt", shifted, narrow),
+            instruction("st", Tile.dense("dram", 512, "s8", (1, 16)), shifted),
+        ),
+        target=TARGET,
+        inputs=(TensorRecord("x", source, 1.0, 0, dtype="int32"),),
+        outputs=(TensorRecord("y", Tile.dense("dram", 512, "s8", (1, 16)), 1.0, 0),),
+        dram_bytes=4096,
+    )
     assert Machine(built).run({"x": values[None]}).raw["y"].tolist() == [(2 * values).tolist()]
 
 
@@ -352,8 +387,11 @@ def test_weights_that_are_overwritten_are_not_taken_for_constants() -> None:
     out = Tile.dense("dram", 256, "s16", (3,))
     built = program(
         layer("convs", load, ones, *conv(0, 0), change, *conv(0, 4), load, *conv(3, 8), instruction("st", out, Tile("spm", 128, "s16", (3,), (4,)))),
-        target=TARGET, outputs=(TensorRecord("y", out, 1.0, 0),), constants=(0, 8), dram_bytes=4096,
-    )  # fmt: skip
+        target=TARGET,
+        outputs=(TensorRecord("y", out, 1.0, 0),),
+        constants=(0, 8),
+        dram_bytes=4096,
+    )
     assert Machine(built, weights.tobytes()).run({}).raw["y"].tolist() == [1 + 2 + 3 + 4, 1 + 2 + 100 + 4, 4 + 5 + 6 + 7]
 
 
@@ -364,8 +402,13 @@ def test_constants_that_the_program_stores_over() -> None:
     conv = instruction("conv", y, Tile.dense("spm", 64, "s8", (1, 1, 4)), Tile.dense("spm", 0, "s8", (1, 1, 4, 1)))
     result = Tile.dense("spm", 128, "s8", (1, 1, 1))
     store = instruction("st", Tile.dense("dram", 0, "s8", (1, 1, 1)), result)
-    built = program(layer("twice", load, ones, conv, instruction("requant", result, y), store, load, conv, instruction("requant", result, y), store),
-                    target=TARGET, outputs=(TensorRecord("y", Tile.dense("dram", 0, "s8", (1,)), 1.0, 0),), constants=(0, 4), dram_bytes=4096)  # fmt: skip
+    built = program(
+        layer("twice", load, ones, conv, instruction("requant", result, y), store, load, conv, instruction("requant", result, y), store),
+        target=TARGET,
+        outputs=(TensorRecord("y", Tile.dense("dram", 0, "s8", (1,)), 1.0, 0),),
+        constants=(0, 4),
+        dram_bytes=4096,
+    )
     machine = Machine(built, bytes([1, 2, 3, 4]))
     for _ in range(2):
         assert machine.run({}).raw["y"].tolist() == [10 + 2 + 3 + 4]
@@ -388,7 +431,9 @@ def test_views_share_the_memory() -> None:
 
 
 def test_the_runtime_needs_neither_the_compiler_nor_onnx() -> None:
-    code = "import sys, runtime; print(sorted({name.partition('.')[0] for name in sys.modules} & {'npucc', 'onnx', 'onnxruntime', 'networkx', 'lark'}))"
+    code = (
+        "import sys, runtime; print(sorted({name.partition('.')[0] for name in sys.modules} & {'npucc', 'onnx', 'onnxruntime', 'networkx', 'lark'}))"
+    )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, timeout=60)
     assert done.stdout.strip() in ("[]", "['lark']")

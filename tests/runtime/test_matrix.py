@@ -19,7 +19,17 @@ def wrap(values: Array) -> Array:
     return values.astype(np.int64).astype(np.int32)
 
 
-def conv_oracle(x: Array, w: Array, outputs: tuple[int, int], *, stride: Any = (1, 1), dilation: Any = (1, 1), pad: Any = (0, 0, 0, 0), zero: int = 0, groups: int = 1) -> Array:
+def conv_oracle(
+    x: Array,
+    w: Array,
+    outputs: tuple[int, int],
+    *,
+    stride: Any = (1, 1),
+    dilation: Any = (1, 1),
+    pad: Any = (0, 0, 0, 0),
+    zero: int = 0,
+    groups: int = 1,
+) -> Array:
     """int64 sums, element by element, straight from the table's sentence."""
     height, width, channels = x.shape
     share, per_group = w.shape[2], w.shape[3] // groups
@@ -43,11 +53,23 @@ def convolutions(draw: st.DrawFn, *, grouped: bool) -> dict[str, Any]:
     extra = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
     size = [max(1, (outputs[a] - 1) * stride[a] + (kernel[a] - 1) * dilation[a] + 1 - pad[a] - pad[a + 2] + extra[a]) for a in (0, 1)]
     return {
-        "kernel": kernel, "stride": stride, "dilation": dilation, "pad": pad, "outputs": outputs, "size": tuple(size), "zero": draw(st.integers(-128, 127)),
-        "groups": draw(st.integers(2, 3)) if grouped else 1, "share": draw(st.sampled_from([1, 3, 30] if grouped else [1, 5, 70])), "per_group": draw(st.integers(1, 5)),
-        "gap": draw(st.sampled_from([0, 3])), "dtype": draw(st.sampled_from(["s8", "s16"])), "constant": draw(st.booleans()), "bias": draw(st.booleans()),
-        "accumulate": draw(st.integers(0, 1)), "seed": draw(st.integers(0, 2**32)),
-    }  # fmt: skip
+        "kernel": kernel,
+        "stride": stride,
+        "dilation": dilation,
+        "pad": pad,
+        "outputs": outputs,
+        "size": tuple(size),
+        "zero": draw(st.integers(-128, 127)),
+        "groups": draw(st.integers(2, 3)) if grouped else 1,
+        "share": draw(st.sampled_from([1, 3, 30] if grouped else [1, 5, 70])),
+        "per_group": draw(st.integers(1, 5)),
+        "gap": draw(st.sampled_from([0, 3])),
+        "dtype": draw(st.sampled_from(["s8", "s16"])),
+        "constant": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "accumulate": draw(st.integers(0, 1)),
+        "seed": draw(st.integers(0, 2**32)),
+    }
 
 
 def check_conv(case: dict[str, Any]) -> None:
@@ -65,7 +87,9 @@ def check_conv(case: dict[str, Any]) -> None:
         operands["b"] = start = rng.integers(-(2**31), 2**31, outputs).astype(np.int32)
     geometry = {name: case[name] for name in ("stride", "dilation", "pad", "zero", "groups")}
     constant = ("w",) if case["constant"] else ()
-    got = execute("conv", operands, result=(before.shape, "s32"), before=before, gap=case["gap"], constant=constant, accumulate=case["accumulate"], **geometry)
+    got = execute(
+        "conv", operands, result=(before.shape, "s32"), before=before, gap=case["gap"], constant=constant, accumulate=case["accumulate"], **geometry
+    )
     np.testing.assert_array_equal(got, wrap(start + conv_oracle(x, w, case["outputs"], **geometry)))
 
 
@@ -99,7 +123,16 @@ def test_dwconv(case: dict[str, Any]) -> None:
 
 
 @SETTINGS
-@given(st.integers(1, 20), st.integers(1, 600), st.integers(1, 20), st.integers(-128, 127), st.integers(-128, 127), st.sampled_from(["s8", "s16"]), st.booleans(), st.integers(0, 2**32))
+@given(
+    st.integers(1, 20),
+    st.integers(1, 600),
+    st.integers(1, 20),
+    st.integers(-128, 127),
+    st.integers(-128, 127),
+    st.sampled_from(["s8", "s16"]),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
 def test_matmul(m: int, k: int, n: int, za: int, zb: int, dtype: str, constant: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b, c = integers(rng, (m, k), dtype), integers(rng, (k, n)), integers(rng, (n,), "s32")
@@ -161,6 +194,6 @@ def test_wide_taps_of_dwconv_are_exact() -> None:
     ],
 )
 def test_operands_that_do_not_fit_are_refused(result: tuple[int, ...], attributes: dict[str, Any], message: str) -> None:
-    operands = {"x": np.zeros((5, 5, 3), np.int8), "w": np.zeros((3, 3, 3, 2), np.int8), "b": np.zeros(2, np.int32)}
+    operands: dict[str, Array] = {"x": np.zeros((5, 5, 3), np.int8), "w": np.zeros((3, 3, 3, 2), np.int8), "b": np.zeros(2, np.int32)}
     with pytest.raises(RuntimeFault, match=message):
         execute("conv", operands, result=(result, "s32"), **attributes)

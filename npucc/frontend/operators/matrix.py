@@ -78,8 +78,8 @@ def _transpose_attributes(node: NodeImport, kernel: tuple[int, int], groups: int
     if wanted is None and mode == "VALID":
         return ops.ConvTranspose(strides, (0, 0, 0, 0), dilations, groups, output_padding)
     target = as_pair(wanted[-(node.rank() - 2) :], 1) if wanted else (size[0] * strides[0], size[1] * strides[1])
-    missing = (max(0, target[0] - full[0]), max(0, target[1] - full[1]))
-    output_padding = (output_padding[0] + missing[0], output_padding[1] + missing[1])
+    if wanted:  # a larger size is reached by padding; auto_pad leaves it smaller, as onnxruntime does
+        output_padding = (output_padding[0] + max(0, target[0] - full[0]), output_padding[1] + max(0, target[1] - full[1]))
     total = [max(0, full[i] - target[i]) for i in (0, 1)]
     small = (total[0] // 2, total[1] // 2)
     large = (total[0] - small[0], total[1] - small[1])

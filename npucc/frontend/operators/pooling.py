@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from npucc import ops
 from npucc.frontend.node import Importer, NodeImport
 from npucc.frontend.operators.windows import Windows, in_2d, read_windows
@@ -35,7 +39,19 @@ def _average(node: NodeImport, x: str, windows: Windows, include: bool) -> str:
         windows = Windows(windows.kernel, windows.strides, windows.dilations, extra=windows.extra)
         include = False
     include = include and any(windows.pads)
+    if windows.dilations != (1, 1):
+        return _dilated_average(node, x, windows, include)
     return node.emit("average_pool", (x,), ops.Pool(windows.kernel, windows.strides, windows.pads, windows.dilations, include))
+
+
+def _dilated_average(node: NodeImport, x: str, windows: Windows, include: bool) -> str:
+    """As a depthwise convolution with equal weights, which can't leave padding out of the mean."""
+    if any(windows.pads) and not include:
+        raise node.refuse("has dilations and padding that is not counted")
+    channels = node.shape_of(x)[1]
+    weights = np.full((channels, 1, *windows.kernel), 1 / math.prod(windows.kernel))
+    attributes = ops.Conv(windows.strides, windows.pads, windows.dilations, channels)
+    return node.emit("conv", (x, node.new_constant(weights, "weights")), attributes)
 
 
 def global_average_pool(node: NodeImport) -> str:

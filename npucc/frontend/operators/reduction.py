@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from onnx import TensorProto
+
 from npucc import ops, scalar
 from npucc.frontend.node import Importer, NodeImport
 
@@ -12,6 +14,8 @@ from npucc.frontend.node import Importer, NodeImport
 def _axes(node: NodeImport) -> list[int]:
     """The axes to reduce over, non-negative. None given means all, unless noop_with_empty_axes is set."""
     rank = node.rank()
+    if node.element_type(0) == TensorProto.BOOL:
+        raise node.refuse("reduces booleans", hint="cast them to float first")
     axes = node.integers_of("axes", 1)
     if not axes:
         return [] if node.integer("noop_with_empty_axes", 0) else list(range(rank))

@@ -23,10 +23,12 @@ class _Request:
 
 
 def upsample(node: NodeImport) -> str:
-    """Upsample, and Resize of opset 10: scales only, asymmetric coordinates, rounded down."""
+    """Upsample, and Resize of opset 10: scales only, asymmetric coordinates, rounded down (up where it shrinks, as in onnxruntime)."""
     scales = [float(scale) for scale in (node.attribute("scales", None) or ())] or [float(scale) for scale in node.floats(1, "scales").reshape(-1)]
     sizes = [int(size * scale) for size, scale in zip(node.shape(0), scales, strict=True)]
-    return _resize(node, _Request(sizes, scales, node.word("mode", "nearest"), "asymmetric", "floor"))
+    if len({scale < 1 for scale in scales if scale != 1}) > 1:
+        raise node.refuse(f"enlarges one dimension and shrinks another (scales {scales})", hint="export the model with opset 11 or later")
+    return _resize(node, _Request(sizes, scales, node.word("mode", "nearest"), "asymmetric", "ceil" if min(scales) < 1 else "floor"))
 
 
 def resize(node: NodeImport) -> str:
