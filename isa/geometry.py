@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from isa.program import DTYPES, Tile
 
-MAXIMUM_RUNS = 1 << 20  # tiles with more runs that do not nest are taken to overlap
+MAXIMUM_RUNS = 1 << 17  # tiles with more runs that do not nest are taken to overlap
 
 Dimensions = tuple[tuple[int, int], ...]
 

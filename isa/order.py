@@ -96,6 +96,7 @@ class _Walk:
         self.signals: dict[Channel, deque[Clock]] = {}
         self.signallers: dict[Channel, Instruction] = {}
         self.reported: set[tuple[int, ...]] = set()
+        self.looked_up: set[tuple[str, int, int]] = set()  # strided tiles whose runs were all found written, or reported
         self.memories = {space: _Memory() for space in ("dram", "spm", "acc")}
         dram = self.memories["dram"].written
         dram.add(program.constants_address, program.constants_address + program.constants_bytes)
@@ -141,18 +142,21 @@ class _Walk:
 
     def require_written(self, step: Step, access: Access, low: int, written: Coverage) -> None:
         """Report a read of bytes that no earlier instruction wrote. Strided tiles are looked up run by run."""
-        key = (0, id(step.instruction), step.accesses.index(access))
+        place = (access.tile.space, low, id(access.footprint))
+        key = (0, id(step.instruction), id(access))
+        if place in self.looked_up or key in self.reported:
+            return
+        self.looked_up.add(place)
         runs = ((start, start + access.footprint.run) for start in _run_addresses(access.footprint, low))
         missing = next((written.first_missing(*run) for run in runs if not written.covers(*run)), None)
-        if missing is None or key in self.reported:
+        if missing is None:
             return
         self.reported.add(key)
-        space = access.tile.space
-        place = f"{print_place(access.tile)}, but nothing has written the bytes from {print_address(missing)} of {space}"
+        what = f"{print_place(access.tile)}, but nothing has written the bytes from {print_address(missing)} of {access.tile.space}"
         self.findings.append(
             finding(
                 step.instruction,
-                f"{step.instruction.name} reads {place}",
+                f"{step.instruction.name} reads {what}",
                 "write them first (ld, fill, or an instruction before this one), or correct the address or the strides",
             )
         )

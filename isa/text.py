@@ -28,6 +28,7 @@ VERSION = 1
 MAXIMUM_TEXT = 64 << 20  # characters
 MAXIMUM_LINES = 200_000
 MAXIMUM_LINE = 1 << 16  # characters
+CHUNK = 1 << 16  # characters that are read at once, at least
 MAXIMUM_LOOP_COUNT = 1_000_000
 MAXIMUM_DYNAMIC = 5_000_000  # instructions after unrolling
 OUTSIDE_DTYPES = (
@@ -56,11 +57,25 @@ def _grammar() -> Lark:
 def parse_program(text: str, *, file: str = "") -> Program:
     """Read a whole program. Raises ParseError at the first mistake, with its line and column."""
     _bound_size(text, file)
-    try:
-        tree = _grammar().parse(text)
-    except UnexpectedInput as error:
-        raise _syntax_error(error, text, file) from None
-    return _Reader(file).read(tree)
+    reader = _Reader(file)
+    for above, chunk in _chunks(text):
+        try:
+            tree = _grammar().parse(chunk)
+        except UnexpectedInput as error:
+            raise _syntax_error(error, chunk, file, above) from None
+        reader.read(tree, above)
+    return reader.program()
+
+
+def _chunks(text: str) -> Iterator[tuple[int, str]]:
+    """(number of lines above, some whole lines): each line stands alone, so a mistake is met before all of a huge text is in memory."""
+    lines = text.split("\n")
+    first = size = 0
+    for number, line in enumerate(lines):
+        size += len(line)
+        if size > CHUNK or number == len(lines) - 1:
+            yield first, "\n".join(lines[first : number + 1])
+            first, size = number + 1, 0
 
 
 def _bound_size(text: str, file: str) -> None:
@@ -75,7 +90,7 @@ def _bound_size(text: str, file: str) -> None:
                 raise ParseError(f"the line has {len(line)} characters", file=file, line=number, hint=f"a line has at most {MAXIMUM_LINE} characters")
 
 
-def _syntax_error(error: UnexpectedInput, text: str, file: str) -> ParseError:
+def _syntax_error(error: UnexpectedInput, text: str, file: str, above: int) -> ParseError:
     """Say what stands there and what the grammar would have taken."""
     given: int | None = error.pos_in_stream  # None or -1 at the end of the text
     position = len(text) if given is None or given < 0 else given
@@ -96,7 +111,7 @@ def _syntax_error(error: UnexpectedInput, text: str, file: str) -> ParseError:
         message, hint = _unknown_instruction(before[0])
     else:
         message, hint = _describe_syntax(found, expected, starts_line=not before)
-    return ParseError(message, file=file, line=line, column=column, hint=hint)
+    return ParseError(message, file=file, line=above + line, column=column, hint=hint)
 
 
 def _describe_syntax(found: str, expected: set[str], *, starts_line: bool) -> tuple[str, str]:
@@ -117,12 +132,11 @@ def _unknown_instruction(mnemonic: str) -> tuple[str, str]:
 class _Block:
     """A layer or loop whose lines are still being read."""
 
-    __slots__ = ("body", "dynamic", "fields", "repeats", "token")
+    __slots__ = ("body", "column", "fields", "line", "repeats")
 
-    def __init__(self, token: Token, fields: dict[str, Any], repeats: int):
-        self.token, self.fields, self.repeats = token, fields, repeats
+    def __init__(self, line: int, column: int, fields: dict[str, Any], repeats: int):
+        self.line, self.column, self.fields, self.repeats = line, column, fields, repeats
         self.body: list[Instruction | Loop] = []
-        self.dynamic = 0
 
 
 class _Reader:
@@ -130,13 +144,17 @@ class _Reader:
 
     def __init__(self, file: str):
         self.file = file
+        self.above = 0  # lines of the text above those that are being read
         self.header: dict[str, Any] = {}
+        self.names: set[tuple[str, str]] = set()
         self.records: dict[str, list[TensorRecord]] = {".input": [], ".output": [], ".tensor": []}
         self.layers: list[Layer] = []
         self.blocks: list[_Block] = []
         self.dynamic = 0
 
-    def read(self, tree: Tree[Token]) -> Program:
+    def read(self, tree: Tree[Token], above: int) -> None:
+        """Take in some lines; `above` is the number of lines before them."""
+        self.above = above
         handlers: dict[str, Callable[[list[Token]], None]] = {
             rule: getattr(self, f"read_{rule}") for rule in ("version", "source", "target", "memory", "tensor", "layer", "loop", "end", "instruction")
         }
@@ -146,10 +164,10 @@ class _Reader:
                 handlers[line.data](line.children)  # type: ignore[arg-type]
             except TargetError as error:
                 self.fail(line.children[0], error.message, error.hint)  # type: ignore[arg-type]
-        self.close_layer()
-        return self.program()
 
     def program(self) -> Program:
+        """The program, after its last line."""
+        self.close_layer()
         for directive, example in ((".npu", ".npu 1"), (".target", ".target edge"), (".memory", ".memory dram=0x1000 constants=0x0+0x400")):
             if directive not in self.header:
                 raise ParseError(f"the program has no {directive} line", file=self.file, hint=f"begin with a line such as: {example}")
@@ -161,7 +179,11 @@ class _Reader:
         )  # fmt: skip
 
     def fail(self, token: Token, message: str, hint: str = "", *, offset: int = 0) -> NoReturn:
-        raise ParseError(message, file=self.file, line=token.line or 0, column=(token.column or 0) + offset, hint=hint)
+        raise ParseError(message, file=self.file, line=self.line_of(token), column=(token.column or 0) + offset, hint=hint)
+
+    def line_of(self, token: Token) -> int:
+        """Its line in the whole text."""
+        return self.above + (token.line or 0)
 
     # ── header ──
 
@@ -205,9 +227,9 @@ class _Reader:
     def read_tensor(self, children: list[Token]) -> None:
         directive = self.directive(children[0])
         name = self.decode(children[1], tokens.read_string)
-        if any(record.name == name for record in self.records[directive][-1:]) or name in self.header.setdefault(f"names of {directive}", set()):
+        if (directive, name) in self.names:
             self.fail(children[1], f"a second {directive} named {quoted(name)}", "names are unique among each kind")
-        self.header[f"names of {directive}"].add(name)
+        self.names.add((directive, name))
         dtype, shape, strides = self.decode(children[2], tokens.read_type)
         space, address, steps = self.decode(children[3], tokens.read_place)
         if steps or space == "acc":
@@ -256,13 +278,14 @@ class _Reader:
         self.close_layer()
         fields = self.fields(children, {"macs": _read_size, "nodes": _read_nodes}, first=3)
         name, op = self.decode(children[1], tokens.read_string), self.decode(children[2], tokens.read_word)
-        self.blocks.append(_Block(children[0], {"name": name, "op": op, "nodes": (), "macs": 0, **fields}, 1))
+        self.blocks.append(_Block(self.line_of(children[0]), children[0].column or 0, {"name": name, "op": op, "nodes": (), "macs": 0, **fields}, 1))
 
     def close_layer(self) -> None:
         if len(self.blocks) > 1:
-            self.fail(self.blocks[-1].token, "this loop has no end", "close it with a line: end")
+            open_loop = self.blocks[-1]
+            raise ParseError("this loop has no end", file=self.file, line=open_loop.line, column=open_loop.column, hint="close it with a line: end")
         for block in self.blocks:
-            self.layers.append(Layer(**block.fields, body=tuple(block.body), line=block.token.line or 0))
+            self.layers.append(Layer(**block.fields, body=tuple(block.body), line=block.line))
         self.blocks = []
 
     def read_loop(self, children: list[Token]) -> None:
@@ -272,14 +295,13 @@ class _Reader:
         count = self.decode(children[1], lambda text: tokens.read_integer(text, "the loop count", low=1))
         if count > MAXIMUM_LOOP_COUNT:
             self.fail(children[1], f"the loop count is {count}", f"at most {MAXIMUM_LOOP_COUNT}")
-        self.blocks.append(_Block(children[0], {}, self.blocks[-1].repeats * count))
-        self.blocks[-1].fields["count"] = count
+        self.blocks.append(_Block(self.line_of(children[0]), children[0].column or 0, {"count": count}, self.blocks[-1].repeats * count))
 
     def read_end(self, children: list[Token]) -> None:
         if len(self.blocks) < 2:
             self.fail(children[0], "end without loop", "remove it, or open the loop with a line: loop COUNT")
         block = self.blocks.pop()
-        self.blocks[-1].body.append(Loop(block.fields["count"], tuple(block.body), block.token.line or 0))
+        self.blocks[-1].body.append(Loop(block.fields["count"], tuple(block.body), block.line))
 
     def require_layer(self, token: Token) -> None:
         if not self.blocks:
@@ -304,7 +326,7 @@ class _Reader:
             self.fail(mnemonic, *fault)
         tiles = tuple([self.read_tile(spec, index, children[index + 1]) for index in range(count - 1)])
         attributes, waits, signals = self.read_attributes(spec, children[count:]) if count < len(children) else ((), (), ())
-        self.blocks[-1].body.append(Instruction(spec.name, tiles, attributes, waits, signals, mnemonic.line or 0))
+        self.blocks[-1].body.append(Instruction(spec.name, tiles, attributes, waits, signals, self.line_of(mnemonic)))
 
     def read_tile(self, spec: InstructionSpec, index: int, token: Token) -> Tile:
         try:

@@ -9,11 +9,13 @@ from rich import box
 from rich.table import Table
 
 CYCLE_PARTS = ("ideal", "underuse", "fill", "dma_stall", "sync_stall")
-PART_TITLES = ("ideal", "under-use", "fill", "DMA stall", "sync stall")
+WIDE_HEADERS = ("layer", "op", "cycles", "%", "ideal", "under-use", "fill", "DMA stall", "sync stall", "MACs", "DRAM", "energy")
+NARROW_HEADERS = ("layer", "op", "cycles", "%", "ideal", "under", "fill", "DMA", "sync")
+WIDE = 125  # columns of the terminal
 
 
 def grid(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1, footer: Sequence[object] | None = None) -> Table:
-    """A plain table: the first `left` columns are names (left, shortened where the terminal is narrow), the others numbers (right)."""
+    """A plain table: the first `left` columns are names, which fold where the terminal is narrow; the others are numbers, which never do."""
     table = Table(
         title=title or None,
         title_justify="left",
@@ -21,12 +23,13 @@ def grid(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], *
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
+        padding=(0, 1, 0, 0),
         show_footer=footer is not None,
     )
     for index, header in enumerate(headers):
         foot = str(footer[index]) if footer is not None else ""
         if index < left:
-            table.add_column(header, footer=foot, overflow="ellipsis", no_wrap=True, min_width=4)
+            table.add_column(header, footer=foot, overflow="fold", min_width=8)
         else:
             table.add_column(header, footer=foot, justify="right", no_wrap=True)
     for row in rows:
@@ -70,31 +73,28 @@ def energy_sources(report: Mapping[str, Any]) -> str:
     return "; ".join(dict.fromkeys(names)) or "the target's energy table"
 
 
-def layers(report: Mapping[str, Any], *, top: int | None = None) -> Table:
-    """Layers with the parts of their cycles: all in program order, or the `top` longest."""
+def layers(report: Mapping[str, Any], *, top: int | None = None, width: int = WIDE) -> Table:
+    """Layers with the parts of their cycles: all in program order, or the `top` longest. Below WIDE columns the parts are percentages."""
     records: list[Mapping[str, Any]] = list(report["layers"])
-    total = max(int(report["cycles"]), 1)
     chosen = records if top is None or top >= len(records) else sorted(records, key=lambda layer: -int(layer["cycles"]))[:top]
     title = f"{len(records)} layers" if len(chosen) == len(records) else f"the {len(chosen)} longest of {len(records)} layers"
-    headers = ("layer", "op", "cycles", "%", *PART_TITLES, "MACs", "DRAM", "energy")
-    footer = ("total", "", f"{int(report['cycles']):,}", "100.0", *(f"{sum(int(layer[part]) for layer in records):,}" for part in CYCLE_PARTS),
-              f"{int(report['macs']):,}", size(report["dram_read_bytes"] + report["dram_write_bytes"]), energy(report["energy_pj"]))  # fmt: skip
-    return grid(title, headers, (_layer_row(layer, total) for layer in chosen), left=2, footer=footer)
+    whole = {part: sum(int(layer[part]) for layer in records) for part in CYCLE_PARTS}
+    total = {"name": "total", "op": "", **report, **whole, "dram_bytes": report["dram_read_bytes"] + report["dram_write_bytes"]}
+    row, headers = (_wide_row, WIDE_HEADERS) if width >= WIDE else (_narrow_row, NARROW_HEADERS)
+    cycles = max(int(report["cycles"]), 1)
+    return grid(title, headers, (row(layer, cycles) for layer in chosen), left=2, footer=row(total, cycles))
 
 
-def _layer_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
+def _wide_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
     parts = (f"{int(layer[part]):,}" for part in CYCLE_PARTS)
-    share = f"{100 * layer['cycles'] / total:.1f}"
-    return (
-        layer["name"],
-        layer["op"],
-        f"{int(layer['cycles']):,}",
-        share,
-        *parts,
-        f"{int(layer['macs']):,}",
-        size(layer["dram_bytes"]),
-        energy(layer["energy_pj"]),
-    )
+    cost = (f"{int(layer['macs']):,}", size(layer["dram_bytes"]), energy(layer["energy_pj"]))
+    return (layer["name"], layer["op"], f"{int(layer['cycles']):,}", f"{100 * layer['cycles'] / total:.1f}", *parts, *cost)
+
+
+def _narrow_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
+    cycles = max(int(layer["cycles"]), 1)
+    parts = (f"{layer[part] / cycles:.0%}" for part in CYCLE_PARTS)
+    return (layer["name"], layer["op"], f"{int(layer['cycles']):,}", f"{100 * layer['cycles'] / total:.1f}", *parts)
 
 
 def size(count: float) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 from runtime.memory import Array
 from runtime.scratch import Scratch
 
-#: the largest sum that each float type holds exactly
-EXACT = {np.dtype(np.float32): 1 << 24, np.dtype(np.float64): 1 << 53}
+#: the largest sum that each type holds exactly
+EXACT = {np.dtype(np.int16): (1 << 15) - 1, np.dtype(np.float32): 1 << 24, np.dtype(np.float64): 1 << 53}
 #: the largest magnitude of a stored value
 LARGEST = {np.dtype(np.int8): 1 << 7, np.dtype(np.int16): 1 << 15}
 
@@ -108,8 +108,5 @@ def bind_product(parts: list[Part], y: Array, scratch: Scratch, *, bias: Array |
 
 
 def to_int32(product: Array, out: Array) -> None:
-    """Integer-valued floats into int32, wrapping. float32 products stay within 2**24; float64 ones take the way over int64."""
-    if product.dtype == np.float32:
-        np.copyto(out, product, casting="unsafe")
-    else:
-        np.copyto(out, product.astype(np.int64), casting="unsafe")
+    """Sums in any of the types of EXACT into int32, wrapping: only float64 ones can be larger, and take the way over int64."""
+    np.copyto(out, product.astype(np.int64) if product.dtype == np.float64 else product, casting="unsafe")

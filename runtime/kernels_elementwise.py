@@ -148,34 +148,41 @@ def _table(site: Site, evaluate: Evaluate, dtypes: list[np.dtype[Any]]) -> Array
 
 def _look_up_one(site: Site, y: Array, x: Array, table: Array) -> Callable[[], None]:
     take = site.scratch.take
-    work = [(result, part, take("index", part.shape, np.intp), take("found", part.shape, y.dtype)) for result, part in pieces([y, x.view(np.uint8)])]
+    work = [(result, part, take("index", part.shape, np.intp), _dense(site, result)) for result, part in pieces([y, x.view(np.uint8)])]
 
     def run() -> None:
         for result, part, index, found in work:
             np.copyto(index, part)
             np.take(table, index, out=found, mode="clip")
-            np.copyto(result, found)
+            if found is not result:
+                np.copyto(result, found)
 
     return run
 
 
+def _dense(site: Site, result: Array) -> Array:
+    """The result itself where `take` can write into it, else a working array of its shape."""
+    return result if result.flags.c_contiguous else site.scratch.take("found", result.shape, result.dtype)
+
+
 def _look_up_two(site: Site, y: Array, sources: list[Array], table: Array) -> Callable[[], None]:
     take = site.scratch.take
-    kinds = (("pair", np.uint16), ("low", np.uint16), ("index", np.intp), ("found", y.dtype))
+    kinds = (("pair", np.uint16), ("low", np.uint16), ("index", np.intp))
     work = [
-        (result, high, low, *(take(role, high.shape, dtype) for role, dtype in kinds))
+        (result, high, low, _dense(site, result), *(take(role, high.shape, dtype) for role, dtype in kinds))
         for result, high, low in pieces([y, *(source.view(np.uint8) for source in sources)])
     ]  # fmt: skip
 
     def run() -> None:
-        for result, high, low, pair, low_half, index, found in work:
+        for result, high, low, found, pair, low_half, index in work:
             np.copyto(pair, high)
             np.left_shift(pair, 8, out=pair)
             np.copyto(low_half, low)
             np.bitwise_or(pair, low_half, out=pair)
             np.copyto(index, pair)
             np.take(table, index, out=found, mode="clip")
-            np.copyto(result, found)
+            if found is not result:
+                np.copyto(result, found)
 
     return run
 

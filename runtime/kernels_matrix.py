@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from runtime.gemm import LARGEST, Part, bind_product, cut, cut_evenly, to_int32, working_type
+from runtime.gemm import EXACT, LARGEST, Part, bind_product, cut, cut_evenly, to_int32, working_type
 from runtime.memory import Array
 from runtime.scratch import PIECE
 from runtime.site import Site
@@ -216,11 +216,43 @@ def bind_dwconv(site: Site) -> Run:
         site.fault(f"x has {x.shape[2]} channels, w {w.shape[2]}", "give both the same number")
     _refuse_bias_and_accumulate(site, "b")
     shape = geometry(site, w.shape[:2])
-    dtype = np.dtype(np.float32) if x.dtype == np.int8 and shape.taps <= EXACT_TAPS else np.dtype(np.float64)
+    dtype, groups = _tap_groups(site, shape)
     repeat = shape.outputs[1]
     rows, refresh_rows = _weights(site, "w", dtype, lambda stored: np.tile(stored.reshape(shape.taps, -1), (1, repeat)), variant=repeat)
     refresh, taps = _tap_rows(site, shape, dtype)
-    return _sequence(refresh, refresh_rows, _multiply_add(site, taps, rows, dtype))
+    terms = [[(taps[index], rows[index]) for index in group] for group in groups]
+    return _sequence(refresh, refresh_rows, _multiply_add(site, terms, dtype))
+
+
+def _tap_groups(site: Site, shape: Geometry) -> tuple[np.dtype[Any], list[list[int]]]:
+    """The type to multiply in, and the taps in groups whose sums it holds exactly.
+
+    Known int8 weights: int16, the fastest, with groups from their magnitudes; else float32 or float64, all taps in one group.
+    """
+    everything = list(range(shape.taps))
+    if site.views["x"].dtype != np.int8 or ("w" not in site.constants and shape.taps > EXACT_TAPS):
+        return np.dtype(np.float64), [everything]
+    if "w" not in site.constants:
+        return np.dtype(np.float32), [everything]
+    key, content = site.constants["w"]
+    memo = ("taps", key)
+    if memo not in site.memo:
+        site.memo[memo] = _grouped(LARGEST[np.dtype(np.int8)] * np.abs(content.reshape(shape.taps, -1).astype(np.int32)), EXACT[np.dtype(np.int16)])
+    return np.dtype(np.int16), site.memo[memo]
+
+
+def _grouped(magnitudes: Array, limit: int) -> list[list[int]]:
+    """Consecutive rows of `magnitudes` [taps, c] in groups that sum to at most `limit` in every column."""
+    groups: list[list[int]] = []
+    total = magnitudes[0]
+    for index, row in enumerate(magnitudes):
+        if groups and (total + row).max() <= limit:
+            groups[-1].append(index)
+            total = total + row
+        else:
+            groups.append([index])
+            total = row
+    return groups
 
 
 def _tap_rows(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run, list[Array]]:
@@ -248,8 +280,8 @@ def _join_columns(rows: Array) -> Array:
     return as_strided(rows, (height, width * channels), (rows.strides[0], rows.itemsize))
 
 
-def _multiply_add(site: Site, taps: list[Array], weights: Array, dtype: np.dtype[Any]) -> Run:
-    """Sum of taps times weights, in blocks of rows that stay in the cache, into y."""
+def _multiply_add(site: Site, groups: list[list[tuple[Array, Array]]], dtype: np.dtype[Any]) -> Run:
+    """Sum of taps [h, w·c] times weights [w·c] into y, in blocks of rows that stay in the cache; groups are added as int32."""
     y, bias, keep = site.views["y"], site.views.get("b"), bool(site.attributes["accumulate"])
     height, width, channels = y.shape
     block = max(1, PIECE // (width * channels))
@@ -257,20 +289,21 @@ def _multiply_add(site: Site, taps: list[Array], weights: Array, dtype: np.dtype
     for start in range(0, height, block):
         part = y[start : start + block]
         total, product = (site.scratch.take(role, (part.shape[0], width * channels), dtype) for role in ("total", "term"))
-        whole = site.scratch.take("integers", part.shape, np.int32)
-        work.append((part, total, product, whole, total.reshape(part.shape), [rows[start : start + block] for rows in taps]))
+        terms = [[(rows[start : start + block], weights) for rows, weights in group] for group in groups]
+        work.append((part, total, product, total.reshape(part.shape), site.scratch.take("integers", part.shape, np.int32), terms))
 
     def run() -> None:
-        for part, total, product, whole, shaped, (first, *others) in work:
-            np.multiply(first, weights[0], out=total)
-            for index, rows in enumerate(others, 1):
-                np.multiply(rows, weights[index], out=product)
-                np.add(total, product, out=total)
-            if keep:
-                to_int32(shaped, whole)
-                np.add(part, whole, out=part)
-            else:
-                to_int32(shaped, part)
+        for part, total, product, shaped, whole, terms in work:
+            adding = keep
+            for (first, weights), *others in terms:
+                np.multiply(first, weights, out=total)
+                for rows, weights in others:
+                    np.multiply(rows, weights, out=product)
+                    np.add(total, product, out=total)
+                to_int32(shaped, whole if adding else part)
+                if adding:
+                    np.add(part, whole, out=part)
+                adding = True
             if bias is not None:
                 np.add(part, bias, out=part)
 

@@ -1,7 +1,7 @@
 """The backend: an integer graph and a target in, a program and its constants out.
 
 In the order data passes through: views (where tensors lie), placement (buffers and addresses), layers (what is fused),
-convolution / product / elementwise / reduction / movement (tiles and instructions of a layer, with cost choosing the tiles),
+convolution / product / elementwise / window / reduction / rows / movement (tiles and instructions of a layer; cost chooses the tiles),
 synchronize (events), roll (loops).
 """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from isa.program import Tile
+from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.backend import cost
 from npucc.backend.elementwise import Box, Chain
@@ -162,10 +162,10 @@ class _Lowering:
         pixels = plan.rows * plan.columns
         box = Box((0,) * 4, (1, plan.outputs, plan.rows, plan.columns), IMAGE_ORDER)
         return {
-            "x": 0 if self.resident else problem.reach(0, plan.rows) * problem.reach(1, plan.columns) * plan.channels,
+            "x": 0 if self.resident else problem.reach(0, plan.rows) * problem.reach(1, plan.columns) * plan.channels * DTYPES[problem.x.dtype],
             "w": kh * kw * per_group * plan.outputs,
             "p": 8 * plan.outputs,
-            "y": pixels * plan.outputs,
+            "y": pixels * plan.outputs * DTYPES[self.result.dtype],
             "e": self.chain.bytes_per_slot(box) + 64 * len(self.chain.operands()),
         }
 
@@ -276,7 +276,7 @@ class _Lowering:
         scale = Tile("spm", parameters.address + 4 * count, "f32", (count,), (4,))
         sums = Tile.dense("acc", accumulator.address, "s32", (rows * columns, count)) if working.is_dense else accumulator
         emitter.issue("requant", flat_pixels(working), sums, scale, zero=self.result.zero, clamp=self.bounds)
-        finished = self.chain.apply(box, working, lambda: working, in_place) if self.chain.nodes else working
+        finished = self.chain.apply(box, working, self.y_ring, in_place) if self.chain.nodes else working
         emitter.store(window, finished)
 
     def _parameters(self, start: int, count: int) -> Tile:
@@ -335,7 +335,7 @@ class _Lowering:
     def _padding_tile(self, height: int, width: int, channels: int) -> Tile:
         """For windows that lie wholly in the padding: a tile of the zero point."""
         if self.x_ring is None:
-            self.x_ring = self.emitter.ring(height * width * channels, 1)
+            self.x_ring = self.emitter.ring(height * width * channels * DTYPES[self.problem.x.dtype], 1)
         tile = spm_tile(self.x_ring.next(), self.problem.x.dtype, (height, width, channels))
         self.emitter.forget("x")
         self.emitter.vector("fill", tile, value=float(self.problem.zero))

@@ -12,7 +12,7 @@ from itertools import product
 
 from isa.program import DTYPES, Tile
 from npucc import arithmetic
-from npucc.backend.emitter import Emitter, Ring, windows
+from npucc.backend.emitter import Emitter, Ring, spm_tile, windows
 from npucc.backend.layers import Group
 from npucc.backend.views import View, merge_dimensions
 from npucc.graph import Node, Quant
@@ -58,6 +58,13 @@ class Chain:
     incoming: str | None = None  # the tensor that the anchor hands over, if there is an anchor
     tables: dict[str, Tile] = field(default_factory=dict)
     rings: dict[str, Ring] = field(default_factory=dict)
+    spare: Ring | None = None  # where a node works whose result has another width than the tile before it
+
+    @property
+    def widths(self) -> set[int]:
+        """Bytes per element of every value on the way."""
+        names = [node.outputs[0] for node in self.nodes] + ([self.incoming] if self.incoming is not None else [])
+        return {DTYPES[self.emitter.graph.quant(name).dtype] for name in names}
 
     def operands(self) -> list[str]:
         """Tensors from outside, each once."""
@@ -67,7 +74,10 @@ class Chain:
 
     def bytes_per_slot(self, box: Box) -> int:
         """Scratchpad bytes that one set of operand tiles takes for a block of these sizes."""
-        return sum(self._operand_bytes(name, box) for name in self.operands()) + 256 * sum(node.op == "table" for node in self.nodes)
+        spare = box.elements * max(self.widths) if len(self.widths) > 1 else 0
+        return (
+            spare + sum(self._operand_bytes(name, box) for name in self.operands()) + 256 * sum(isinstance(n.attributes, Table) for n in self.nodes)
+        )
 
     def _operand_bytes(self, name: str, box: Box) -> int:
         view = self.view(name)
@@ -88,6 +98,8 @@ class Chain:
         for name in self.operands():
             if self.emitter.tile(self.view(name)).space != "spm":
                 self.rings[name] = self.emitter.ring(self._operand_bytes(name, largest), slots)
+        if len(self.widths) > 1:
+            self.spare = self.emitter.ring(largest.elements * max(self.widths), slots)
         for node in self.nodes:
             if isinstance(node.attributes, Table):
                 graph = self.emitter.graph
@@ -96,24 +108,27 @@ class Chain:
                 view = self.emitter.constant(entries.astype(NUMPY[dtype]), dtype)
                 self.tables[node.name] = self.emitter.load(view, self.emitter.ring(view.bytes, 1))
 
-    def apply(self, box: Box, value: Tile | None, work: Callable[[], Tile], result: Tile | None) -> Tile:
-        """Run the nodes on one block. `value`: the incoming tile; `work` gives a tile to compute in when there is none;
+    def apply(self, box: Box, value: Tile | None, work: Ring, result: Tile | None) -> Tile:
+        """Run the nodes on one block. `value`: the incoming tile; `work` has a slot to compute in when there is none;
         the last node writes `result` if given. Returns the tile that holds the result."""
         made: dict[str, Tile] = {self.incoming: value} if self.incoming is not None and value is not None else {}
         current = value
         for position, node in enumerate(self.nodes):
             tiles = [made[name] if name in made else self._load(name, box) for name in node.inputs]
             last = position == len(self.nodes) - 1
-            target = result if last and result is not None else current if current is not None else work()
-            target = self._retyped(target, node.outputs[0])
+            target = result if last and result is not None else self._target(node, box, current, work)
             emit_elementwise(self.emitter, node, target, tiles, self.tables.get(node.name))
             made[node.outputs[0]] = current = target
         assert current is not None
         return current
 
-    def _retyped(self, tile: Tile, name: str) -> Tile:
-        dtype = self.emitter.graph.quant(name).dtype
-        return tile if tile.dtype == dtype else Tile(tile.space, tile.address, dtype, tile.shape, tile.strides)
+    def _target(self, node: Node, box: Box, current: Tile | None, work: Ring) -> Tile:
+        """In place where the element width stays the same, else a slot of its own."""
+        dtype = self.emitter.graph.quant(node.outputs[0]).dtype
+        if current is not None and DTYPES[current.dtype] == DTYPES[dtype]:
+            return Tile(current.space, current.address, dtype, current.shape, current.strides)
+        ring = work if current is None or self.spare is None else self.spare
+        return spm_tile(ring.next(), dtype, [box.sizes[d] for d in box.order])
 
     def _load(self, name: str, box: Box) -> Tile:
         window = box.of(self.view(name), self.shape)
@@ -192,22 +207,17 @@ def lower_elementwise(emitter: Emitter, group: Group) -> None:
     chain = Chain(emitter, group.nodes, shape)
     order = view.order()
     box = largest_box(shape, order, lambda sizes: _fits(emitter, chain, sizes, order))
-    slots = 2
-    chain.prepare(box, slots)
-    ring = emitter.ring(box.elements, slots)
+    chain.prepare(box, 2)
+    ring = emitter.ring(box.elements * max(chain.widths), 2)
     for tile in boxes(shape, box):
         window = tile.of(view, shape)
         result = emitter.result_tile(window, None) if emitter.tile(window).space == "spm" else None
-
-        def work(window: View = window) -> Tile:
-            return emitter.result_tile(window, ring)
-
-        emitter.store(window, chain.apply(tile, None, work, result))
+        emitter.store(window, chain.apply(tile, None, ring, result))
 
 
 def _fits(emitter: Emitter, chain: Chain, sizes: tuple[int, ...], order: tuple[int, ...]) -> bool:
     box = Box((0,) * len(sizes), sizes, order)
-    slot = chain.bytes_per_slot(box) + box.elements + 64 * (len(chain.operands()) + 1)
+    slot = chain.bytes_per_slot(box) + box.elements * max(chain.widths) + 64 * (len(chain.operands()) + 2)
     return 2 * slot <= emitter.spm_free
 
 

@@ -16,10 +16,12 @@ from npucc.backend.layers import Group, group_nodes
 from npucc.backend.movement import lower_concat, lower_pad, lower_resize_nearest, lower_view
 from npucc.backend.placement import ALIGNMENT, Buffer, Placement, allocate, assign_views, by_benefit, by_size
 from npucc.backend.product import lower_matmul
-from npucc.backend.reduction import lower_layer_norm, lower_pool, lower_reduce, lower_resize_linear, lower_softmax
+from npucc.backend.reduction import lower_reduce
 from npucc.backend.roll import roll
+from npucc.backend.rows import lower_layer_norm, lower_softmax
 from npucc.backend.synchronize import synchronize
 from npucc.backend.views import View
+from npucc.backend.window import lower_pool, lower_resize_linear
 from npucc.errors import CompileError
 from npucc.graph import Graph, Node
 from npucc.ops import OPS

@@ -39,9 +39,10 @@ def fill(emitter: Emitter, result: View, value: int) -> None:
     """Every element the same stored value."""
     mark = emitter.mark()
     order = result.order()
-    box = largest_box(result.shape, order, lambda sizes: math.prod(sizes) + 8 <= emitter.spm_free)
+    element = DTYPES[result.dtype]
+    box = largest_box(result.shape, order, lambda sizes: math.prod(sizes) * element + 8 <= emitter.spm_free)
     shape = tuple(box.sizes[d] for d in order)
-    tile = spm_tile(emitter.ring(math.prod(shape), 1).next(), result.dtype, shape)
+    tile = spm_tile(emitter.ring(math.prod(shape) * element, 1).next(), result.dtype, shape)
     emitter.vector("fill", tile, value=float(value))
     for block in boxes(result.shape, box):
         part = tuple(block.sizes[d] for d in order)

@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-from isa.program import Tile
+from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.backend import cost
 from npucc.backend.convolution import integer_weights
@@ -121,10 +121,10 @@ class _Lowering:
     def sizes(self, plan: Plan) -> dict[str, int]:
         box = self._box((0,) * (len(self.shape) - 2), (0, plan.rows), (0, plan.columns))
         return {
-            "a": 0 if self.emitter.tile(self.left).space == "spm" else plan.rows * plan.depth,
+            "a": 0 if self.emitter.tile(self.left).space == "spm" else plan.rows * plan.depth * DTYPES[self.left.dtype],
             "b": 0 if self.weights is None and self.emitter.tile(self.right).space == "spm" else plan.depth * plan.columns,
             "p": 8 * plan.columns,
-            "y": plan.rows * plan.columns,
+            "y": plan.rows * plan.columns * DTYPES[self.result.dtype],
             "e": self.chain.bytes_per_slot(box) + 64 * len(self.chain.operands()),
         }
 
@@ -187,7 +187,7 @@ class _Lowering:
         working = in_place if in_place is not None and not self.chain.nodes else spm_tile(self.rings["y"].next(), self.result.dtype, window.shape)
         scale = Tile("spm", parameters.address + 4 * columns[1], "f32", (columns[1],), (4,))
         emitter.issue("requant", _matrix(working), accumulator, scale, zero=self.result.zero, clamp=self.bounds)
-        finished = self.chain.apply(box, working, lambda: working, in_place) if self.chain.nodes else working
+        finished = self.chain.apply(box, working, self.rings["y"], in_place) if self.chain.nodes else working
         emitter.store(window, finished)
 
     def _window(self, view: View, batch: tuple[int, ...], rows: tuple[int, int], columns: tuple[int, int]) -> View:

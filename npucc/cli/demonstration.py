@@ -64,7 +64,7 @@ def demo(
         ("target", f"{chip.name} ({chip.description})"),
     ]
     parts: list[RenderableType] = [tables.facts([*rows, *accuracy(result, package), *tables.totals(report, clock_hz=chip.clock_hz)]), ""]
-    terminal.show(*parts, tables.layers(report, top=5), "", *excerpt(package))
+    terminal.show(*parts, tables.layers(report, top=5, width=terminal.width()), "", *excerpt(package))
     if output is not None:
         terminal.note(f"wrote {output}")
 

@@ -46,7 +46,7 @@ def inspect(
         terminal.show(_summary(loaded, package))
         return
     if layers:
-        terminal.show(tables.layers(loaded.report.as_dict()))
+        terminal.show(tables.layers(loaded.report.as_dict(), width=terminal.width()))
     if memory:
         terminal.show(*_memory(loaded.program))
     if graph:

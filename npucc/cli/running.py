@@ -127,7 +127,7 @@ def _report(package: Package, result: Result, *, count: int, synthetic: bool, js
     if synthetic:
         terminal.note("no --input: ran one made-up sample (standard normal values); cycles and energy do not depend on values")
     if top != 0:
-        terminal.show(tables.layers(report, top=top), "")
+        terminal.show(tables.layers(report, top=top, width=terminal.width()), "")
     samples = f"{count} sample{'s' * (count != 1)}; figures are for one"
     target = package.program.target
     terminal.show(

@@ -35,6 +35,12 @@ def show(*parts: RenderableType) -> None:
     sys.stdout.write("\n".join(line.rstrip() for line in captured.get().split("\n")))
 
 
+def width() -> int:
+    """Columns to print in."""
+    console = Console(file=sys.stdout)
+    return console.width if console.is_terminal else PIPE_WIDTH
+
+
 def show_json(value: object) -> None:
     """The one JSON value of a command."""
     sys.stdout.write(json_text(value) + "\n")

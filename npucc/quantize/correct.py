@@ -56,15 +56,14 @@ def _has_bias(graph: Graph, node: Node) -> bool:
     return node.op != "matmul" or len(graph.tensors[node.inputs[1]].shape) == 2
 
 
-def _float_means(graph: Graph, nodes: Sequence[Node], feeds: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """Per result of the nodes: the mean of each output channel before the clamp."""
-    results = [node.outputs[0] for node in nodes]
-    run = tensor_runner(graph, results, before_clamp=True)
-    means = {name: np.zeros(graph.tensors[name].shape[_channel_axis(node)]) for name, node in zip(results, nodes, strict=True)}
+def _float_means(graph: Graph, nodes: Sequence[Node], feeds: Sequence[Mapping[str, Array]]) -> dict[str, list[Array]]:
+    """Per result of the nodes and per sample: the mean of each output channel before the clamp."""
+    run = tensor_runner(graph, [node.outputs[0] for node in nodes], before_clamp=True)
+    means: dict[str, list[Array]] = {node.outputs[0]: [] for node in nodes}
     for feed in feeds:
         values = run(feed)
-        for name, node in zip(results, nodes, strict=True):
-            means[name] += _channel_means(values[name], node) / len(feeds)
+        for node in nodes:
+            means[node.outputs[0]].append(_channel_means(values[node.outputs[0]], node))
     return means
 
 
@@ -77,15 +76,25 @@ def _channel_means(value: Array, node: Node) -> Array:
     return np.asarray(value.mean(axis=tuple(i for i in range(value.ndim) if i != axis), dtype=np.float64))
 
 
-def _corrected_bias(graph: Graph, node: Node, wanted: Array, samples: Sequence[Mapping[str, Array]]) -> Tensor:
+def _corrected_bias(graph: Graph, node: Node, wanted: Sequence[Array], samples: Sequence[Mapping[str, Array]]) -> Tensor:
     """The node's bias plus what its sums lack on average, as a constant of the node's own."""
     source, weights = graph.quant(node.inputs[0]), graph.quant(node.inputs[1])
     scale = (np.float32(source.scale) * weights.scale).astype(np.float32)
-    found = np.mean([_channel_means(reference.sums(graph, node, stored), node) for stored in samples], axis=0)
+    found = [_channel_means(reference.sums(graph, node, stored), node) for stored in samples]
+    lacking = shrunk_mean(np.array(wanted) / scale.astype(np.float64) - np.array(found))
     name, old = (node.inputs[2], graph.tensors[node.inputs[2]].data) if len(node.inputs) > 2 and node.inputs[2] else ("", None)
-    bias = np.rint((0 if old is None else old) + wanted / scale.astype(np.float64) - found)
+    bias = np.rint((0 if old is None else old) + lacking)
     quant = Quant("s32", np.asarray(scale), 0, None if scale.ndim == 0 else 0)
     stored_bias = np.clip(bias, -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
     if name and len(graph.users(name)) == 1:
         return replace(graph.tensors[name], data=stored_bias)
     return Tensor(f"{node.outputs[0]}/bias", stored_bias.shape, "float32", stored_bias, quant)
+
+
+def shrunk_mean(samples: Array) -> Array:
+    """Mean over the first dimension, pulled towards zero by how little the samples agree: m · m² / (m² + standard error²)."""
+    mean = samples.mean(axis=0)
+    if len(samples) < 2:
+        return np.zeros_like(mean)
+    error = samples.var(axis=0, ddof=1) / len(samples)
+    return np.asarray(mean**3 / np.maximum(mean**2 + error, 1e-30))

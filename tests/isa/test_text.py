@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isa import TABLE, Instruction, InstructionSpec, ParseError, Program, format_instruction, format_program, parse_program
+from isa import TABLE, Instruction, InstructionSpec, Loop, ParseError, Program, format_instruction, format_program, parse_program
 from isa.tokens import print_float32, read_float32
 from tests.isa.strategies import float32, instructions, program_of, programs
 
@@ -209,6 +209,16 @@ def test_damaged_text_never_crashes(data: st.DataObject) -> None:
     except ParseError:
         return
     assert parse_program(format_program(program)) == program
+
+
+def test_long_texts_keep_their_line_numbers() -> None:
+    """The text is read in pieces; loops and positions go across them."""
+    lines = ["loop 2", *["  fill %0x0+0x4*i:s8[4] ; a comment that makes the line longer", ""] * 5000, "end", "oops"]
+    with pytest.raises(ParseError, match=r"10007:1: unknown instruction 'oops'"):
+        parse_program(LAYER + "\n".join(lines))
+    (loop,) = parse_program(LAYER + "\n".join(lines[:-1])).layers[0].body
+    assert isinstance(loop, Loop)
+    assert [item.line for item in loop.body] == list(range(6, 10_006, 2))
 
 
 def test_size_is_bounded() -> None:

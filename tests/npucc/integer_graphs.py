@@ -185,7 +185,26 @@ def residual(net: Net) -> Graph:
     return net.graph(net.op("softmax", [net.op("matmul", [flat, net.weights((8, 10), 1)], ops.MatMul())], ops.Softmax(1)))
 
 
+def sixteen_bits(net: Net) -> Graph:
+    """int16 activations among int8 ones, through every operator that takes them."""
+    wide = Quant("s16", np.float32(0.0003))  # type: ignore[arg-type]
+    x = net.input(1, 6, 9, 8, quant=wide)
+    narrow = net.op("table", [net.input(1, 6, 9, 8)], ops.Table(("tanh", "x")), quant=wide)
+    a = net.op("add", [x, narrow], ops.Binary((0.0, 5.0)), quant=wide)
+    b = net.conv(a, 7, (3, 3), ops.Conv((1, 2), (1, 1, 1, 1)))
+    w = net.weights((6, 1, 3, 3), 0)
+    c = net.op("conv", [a, w, net.bias(a, w, 6)], ops.Conv((1, 1), (1, 1, 1, 1), groups=6), quant=wide)
+    d = net.op("mul", [c, net.op("reduce_mean", [x], ops.Reduce((2, 3)))], ops.Binary())
+    e = net.op("max_pool", [c], ops.Pool((2, 2), (2, 2)))
+    f = net.op("average_pool", [c], ops.Pool((3, 3), (2, 2), (1, 1, 1, 1)), quant=wide)
+    g = net.op("resize", [x], ops.Resize("linear", "half_pixel", "floor", (18, 16), (2.0, 2.0)))
+    rows = net.op("reshape", [net.op("pad", [x], ops.Pad((0, 0, 1, 0), (0, 0, 0, 2), 0.1))], ops.Reshape((1, 6, 100)))
+    norm = net.op("layer_norm", [rows], ops.LayerNorm(), quant=wide)
+    h = net.op("matmul", [norm, net.weights((100, 11), 1)], ops.MatMul())
+    return net.graph(b, d, e, f, g, h, net.op("reduce_max", [c], ops.Reduce((1,))))
+
+
 GRAPHS: dict[str, Callable[[Net], Graph]] = {
     build.__name__: build
-    for build in (convolutions, grouped, transposed, elementwise, matrices, windows, reductions, normalization, movement, resizing, residual)
+    for build in (convolutions, grouped, transposed, elementwise, matrices, windows, reductions, normalization, movement, resizing, residual, sixteen_bits)
 }

@@ -174,11 +174,12 @@ def test_sums_wrap_in_32_bits() -> None:
     assert got.item() == (4000 * 32768 * 128 + 2**31) % 2**32 - 2**31
 
 
-def test_wide_taps_of_dwconv_are_exact() -> None:
-    """33 x 33 taps of -128 · -128 pass 2**24."""
+@pytest.mark.parametrize("constant", [(), ("w",)], ids=["unknown", "constant"])
+def test_wide_taps_of_dwconv_are_exact(constant: tuple[str, ...]) -> None:
+    """33 x 33 taps of -128 · -128 pass 2**24, and any two of them 2**15 - 1."""
     x, w = np.full((33, 33, 1), -128, np.int8), np.full((33, 33, 1), -128, np.int8)
     x[0, 0, 0], w[0, 0, 0] = 1, 1
-    assert execute("dwconv", {"x": x, "w": w}, result=((1, 1, 1), "s32")).item() == (33 * 33 - 1) * 128 * 128 + 1
+    assert execute("dwconv", {"x": x, "w": w}, result=((1, 1, 1), "s32"), constant=constant).item() == (33 * 33 - 1) * 128 * 128 + 1
 
 
 @pytest.mark.parametrize(
