@@ -18,9 +18,9 @@ from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES, Event, Instructi
 from isa.shapes import Remark, may_replace, shape_remarks
 from isa.signature import operand_count_fault, operand_fault
 from isa.spec import SPEC, Operand
+from isa.text import MAXIMUM_DYNAMIC
 from isa.tokens import MAXIMUM_EVENT, did_you_mean, print_address, print_place, print_tile
 
-MAXIMUM_DYNAMIC = 5_000_000
 MAXIMUM_ITERATIONS = 4096
 SHOWN = 5  # findings that a CheckError spells out
 
@@ -169,8 +169,10 @@ def _bounds_remarks(program: Program, tile: Tile, counts: tuple[int, ...], name:
             f"{name}reaches from {print_address(low)} to {print_address(high)}, outside the {size} bytes of {tile.space}",
             _bounds_hint(tile, counts),
         )
-    alignment = program.target.alignment
-    if any(address % alignment for address in (tile.address, *tile.steps)):
+    alignment, width = program.target.alignment, DTYPES[tile.dtype]
+    if any(number % width for number in (tile.address, *tile.steps, *tile.strides)):
+        yield f"{name}is not aligned", f"{tile.dtype} wants addresses, steps and strides that are multiples of {width}"
+    elif any(number % alignment for number in (tile.address, *tile.steps)):
         yield f"{name}is not aligned", f"target {program.target.name!r} wants addresses and steps that are multiples of {alignment}"
 
 

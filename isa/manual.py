@@ -121,7 +121,8 @@ An operand is a *tile*: a strided view of one memory.
 - Strides left out mean dense, row-major. A stride of 0 broadcasts, a negative one walks backwards; results need elements that lie apart.
 - `+STEP*i` adds STEP per iteration of the outermost loop around the line, `j` of the next ({", ".join(LOOP_VARIABLES)}); it may be negative.
 - Element types (bytes): {dtypes}.
-- A tile starts at a multiple of the target's `alignment` and lies within its memory in every iteration. The constants are read only.
+- Addresses, steps and strides are multiples of the element size; addresses and steps also of the target's `alignment`.
+- A tile lies within its memory in every iteration. The constants are read only.
 - Inside an instruction the result may lie exactly on an elementwise operand of the same element size, or apart from all operands.
 """
 

@@ -89,7 +89,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One line. `tiles` in the order of the table (the result first); `attributes` as {name: value}, defaults left out."""
+    """One line. `tiles` in the order of the table (the result first); `attributes` as {name: value}, by name, defaults left out."""
 
     name: str
     tiles: tuple[Tile, ...]
@@ -97,6 +97,11 @@ class Instruction:
     waits: tuple[Event, ...] = ()
     signals: tuple[Event, ...] = ()
     line: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        """One spelling: attributes in the order of their names."""
+        if len(self.attributes) > 1:
+            object.__setattr__(self, "attributes", tuple(sorted(self.attributes, key=lambda pair: pair[0])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,15 @@ from isa.tokens import did_you_mean
 #: (message, hint)
 Remark = tuple[str, str]
 MAXIMUM_DMA_DIMENSIONS = 5
-_WIDTH = {"s8": 8, "u8": 9, "s16": 16, "s32": 32, "s64": 64}  # bits that a signed result needs to hold every value
+ATTRIBUTE_LIMIT = 1 << 31
+#: integer element type → lowest and highest value
+RANGES = {
+    "s8": (-128, 127),
+    "u8": (0, 255),
+    "s16": (-(1 << 15), (1 << 15) - 1),
+    "s32": (-(1 << 31), (1 << 31) - 1),
+    "s64": (-(1 << 63), (1 << 63) - 1),
+}
 
 
 def attribute_values(instruction: Instruction) -> dict[str, Any]:
@@ -80,6 +88,8 @@ def _value_remarks(attribute: Attribute, value: Any) -> Iterator[Remark]:
             yield f"{name} is {value!r}", did_you_mean(part, attribute.words)
         elif attribute.kind == "quant" and not math.isfinite(part):
             yield f"{name} is {value!r}", "a scale is finite"
+        elif isinstance(part, int) and abs(part) > ATTRIBUTE_LIMIT:
+            yield f"{name} is {value!r}", "whole numbers go to 2**31"
         elif name in LOWEST and part < LOWEST[name]:
             yield f"{name} is {value!r}", f"it is at least {LOWEST[name]}"
         elif name in HIGHEST and part > HIGHEST[name]:
@@ -218,17 +228,43 @@ def result_holds(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterat
     result, source, op = tiles["y"].dtype, tiles["x"].dtype, values["op"]
     if op in ("sum", "sumsq") and result not in ("s32", "s64"):
         yield f"op={op} writes into {result}", "use s32 or s64 for sums"
-    elif _WIDTH[result] < _WIDTH[source]:
+    elif not RANGES[result][0] <= RANGES[source][0] <= RANGES[source][1] <= RANGES[result][1]:
         yield f"op={op} of {source} writes into {result}", f"{result} cannot hold every value of {source}"
+
+
+def holds(attribute: str, operand: str) -> Rule:
+    """The attribute must be a value that the operand's element type can hold."""
+
+    def rule(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+        dtype, value = tiles[operand].dtype, values[attribute]
+        low, high = RANGES.get(dtype, (value, value))
+        if dtype in RANGES and not (low <= value <= high and value == int(value)):
+            yield f"{attribute} is {value!r}, but operand {operand} holds {dtype}", f"give a whole number from {low} to {high}"
+
+    rule.__doc__ = f"`{attribute}` is a value that {operand} can hold."
+    return rule
+
+
+def bias_or_accumulate(bias: str) -> Rule:
+    """A sum begins with the bias or with what the result holds, not with both."""
+
+    def rule(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+        if values["accumulate"] and bias in tiles:
+            yield f"accumulate=1 and the bias {bias} exclude each other", "give the bias to the first instruction of the sum only"
+
+    rule.__doc__ = f"`accumulate=1` and {bias} exclude each other."
+    return rule
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "ld": (same_dtype("y", "x"), dma_dimensions),
     "st": (same_dtype("y", "x"), dma_dimensions),
-    "conv": (channel_groups, windows_fit),
-    "dwconv": (windows_fit,),
+    "conv": (channel_groups, windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
+    "dwconv": (windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
+    "matmul": (holds("za", "a"), holds("zb", "b"), bias_or_accumulate("c")),
     "lut": (same_dtype("y", "t"),),
     "maxpool": (same_dtype("y", "x"), windows_fit, windows_not_empty),
     "avgpool": (windows_fit, windows_not_empty),
     "reduce": (result_holds,),
+    "fill": (holds("value", "y"),),
 }

@@ -30,7 +30,7 @@ MAXIMUM_LINES = 200_000
 MAXIMUM_LINE = 1 << 16  # characters
 CHUNK = 1 << 16  # characters that are read at once, at least
 MAXIMUM_LOOP_COUNT = 1_000_000
-MAXIMUM_DYNAMIC = 5_000_000  # instructions after unrolling
+MAXIMUM_DYNAMIC = 2_000_000  # instructions after unrolling
 OUTSIDE_DTYPES = (
     "float32", "float16", "float64", "bfloat16", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
 )  # fmt: skip

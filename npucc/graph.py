@@ -182,8 +182,8 @@ class Editor:
         return self.add_tensor(Tensor(name, tuple(data.shape), str(data.dtype), data))
 
     def add_node(self, node: Node, *, at: str = "") -> None:
-        """Add the node, or put it in the place of the one with its name. `at`: the node whose place in the order it shares."""
-        place = self._places.get(at or node.name)
+        """Add the node, or put it in the place of the one with its name. `at`: the node whose place in the order a new one shares."""
+        place = self._places.get(node.name, self._places.get(at))
         if node.name in self._nodes:
             self.remove_node(node.name)
         if place is None:
@@ -293,6 +293,5 @@ def _verify_shapes(graph: Graph) -> None:
         shapes: list[Any] = [graph.tensors[name].shape if name else None for name in node.inputs]
         derived = OPS[node.op].shape(node.attributes, shapes)
         if derived is not None and tuple(derived) != graph.tensors[node.outputs[0]].shape:
-            raise GraphError(
-                f"node {node.name!r} ({node.op}) yields {tuple(derived)}, but {node.outputs[0]!r} is recorded as {graph.tensors[node.outputs[0]].shape}"
-            )
+            recorded = graph.tensors[node.outputs[0]].shape
+            raise GraphError(f"node {node.name!r} ({node.op}) yields {tuple(derived)}, but {node.outputs[0]!r} is recorded as {recorded}")

@@ -352,7 +352,8 @@ def text(expression: Expression) -> str:
         return "x"
     if 1e-5 <= abs(expression) < 1e7:
         return np.format_float_positional(np.float32(expression), trim="-")
-    return "0" if expression == 0 else str(np.float32(expression))
+    with np.errstate(over="ignore"):
+        return "0" if expression == 0 else str(np.float32(expression))
 
 
 # ---- ONNX -------------------------------------------------------------------------------------------------------------

@@ -199,23 +199,38 @@ class NodeImport:
         return self._editor.add_tensor(Tensor(name, tuple(array.shape), str(array.dtype), array))
 
     def table(self, expression: scalar.Expression, tensor: str, *, dtype: str = "float32") -> str:
+        """A function of one tensor; of a constant it is another constant."""
+        known = self._known(tensor)
+        if known is not None:
+            return self.new_constant(scalar.evaluate(expression, known), "constant")
         return self.emit("table", (tensor,), ops.Table(scalar.simplify(expression)), dtype=dtype)
 
     def binary(self, op: str, first: str, second: str) -> str:
         return self.emit(op, (first, second), ops.Binary())
 
     def reshape(self, tensor: str, shape: Sequence[int]) -> str:
-        """The tensor in another shape (itself if it has that shape)."""
+        """The tensor in another shape (itself if it has that shape; of a constant another constant)."""
         if tuple(shape) == self.shape_of(tensor):
             return tensor
         if math.prod(shape) != math.prod(self.shape_of(tensor)):
             raise self.refuse(f"can't turn shape {list(self.shape_of(tensor))} into {list(shape)}", hint="check the input shapes")
+        known = self._known(tensor)
+        if known is not None:
+            return self.new_constant(known.reshape(shape), "constant")
         return self.emit("reshape", (tensor,), ops.Reshape(tuple(shape)))
 
     def transpose(self, tensor: str, permutation: Sequence[int]) -> str:
+        """The tensor with its dimensions in another order (of a constant another constant)."""
         if list(permutation) == list(range(len(permutation))):
             return tensor
+        known = self._known(tensor)
+        if known is not None:
+            return self.new_constant(known.transpose(permutation), "constant")
         return self.emit("transpose", (tensor,), ops.Transpose(tuple(permutation)))
+
+    def _known(self, tensor: str) -> np.ndarray | None:
+        """The value of a tensor that is constant."""
+        return self._editor.tensors[tensor].data if tensor in self._editor.tensors else None
 
     def slice(self, tensor: str, axis: int, start: int, size: int, step: int = 1) -> str:
         """Part of one axis."""

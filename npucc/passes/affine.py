@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from npucc import ops
-from npucc.graph import Editor, Node
-from npucc.passes.rewrite import Replacement, Result, Rewrite, Rule, merged_sources
+from npucc.graph import Editor, Node, Tensor
+from npucc.passes.rewrite import Result, Rewrite, Rule, merged_sources
 from npucc.passes.values import ARITHMETIC, ChannelMap, Reals, as_function, channel_map, constant, has_bias, is_depthwise_1x1, uniform
 
 MAPS = frozenset({"table", "add", "sub", "mul", "div", "max", "min", "conv"})
@@ -199,9 +199,10 @@ def scale_after_pool(editor: Editor, node: Node) -> Result:
         return f"the result of {scale.name!r} has other readers"
     if np.any(constant(editor, scale.inputs[1]) <= 0):
         return f"{scale.name!r} has a scale that is not positive"
-    build = Replacement(editor, node)
-    pooled = build.add("max_pool", scale.inputs[:1], node.attributes)
-    return build.done(build.add("conv", (pooled, *scale.inputs[1:]), scale.attributes, sources=scale.sources))
+    output = editor.tensors[node.outputs[0]]
+    pooled = Tensor(editor.fresh(f"{output.name}/unscaled"), output.shape)
+    pool = replace(node, inputs=scale.inputs[:1], outputs=(pooled.name,))
+    return Rewrite((pool, replace(scale, inputs=(pooled.name, *scale.inputs[1:]), outputs=node.outputs)), (pooled,))
 
 
 FOLD_RULES: tuple[Rule, ...] = (
@@ -222,6 +223,11 @@ FORWARD_RULES: tuple[Rule, ...] = (
     ),
 )
 DEPTHWISE_RULES: tuple[Rule, ...] = (
-    Rule("scale-to-depthwise", frozenset({"add", "sub", "mul", "div"}), scale_to_depthwise, "a scale per channel is exact as a 1×1 depthwise convolution"),
+    Rule(
+        "scale-to-depthwise",
+        frozenset({"add", "sub", "mul", "div"}),
+        scale_to_depthwise,
+        "a scale per channel is exact as a 1×1 depthwise convolution",
+    ),
     Rule("scale-after-pool", frozenset({"max_pool"}), scale_after_pool, "after the pool there are fewer elements to scale"),
 )

@@ -42,7 +42,7 @@ def nothing_to_do(editor: Editor, node: Node) -> Result:
 
 def computed_already(editor: Editor, node: Node) -> Result:
     """y = f(x); z = f(x)  →  z = y"""
-    source = next(name for name in node.inputs if name and not editor.tensors[name].is_constant)
+    source = next((name for name in node.inputs if name and not editor.tensors[name].is_constant), "")
     readers = editor.readers(source)
     if not 1 < len(readers) <= MOST_READERS:
         return None
@@ -160,20 +160,39 @@ def _reshaped_operand(operand: Shape, before: Shape, after: Shape) -> Shape | No
 
 
 def matmul_between_reshapes(editor: Editor, node: Node) -> Result:
-    """z[…,N] = reshape(matmul(reshape(x[…,K]), w))  →  z = matmul(x, w), where the reshapes only merge and restore leading dimensions"""
+    """z[a,b,N] = reshape(matmul(reshape(x), w[K,N]))  →  z[a,b,N] = matmul(reshape(x)[a,b,K], w), and often x has that shape"""
     product = editor.producer(node.inputs[0])
     if product is None or product.op != "matmul" or not editor.is_read_once(node.inputs[0]):
         return None
     first = editor.producer(product.inputs[0])
     weights = editor.tensors[product.inputs[1]]
-    if first is None or first.op != "reshape" or not weights.is_constant or len(weights.shape) != 2:
+    shape = editor.tensors[node.outputs[0]].shape
+    if (
+        first is None
+        or first.op != "reshape"
+        or not weights.is_constant
+        or len(weights.shape) != 2
+        or len(shape) < 2
+        or shape[-1] != weights.shape[1]
+    ):
         return None
-    shape = editor.tensors[first.inputs[0]].shape
-    if len(shape) < 2 or (*shape[:-1], weights.shape[1]) != editor.tensors[node.outputs[0]].shape or shape[-1] != weights.shape[0]:
-        return None
-    return Rewrite(
-        (replace(product, inputs=(first.inputs[0], *product.inputs[1:]), outputs=node.outputs, sources=merged_sources(first, product, node)),)
-    )
+    build = Replacement(editor, node, (product, first))
+    merged = build.reshape(first.inputs[0], (*shape[:-1], weights.shape[0]))
+    return build.done(build.add("matmul", (merged, *product.inputs[1:]), product.attributes), name=product.name)
+
+
+def broadcast_by_itself(editor: Editor, node: Node) -> Result:
+    """z = mul(x, expand(y))  →  z = mul(x, y), where the other operand alone gives the shape"""
+    inputs = list(node.inputs)
+    output = editor.tensors[node.outputs[0]].shape
+    for index, name in enumerate(node.inputs):
+        expand = editor.producer(name)
+        if expand is not None and expand.op == "expand":
+            inputs[index] = expand.inputs[0]
+            if np.broadcast_shapes(*(editor.tensors[part].shape for part in inputs)) == output:
+                return Rewrite((replace(node, inputs=tuple(inputs), sources=merged_sources(expand, node)),))
+            inputs[index] = name
+    return None
 
 
 def sum_to_mean(editor: Editor, node: Node) -> Result:
@@ -220,6 +239,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     Rule("sink-below-table", frozenset({"table"}), sink_below_table, "reshapes and transposes meet below, and cancel"),
     Rule("sink-below-arithmetic", frozenset(ARITHMETIC), sink_below_arithmetic, "reshapes and transposes meet below, and cancel"),
     Rule("matmul-between-reshapes", frozenset({"reshape"}), matmul_between_reshapes, "a product needs no merged leading dimensions"),
+    Rule("broadcast-by-itself", frozenset({*ARITHMETIC, "compare", "where"}), broadcast_by_itself, "elementwise operations broadcast without a copy"),
     Rule("sum-to-mean", frozenset({"table", "mul", "div"}), sum_to_mean, "a mean is one operation"),
     Rule("clip-before-move", frozenset({"table"}), clip_before_move, "a clip before a pool or concat can become part of the convolution there"),
 )  # fmt: skip

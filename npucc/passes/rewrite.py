@@ -206,14 +206,14 @@ class Replacement:
     def shape(self, tensor: str) -> tuple[int, ...]:
         return (self._tensors.get(tensor) or self._editor.tensors[tensor]).shape
 
-    def add(self, op: str, inputs: tuple[str, ...], attributes: Attributes, *, dtype: str = "float32", sources: tuple[str, ...] = ()) -> str:
+    def add(self, op: str, inputs: tuple[str, ...], attributes: Attributes, *, dtype: str = "float32") -> str:
         """A new node; its output's name."""
         shape = OPS[op].shape(attributes, [self.shape(name) if name else None for name in inputs])
         assert shape is not None
         tensor = Tensor(self._fresh(f"{self._node.outputs[0]}/{op}", self._tensors), shape, dtype)
         self._tensors[tensor.name] = tensor
         name = self._fresh(f"{self._node.name}/{op}", {node.name for node in self._nodes})
-        self._nodes.append(Node(name, op, inputs, (tensor.name,), attributes, sources or self._sources))
+        self._nodes.append(Node(name, op, inputs, (tensor.name,), attributes, self._sources))
         return tensor.name
 
     def _fresh(self, stem: str, local: Container[str]) -> str:
@@ -229,10 +229,10 @@ class Replacement:
     def transpose(self, tensor: str, permutation: tuple[int, ...]) -> str:
         return tensor if permutation == tuple(range(len(permutation))) else self.add("transpose", (tensor,), Transpose(permutation))
 
-    def done(self, result: str) -> Rewrite:
-        """The rewrite; `result`, made by the last node added, becomes the matched node's output."""
+    def done(self, result: str, *, name: str = "") -> Rewrite:
+        """The rewrite; `result`, made by the last node added, becomes the matched node's output. The last node takes its name too, or `name`."""
         last = self._nodes[-1]
         assert last.outputs == (result,)
         del self._tensors[result]
-        final = replace(last, name=self._node.name, outputs=self._node.outputs)
+        final = replace(last, name=name or self._node.name, outputs=self._node.outputs)
         return Rewrite((*self._nodes[:-1], final), tuple(self._tensors.values()))

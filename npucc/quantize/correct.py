@@ -18,6 +18,7 @@ from npucc.ops import OPS
 from npucc.quantize.calibrate import tensor_runner
 from npucc.quantize.constants import LARGEST_SUM
 
+SHRINK = 1.0
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -58,7 +59,7 @@ def _has_bias(graph: Graph, node: Node) -> bool:
 
 def _float_means(graph: Graph, nodes: Sequence[Node], feeds: Sequence[Mapping[str, Array]]) -> dict[str, list[Array]]:
     """Per result of the nodes and per sample: the mean of each output channel before the clamp."""
-    run = tensor_runner(graph, [node.outputs[0] for node in nodes], before_clamp=True)
+    run = tensor_runner(graph, [node.outputs[0] for node in nodes], before_clamp=False)
     means: dict[str, list[Array]] = {node.outputs[0]: [] for node in nodes}
     for feed in feeds:
         values = run(feed)
@@ -80,8 +81,17 @@ def _corrected_bias(graph: Graph, node: Node, wanted: Sequence[Array], samples: 
     """The node's bias plus what its sums lack on average, as a constant of the node's own."""
     source, weights = graph.quant(node.inputs[0]), graph.quant(node.inputs[1])
     scale = (np.float32(source.scale) * weights.scale).astype(np.float32)
-    found = [_channel_means(reference.sums(graph, node, stored), node) for stored in samples]
-    lacking = shrunk_mean(np.array(wanted) / scale.astype(np.float64) - np.array(found))
+    clamp = getattr(node.attributes, "clamp", None)
+    low, high = clamp or (-np.inf, np.inf)
+    per = scale.astype(np.float64)
+    along = per if node.op == "matmul" or per.ndim == 0 else per.reshape(-1, 1, 1)
+    found, active = [], []
+    for stored in samples:
+        real = reference.sums(graph, node, stored) * along
+        found.append(_channel_means(np.clip(real, low, high), node))
+        active.append(_channel_means(((real > low) & (real < high)).astype(float), node))
+    gain = np.maximum(np.mean(active, axis=0), 0.3)
+    lacking = shrunk_mean((np.array(wanted) - np.array(found)) / per / gain)
     name, old = (node.inputs[2], graph.tensors[node.inputs[2]].data) if len(node.inputs) > 2 and node.inputs[2] else ("", None)
     bias = np.rint((0 if old is None else old) + lacking)
     quant = Quant("s32", np.asarray(scale), 0, None if scale.ndim == 0 else 0)
@@ -96,5 +106,5 @@ def shrunk_mean(samples: Array) -> Array:
     mean = samples.mean(axis=0)
     if len(samples) < 2:
         return np.zeros_like(mean)
-    error = samples.var(axis=0, ddof=1) / len(samples)
+    error = SHRINK * samples.var(axis=0, ddof=1) / len(samples)
     return np.asarray(mean**3 / np.maximum(mean**2 + error, 1e-30))

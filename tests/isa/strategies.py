@@ -35,7 +35,7 @@ class Allocator:
     free: dict[str, int] = field(default_factory=lambda: {"spm": 0, "acc": 0, "dram": 0})
 
     def take(self, space: str, size: int, gap: int) -> int:
-        address = self.free[space] + gap
+        address = -(-self.free[space] // 8) * 8 + 8 * gap
         self.free[space] = address + size
         return address
 
@@ -65,6 +65,8 @@ def _value(draw: Any, attribute: Attribute) -> Any:
         return draw(st.sampled_from(attribute.words))
     if attribute.kind == "quant":
         return (draw(st.floats(2.0**-20, 2.0**20, width=32)), draw(small))
+    if attribute.name == "value":
+        return float(draw(st.integers(0, 127)))
     return draw(float32 if attribute.kind == "float" else small)
 
 
@@ -129,7 +131,7 @@ def instructions(draw: Any, spec: InstructionSpec | None = None) -> Instruction:
     sizes, dtypes = _sizes(draw, spec, values), _dtypes(draw, spec, values)
     chosen = []
     for operand in spec.operands:
-        if operand.optional and draw(st.booleans()):
+        if operand.optional and (values.get("accumulate") or draw(st.booleans())):
             break
         if operand.role != "read" and operand.spaces == ("dram",):
             allocator.free["dram"] = CONSTANTS

@@ -161,7 +161,7 @@ ERRORS = {
     LAYER + "loop 0": "f:5:6: the loop count is '0'\n  hint: expected a whole number from 1 to 2**48 - 1",
     LAYER + "loop 1000001": "f:5:6: the loop count is 1000001\n  hint: at most 1000000",
     LAYER + "loop 1000000\nloop 6\nfill %0x0:s8[3]": (
-        "f:7:1: the program executes more than 5000000 instructions\n  hint: use larger tiles or fewer iterations"
+        "f:7:1: the program executes more than 2000000 instructions\n  hint: use larger tiles or fewer iterations"
     ),
     LAYER + "loop 1\n" * 9: "f:13:1: loops are nested more than 8 deep\n  hint: merge some of them",
     LAYER + "fill %0x0:s8[3] valu=3": "f:5:17: fill has no attribute 'valu'\n  hint: did you mean 'value'?",

@@ -16,7 +16,14 @@ from npucc.graph import Graph
 from npucc.passes import STAGES, Refusal
 
 Shape = Sequence[int | str]
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64, "int32": TensorProto.INT32, "uint8": TensorProto.UINT8, "bool": TensorProto.BOOL}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "uint8": TensorProto.UINT8,
+    "bool": TensorProto.BOOL,
+}
 
 
 def node(operator: str, inputs: str, outputs: str, **attributes: Any) -> NodeProto:
@@ -49,6 +56,14 @@ def as_array(value: Any) -> np.ndarray:
         return np.asarray(value)
     array = np.asarray(value)
     return array.astype(np.int64) if array.dtype.kind == "i" else array.astype(np.float32)
+
+
+def reals(values: Any) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def integers(values: Any) -> np.ndarray:
+    return np.array(values, np.int64)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -86,7 +101,9 @@ def fused(graph: Graph) -> tuple[Graph, tuple[Refusal, ...]]:
     return graph, refusals
 
 
-def assert_agrees(proto: ModelProto, *, shapes: Mapping[str, tuple[int, ...]] | None = None, tolerance: float = 1e-5, feeds: Mapping[str, np.ndarray] | None = None) -> Graph:
+def assert_agrees(
+    proto: ModelProto, *, shapes: Mapping[str, tuple[int, ...]] | None = None, tolerance: float = 1e-5, feeds: Mapping[str, np.ndarray] | None = None
+) -> Graph:
     """The model, its import and its fused graph yield the same outputs. Returns the fused graph."""
     imported = import_model(proto, shapes=shapes)
     result, _ = fused(imported)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from npucc.errors import ImportModelError
 from npucc.frontend import import_model, supported_operators
-from tests.npucc.onnx_models import assert_agrees, model, node, normal, ops_of, save
+from tests.npucc.onnx_models import assert_agrees, integers, model, node, normal, ops_of, reals, save
 
 
-def test_a_small_network_as_text(golden) -> None:
+def test_a_small_network_as_text(golden: Callable[[str, str], None]) -> None:
     proto = model(
         [
             node("Conv", "x w b", "c", name="first", strides=[2, 2], pads=[1, 1, 1, 1]),
@@ -62,12 +63,19 @@ def test_nodes_get_unique_names_and_any_characters_are_kept() -> None:
 
 def test_a_name_that_the_import_would_choose_may_exist_already() -> None:
     """A 1-D convolution emits reshapes called y/reshape; the model has such a tensor."""
-    proto = model([node("Conv", "x w", "y"), node("Relu", "y", "y/reshape"), node("Neg", "y/reshape", "y/conv")], {"x": (1, 2, 5)}, ["y/conv"], {"w": normal(2, 2, 3)})
+    proto = model(
+        [node("Conv", "x w", "y"), node("Relu", "y", "y/reshape"), node("Neg", "y/reshape", "y/conv")],
+        {"x": (1, 2, 5)},
+        ["y/conv"],
+        {"w": normal(2, 2, 3)},
+    )
     assert_agrees(proto)
 
 
 def test_unsorted_nodes_are_sorted_and_unneeded_ones_dropped() -> None:
-    proto = model([node("Neg", "a", "y"), node("NonMaxSuppression", "x x", "unused"), node("Relu", "x", "a"), node("Abs", "x", "dead")], {"x": (2, 3)}, ["y"])
+    proto = model(
+        [node("Neg", "a", "y"), node("NonMaxSuppression", "x x", "unused"), node("Relu", "x", "a"), node("Abs", "x", "dead")], {"x": (2, 3)}, ["y"]
+    )
     assert ops_of(import_model(proto)) == ["table", "table"]
 
 
@@ -101,7 +109,12 @@ def test_constants_are_computed_by_onnxruntime_in_few_rounds(monkeypatch: pytest
 
     sessions = []
     original = constants.Constants._run
-    monkeypatch.setattr(constants.Constants, "_run", lambda self, nodes: sessions.append(len(nodes)) or original(self, nodes))
+
+    def counted(self: constants.Constants, nodes: list[onnx.NodeProto]) -> None:
+        sessions.append(len(nodes))
+        original(self, nodes)
+
+    monkeypatch.setattr(constants.Constants, "_run", counted)
     chain = [node("Sin", f"c{i}", f"c{i + 1}") for i in range(200)]
     proto = model([*chain, node("Add", "x c200", "y")], {"x": (3,)}, ["y"], {"c0": normal(3)})
     assert_agrees(proto)
@@ -123,7 +136,7 @@ def test_constant_node_forms() -> None:
 
 
 def test_data_dependent_sizes_are_folded_when_constant() -> None:
-    proto = model([node("NonZero", "c", "z"), node("Cast", "z", "f", to=1), node("Add", "x f", "y")], {"x": (1, 2)}, ["y"], {"c": np.float32([0, 3, 4])})
+    proto = model([node("NonZero", "c", "z"), node("Cast", "z", "f", to=1), node("Add", "x f", "y")], {"x": (1, 2)}, ["y"], {"c": reals([0, 3, 4])})
     assert_agrees(proto)
 
 
@@ -138,9 +151,11 @@ def test_data_dependent_sizes_are_folded_when_constant() -> None:
     ids=["ConstantOfShape", "Expand", "Range", "broadcast"],
 )
 def test_huge_computed_constants_are_refused_quickly(nodes: list[onnx.NodeProto]) -> None:
-    constants = {"s": [1 << 20, 1 << 20], "s1": np.int64(1 << 40), "one": np.float32([1]), "zero": np.int64(0), "one_i": np.int64(1)}
+    constants = {"s": [1 << 20, 1 << 20], "s1": np.int64(1 << 40), "one": reals([1]), "zero": np.int64(0), "one_i": np.int64(1)}
     constants |= {"row": np.ones((1, 1000), np.float32), "repeats": [1, 1000]}
-    proto = model([*nodes, node("ReduceMax", "c", "m", keepdims=0), node("Cast", "m", "f", to=1), node("Add", "x f", "y")], {"x": (1, 2)}, ["y"], constants)
+    proto = model(
+        [*nodes, node("ReduceMax", "c", "m", keepdims=0), node("Cast", "m", "f", to=1), node("Add", "x f", "y")], {"x": (1, 2)}, ["y"], constants
+    )
     start = time.monotonic()
     with pytest.raises(ImportModelError, match=r"would have shape .* more than 134217728 elements"):
         import_model(proto)
@@ -148,7 +163,7 @@ def test_huge_computed_constants_are_refused_quickly(nodes: list[onnx.NodeProto]
 
 
 def test_sparse_initializers_become_dense() -> None:
-    values, indices = numpy_helper.from_array(np.float32([5, 7]), "w"), numpy_helper.from_array(np.int64([1, 5]), "w_indices")
+    values, indices = numpy_helper.from_array(reals([5, 7]), "w"), numpy_helper.from_array(integers([1, 5]), "w_indices")
     proto = model([node("MatMul", "x w", "y")], {"x": (1, 3)}, ["y"])
     proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [3, 2]))
     graph = import_model(proto)
@@ -165,7 +180,12 @@ def test_an_initializer_that_is_also_an_input_is_a_constant() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_other_float_types_are_computed_in_float32(dtype: str) -> None:
     weights = normal(3, 2).astype(dtype)
-    proto = model([node("Cast", "x", "h", to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype))), node("MatMul", "h w", "m"), node("Cast", "m", "y", to=1)], {"x": (1, 3)}, ["y"], {"w": weights})
+    proto = model(
+        [node("Cast", "x", "h", to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype))), node("MatMul", "h w", "m"), node("Cast", "m", "y", to=1)],
+        {"x": (1, 3)},
+        ["y"],
+        {"w": weights},
+    )
     graph = assert_agrees(proto, tolerance=1e-2)
     assert ops_of(graph) == ["matmul"]
     assert graph.tensors["w"].dtype == "float32"

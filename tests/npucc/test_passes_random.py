@@ -9,11 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, NodeProto
 
-from tests.npucc.onnx_models import assert_agrees, model, node
+from tests.npucc.onnx_models import assert_agrees, integers, model, node
 
 UNARY = ["Relu", "Sigmoid", "Tanh", "HardSigmoid", "LeakyRelu", "Abs", "Identity", "HardSwish", "Neg", "Clip"]
 BINARY = ["Add", "Sub", "Mul", "Max", "Min"]
-STEPS = ["unary", "unary", "scalar", "scalar", "channel", "channel", "binary", "binary", "conv", "conv", "depthwise", "norm", "pool", "pad", "move", "softmax", "layer_norm", "line", "concat"]
+STEPS = [
+    "unary",
+    "unary",
+    "scalar",
+    "scalar",
+    "channel",
+    "channel",
+    "binary",
+    "binary",
+    "conv",
+    "conv",
+    "depthwise",
+    "norm",
+    "pool",
+    "pad",
+    "move",
+    "softmax",
+    "layer_norm",
+    "line",
+    "concat",
+]
 
 
 class RandomNet:
@@ -88,7 +108,7 @@ class RandomNet:
 
     def pad(self, x: str, shape: tuple[int, ...]) -> None:
         pads = self.constant(8)
-        self.constants[pads] = np.int64([0, 0, 1, 0, 0, 0, 0, 1])
+        self.constants[pads] = integers([0, 0, 1, 0, 0, 0, 0, 1])
         value = self.constant()
         self.constants[value] = np.float32(self.pick([0.0, -np.inf]))
         padded = self.add("Pad", f"{x} {pads} {value}", (0,))
@@ -105,7 +125,7 @@ class RandomNet:
         largest = self.add("ReduceMax", x, (0,), axes=[axis])
         exponential = self.add("Exp", self.add("Sub", f"{x} {largest}", (0,)), (0,))
         total = self.constant(1)
-        self.constants[total] = np.int64([axis])
+        self.constants[total] = integers([axis])
         self.add("Div", f"{exponential} {self.add('ReduceSum', f'{exponential} {total}', (0,))}", shape)
 
     def layer_norm(self, x: str, shape: tuple[int, ...]) -> None:
@@ -125,9 +145,9 @@ class RandomNet:
     def line(self, x: str, shape: tuple[int, ...]) -> None:
         """A 1-D convolution over the flattened image."""
         flat = self.constant(3)
-        self.constants[flat] = np.int64([1, shape[1], shape[2] * shape[3]])
+        self.constants[flat] = integers([1, shape[1], shape[2] * shape[3]])
         back = self.constant(4)
-        self.constants[back] = np.int64(shape)
+        self.constants[back] = integers(shape)
         hidden = self.add("Reshape", f"{x} {flat}", (0,))
         hidden = self.add("Conv", f"{hidden} {self.constant(shape[1], shape[1], 3)}", (0,), pads=[1, 1])
         hidden = self.add("Relu", self.add("Add", f"{hidden} {self.constant(shape[1], 1)}", (0,)), (0,))

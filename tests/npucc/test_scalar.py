@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from npucc import scalar
-from tests.npucc.onnx_models import run
+from tests.npucc.onnx_models import reals, run
 
 POINTS = np.concatenate([np.linspace(-9, 9, 2001), [0.0, -0.0, 1e-20, 1e20, -1e20]]).astype(np.float32)
 CONSTANTS = {"clip": (-1.0, 2.0), "hard_sigmoid": (0.3, 0.4), "selu": (1.5, 1.1), "where": (0.25, -0.5)}
@@ -47,7 +47,7 @@ def test_compositions_equal_onnxruntime(expression: scalar.Expression) -> None:
 
 
 def test_every_step_is_rounded_to_float32() -> None:
-    x = np.float32([16777216.0])
+    x = reals([16777216.0])
     assert scalar.evaluate(("sub", ("add", "x", 1.0), "x"), x)[0] == 0  # in float64 it would be 1
     assert scalar.evaluate(("add", "x", 1.0), x).dtype == np.float32
 

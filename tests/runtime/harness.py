@@ -54,6 +54,7 @@ def execute(
     place = dict.fromkeys(memories, 64)
     tiles: list[Tile] = []
     loads: list[Instruction] = []
+    contents: list[tuple[Array, Array]] = []
     for operand in spec.operands:
         given = operands.get(operand.name)
         if given is None and operand is not spec.operands[0]:
@@ -67,14 +68,17 @@ def execute(
             memories["dram"].view(source, source.address)[...] = given
             loads.append(instruction("ld", tile, source))
         elif given is not None:
-            memories[tile.space].view(tile, tile.address)[...] = given
+            contents.append((memories[tile.space].view(tile, tile.address), given))
         elif before is not None:
-            memories[tile.space].view(tile, tile.address)[...] = before
+            contents.append((memories[tile.space].view(tile, tile.address), before))
         tiles.append(_expanded(tile, result[0]) if operand.name in broadcast else tile)
     steps = [*loads, instruction(name, *tiles, **attributes)]
     binder = Binder(program(layer("only", *steps), constants=(1 << 16, 1 << 20)), memories, {}, known_order=True)
-    for number, step in enumerate(steps):
-        binder.bind(number, Step(make_line(step), (), 0))()
+    closures = [binder.bind(number, Step(make_line(step), (), 0)) for number, step in enumerate(steps)]
+    for view, values in contents:  # after binding: a kernel must not have looked at them before
+        view[...] = values
+    for closure in closures:
+        closure()
     got: Array = memories[tiles[0].space].view(tiles[0], tiles[0].address).copy()
     return got
 

@@ -196,6 +196,15 @@ def test_inputs_are_quantized_by_the_stated_formula() -> None:
     assert real.tolist() == ((expected.astype(np.float32) + 3) * np.float32(0.1)).tolist()
 
 
+def test_inputs_are_divided_not_multiplied_by_the_reciprocal() -> None:
+    """x · (1/s) would differ in some of these."""
+    scale = 0.0123
+    value = ((np.arange(-127, 127) + 0.5) * scale).astype(np.float32)
+    raw, _ = copied(value, dtype="s8", outside="float32", scale=scale)
+    assert raw.tolist() == np.rint(value / np.float32(scale)).tolist()
+    assert raw.tolist() != np.rint(value * np.float32(1 / scale)).tolist()
+
+
 def test_integers_and_booleans_keep_their_type() -> None:
     raw, real = copied(np.array([0, 255, 7], np.uint8), dtype="s8", outside="uint8", zero=-128)
     assert raw.tolist() == [-128, 127, -121]
@@ -349,25 +358,151 @@ def test_writers_agree_with_a_byte_array() -> None:
 
 
 def test_results_over_their_own_operands() -> None:
-    """s8 results written over the s32 values they are computed from, and shifted over themselves."""
-    values = np.arange(-8, 8, dtype=np.int32)
-    source = Tile.dense("dram", 0, "s32", (1, 16))
-    wide, narrow = Tile.dense("spm", 0, "s32", (1, 16)), Tile.dense("spm", 0, "s8", (1, 16))
-    shifted = Tile.dense("spm", 4, "s8", (1, 16))
+    """s8 results written over the s32 values they are computed from, and shifted over themselves: more than one piece of work."""
+    count = 100_000
+    values = (np.arange(count, dtype=np.int32) * 7 % 120) - 60
+    source, target = Tile.dense("dram", 0, "s32", (1, count)), Tile.dense("dram", 4 * count, "s8", (1, count))
+    wide, narrow = Tile.dense("spm", 0, "s32", (1, count)), Tile.dense("spm", 0, "s8", (1, count))
+    shifted = Tile.dense("spm", 4, "s8", (1, count))
+    body = (
+        instruction("ld", wide, source),
+        instruction("requant", narrow, wide, scale=2.0),
+        instruction("cvt", shifted, narrow),
+        instruction("st", target, shifted),
+    )
     built = program(
-        layer(
-            "in place",
-            instruction("ld", wide, source),
-            instruction("requant", narrow, wide, scale=2.0),
-            instruction("cvt", shifted, narrow),
-            instruction("st", Tile.dense("dram", 512, "s8", (1, 16)), shifted),
-        ),
-        target=TARGET,
+        layer("in place", *body),
+        target=replace(TARGET, spm_bytes=1 << 19),
         inputs=(TensorRecord("x", source, 1.0, 0, dtype="int32"),),
-        outputs=(TensorRecord("y", Tile.dense("dram", 512, "s8", (1, 16)), 1.0, 0),),
+        outputs=(TensorRecord("y", target, 1.0, 0),),
+        dram_bytes=1 << 19,
+    )
+    np.testing.assert_array_equal(Machine(built).run({"x": values[None]}).raw["y"], 2 * values[None])
+
+
+def dot(weights: Tile, result: int, *, conv: tuple[int, ...] = (1, 1, 4, 1)) -> list[Instruction]:
+    """The sum of weights times the four bytes at %64, into the s16 at %(128 + result)."""
+    y = Tile.dense("acc", result, "s32", (1, 1, 1))
+    return [
+        instruction("conv", y, Tile.dense("spm", 64, "s8", (1, 1, 4)), replace(weights, shape=conv, strides=dense_strides(conv, "s8"))),
+        instruction("requant", Tile.dense("spm", 128 + result, "s16", (1, 1, 1)), y),
+    ]
+
+
+OUT = Tile.dense("dram", 256, "s16", (3,))
+STORE = instruction("st", OUT, Tile("spm", 128, "s16", (3,), (4,)))
+ONES = instruction("fill", Tile.dense("spm", 64, "s8", (1, 1, 4)), value=1.0)
+SLOT = Tile.dense("spm", 0, "s8", (4,))
+
+
+def three_dots(*body: Instruction, constants: bytes = b"", inputs: tuple[TensorRecord, ...] = ()) -> Machine:
+    built = program(
+        layer("dots", *body, STORE),
+        target=TARGET,
+        inputs=inputs,
+        outputs=(TensorRecord("y", OUT, 1.0, 0),),
+        constants=(0, len(constants)),
         dram_bytes=4096,
     )
-    assert Machine(built).run({"x": values[None]}).raw["y"].tolist() == [(2 * values).tolist()]
+    return Machine(built, constants)
+
+
+def test_different_constants_in_one_place() -> None:
+    """Three loads into the same scratchpad bytes: another address, and other strides from the same address."""
+    loads = [instruction("ld", SLOT, Tile("dram", address, "s8", (4,), (step,))) for address, step in ((0, 1), (4, 1), (0, 2))]
+    machine = three_dots(ONES, loads[0], *dot(SLOT, 0), loads[1], *dot(SLOT, 4), loads[2], *dot(SLOT, 8), constants=bytes(range(8)))
+    assert machine.run({}).raw["y"].tolist() == [0 + 1 + 2 + 3, 4 + 5 + 6 + 7, 0 + 2 + 4 + 6]
+
+
+def test_weights_from_inputs_are_not_constants() -> None:
+    record = TensorRecord("w", Tile.dense("dram", 512, "s8", (4,)), 1.0, 0, dtype="int8")
+    machine = three_dots(ONES, instruction("ld", SLOT, record.tile), *dot(SLOT, 0), *dot(SLOT, 4), *dot(SLOT, 8), inputs=(record,))
+    for values in ((1, 2, 3, 4), (5, 6, 7, 8)):
+        assert machine.run({"w": np.array(values, np.int8)}).raw["y"].tolist() == [sum(values)] * 3
+
+
+def test_an_input_that_changes_is_gathered_again() -> None:
+    """The same tile is read three times; before the third, one byte of it changes."""
+    change = instruction("fill", Tile.dense("spm", 65, "s8", (1,)), value=11.0)
+    load = instruction("ld", SLOT, Tile.dense("dram", 0, "s8", (4,)))
+    machine = three_dots(ONES, load, *dot(SLOT, 0), *dot(SLOT, 4), change, *dot(SLOT, 8), constants=bytes([1, 2, 3, 4]))
+    for _ in range(2):
+        assert machine.run({}).raw["y"].tolist() == [10, 10, 1 + 22 + 3 + 4]
+
+
+def test_one_constant_used_in_several_ways() -> None:
+    """The same weights by convolutions of one and of two groups, by depthwise ones of two widths; scales with rows of equal number."""
+    rng = np.random.default_rng(8)
+    weights, first, second = integers(rng, (3, 3, 2, 4)), (rng.random(4) * 0.01).astype(np.float32), (rng.random(4) * 0.02).astype(np.float32)
+    constants = weights.tobytes() + bytes(8) + first.tobytes() + second.tobytes()
+    image = integers(rng, (7, 7, 8))
+    record = TensorRecord("x", Tile.dense("dram", 512, "s8", image.shape), 1.0, 0, dtype="int8")
+    w = Tile.dense("spm", 1024, "s8", weights.shape)
+    depthwise = Tile.dense("spm", 1024, "s8", (3, 3, 8))
+    body = [
+        instruction("ld", Tile.dense("spm", 0, "s8", image.shape), record.tile),
+        instruction("ld", w, Tile.dense("dram", 0, "s8", weights.shape)),
+        *(instruction("ld", Tile.dense("spm", 1536 + 16 * n, "f32", (4,)), Tile.dense("dram", 80 + 16 * n, "f32", (4,))) for n in (0, 1)),
+    ]
+    results = []
+    for number, (name, channels, width, attributes) in enumerate(
+        [("conv", 2, 5, {}), ("conv", 4, 5, {"groups": 2}), ("dwconv", 8, 5, {}), ("dwconv", 8, 3, {})]
+    ):
+        outputs = 8 if name == "dwconv" else 4
+        y = Tile.dense("acc", 0, "s32", (5, width, outputs))
+        x = Tile("spm", 0, "s8", (7, width + 2, channels), (56, 8, 1))
+        out = Tile.dense("spm", 2048 + 256 * number, "s8", (5, width, outputs))
+        scales = () if name == "dwconv" else (Tile.dense("spm", 1536 + 16 * number, "f32", (4,)),)
+        body += [instruction(name, y, x, depthwise if name == "dwconv" else w, **attributes), instruction("requant", out, y, *scales, scale=0.01)]
+        stored = replace(out, space="dram", address=1024 + 256 * number)
+        body.append(instruction("st", stored, out))
+        results.append(TensorRecord(f"y{number}", stored, 1.0, 0))
+    built = program(layer("all", *body), target=TARGET, inputs=(record,), outputs=tuple(results), constants=(0, len(constants)), dram_bytes=4096)
+    raw = Machine(built, constants).run({"x": image}).raw
+    x, w64 = image.astype(np.int64), weights.astype(np.int64)
+    per_channel = w64.reshape(3, 3, 8)
+    for number in range(4):
+        width = 3 if number == 3 else 5
+        total = np.zeros(results[number].tile.shape, np.int64)
+        for k, m in np.ndindex(3, 3):
+            pixels = x[k : k + 5, m : m + width]
+            if number == 0:
+                total += pixels[..., :2] @ w64[k, m]
+            elif number == 1:
+                total += np.concatenate([pixels[..., :2] @ w64[k, m][:, :2], pixels[..., 2:4] @ w64[k, m][:, 2:]], axis=-1)
+            else:
+                total += pixels * per_channel[k, m]
+        scale = (first, second, np.float32(0.01), np.float32(0.01))[number]
+        expected = np.clip(np.rint(total.astype(np.float32) * scale), -128, 127)
+        np.testing.assert_array_equal(raw[f"y{number}"], expected, err_msg=f"result {number}")
+
+
+def test_nothing_is_left_over_from_the_run_before() -> None:
+    """A sum that starts with whatever the accumulator holds: zero at the start of every run."""
+    body = dot(SLOT, 0)
+    adding = replace(body[0], attributes=(("accumulate", 1),))
+    load = instruction("ld", SLOT, Tile.dense("dram", 0, "s8", (4,)))
+    machine = three_dots(ONES, load, adding, body[1], constants=bytes([1, 2, 3, 4]))
+    for _ in range(3):
+        assert machine.run({}).raw["y"].tolist() == [10, 0, 0]
+
+
+def test_a_layer_without_instructions_is_complete_with_the_one_before(image: Any) -> None:
+    built, constants, _ = conv_program()
+    layers = (built.layers[0], Layer("view", "reshape", ("Reshape_0",), 0, ()), built.layers[1])
+    middle = built.tensors[1]
+    again = replace(built, layers=layers, tensors=(middle, replace(middle, name="viewed", layer="view")))
+    run = Machine(again, constants).run({"image": image}, dump=True)
+    np.testing.assert_array_equal(run.tensors["viewed"], run.tensors["middle"])
+    assert run.tensors["viewed"].any()
+
+
+def test_waiting_twice_for_one_event_takes_two_signals() -> None:
+    ld, vec = Event("ld"), Event("vec")
+    load = after(instruction("ld", GOOD, Tile.dense("dram", 0, "s8", (16,))), signals=(vec,))
+    built = program(layer("a", load, after(instruction("fill", GOOD), waits=(ld, ld)), load), target=TARGET, dram_bytes=4096)
+    assert program_order(unrolled(built)) == [0, 2, 1]
+    assert all(random_order(unrolled(built), seed) == [0, 2, 1] for seed in range(5))
 
 
 def test_weights_that_are_overwritten_are_not_taken_for_constants() -> None:

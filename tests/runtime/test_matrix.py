@@ -155,6 +155,17 @@ def test_the_largest_sums_are_exact(left: int, right: int, constant: tuple[str, 
     assert got.tolist() == [[[expected, expected]]]
 
 
+@pytest.mark.parametrize("constant", [(), ("b",)], ids=["unknown", "constant"])
+@pytest.mark.parametrize("depth", [257, 258, 259, 515, 1027])
+def test_the_largest_products_of_matmul_are_exact(depth: int, constant: tuple[str, ...]) -> None:
+    """Zero points stretch the operands to 255: 255 · 255 · 259 passes 2**24."""
+    a, b = np.full((1, depth), 127, np.int8), np.full((depth, 1), 127, np.int8)
+    got = execute("matmul", {"a": a, "b": b}, result=((1, 1), "s32"), constant=constant, za=-128, zb=-128)
+    assert got.item() == 255 * 255 * depth
+    one_sided = execute("matmul", {"a": a, "b": b}, result=((1, 1), "s32"), constant=constant, za=-128)
+    assert one_sided.item() == 255 * 127 * depth
+
+
 def test_long_windows_are_exact() -> None:
     """3x3x512 windows of extreme values: K is cut and the parts are added as integers."""
     rng = np.random.default_rng(1)

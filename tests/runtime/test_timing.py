@@ -68,6 +68,19 @@ def test_matrix_cycles(target: Target, product: Product, cycles: int, fill: int)
     assert got.cycles - got.fill >= got.work.macs / target.macs_per_cycle
 
 
+def test_matrix_traffic() -> None:
+    """Bytes of 10 pixels x 7 products x 9 outputs: what each fold reads, and what each accumulation writes and reads again."""
+    product = Product(10, 7, 9)
+    assert matrix_cost(product, SYSTOLIC).work == Work(630, spm_bytes=10 * 7 * 2 + 63, acc_bytes=360 * 3)
+    assert matrix_cost(product, replace(SYSTOLIC, dataflow="os")).work == Work(630, spm_bytes=10 * 7 * 2 + 63 * 3, acc_bytes=360)
+    assert matrix_cost(product, replace(SYSTOLIC, dataflow="is")).work == Work(630, spm_bytes=70 + 63 * 2, acc_bytes=360 * 3)
+    assert matrix_cost(product, CUBE).work == Work(630, spm_bytes=10 * 7 * 2 + 63 * 3, acc_bytes=360)
+    assert matrix_cost(replace(product, width=2), CUBE).work == Work(630, spm_bytes=2 * 10 * 7 * 2 + 63 * 3, acc_bytes=360)
+    depthwise = Product(10, 9, 1, groups=5, depthwise=True)
+    assert matrix_cost(depthwise, SYSTOLIC).work == Work(450, spm_bytes=450 + 45, acc_bytes=200 * 5)
+    assert matrix_cost(depthwise, CUBE).work == Work(450, spm_bytes=450 + 45 * 3, acc_bytes=200)
+
+
 def test_matrix_instructions_are_the_products_they_say() -> None:
     x, w, y = Tile.dense("spm", 0, "s8", (6, 6, 4)), Tile.dense("spm", 512, "s8", (3, 3, 4, 16)), Tile.dense("acc", 0, "s32", (4, 4, 16))
     assert cost(instruction("conv", y, x, w), SYSTOLIC) == matrix_cost(Product(16, 36, 16), SYSTOLIC)

@@ -125,14 +125,24 @@ def test_fused_multiply_add_rounds_once(a: int, b: float, c: float) -> None:
     assert got[0] == fused(a, b, c)
 
 
-def test_fused_multiply_add_at_double_rounding_traps() -> None:
-    """Sums that round to a tie in float64, with the truth just beside it."""
-    b, c = np.array([2.0**-40, -(2.0**-40), 3 * 2.0**-45], F), np.array([1 + 2.0**-23], F) * F(2.0**20)
-    for addend in (c, -c):
-        for half in (F(2.0**-4), F(-(2.0**-4))):
-            total = np.asarray([addend[0] + half * 0], F)
-            got = fused_multiply_add(np.ones(3, F), b, np.repeat(total, 3))
-            assert got.tolist() == [fused(1, each, total[0]) for each in b]
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("a", "b"), [(130, 16519105), (205, 10475530)])
+def test_fused_multiply_add_at_a_double_rounding_trap(a: int, b: int, sign: int) -> None:
+    """a·b = 2^31 + 2: added to 2^55, float64 keeps only 2^31, half a step of float32; the rest decides the rounding."""
+    got = fused_multiply_add(np.array([a], F), np.array([sign * b], F), np.array([sign * 2.0**55], F))
+    assert got[0] == sign * (2.0**55 + 2.0**32) == fused(a, sign * b, sign * 2.0**55)
+
+
+def test_mul_adds_the_zero_point_in_one_step() -> None:
+    """Adding 67 and then 128 to the scaled product would round it to 46."""
+    a, b = np.full((1, 1000), 93, np.int8), np.full((1, 1000), -107, np.int8)
+    assert set(execute("mul", {"a": a, "b": b}, result=(a.shape, "s8"), qa=(0.0020600934512913227, 0), qy=(1.0, 67)).reshape(-1)) == {47}
+
+
+def test_a_clamp_beyond_the_type_is_the_types_range() -> None:
+    a = np.array([[-1000, 1000]], np.int32)
+    assert execute("requant", {"a": a}, result=(a.shape, "s8"), clamp=(-300, 300)).tolist() == [[-128, 127]]
+    assert execute("cvt", {"x": a}, result=(a.shape, "s8"), clamp=(-300, 50)).tolist() == [[-128, 50]]
 
 
 def add_bytes(a: int, b: int, qa: Any, qb: Any, qy: Any, clamp: tuple[int, int]) -> int:
@@ -361,6 +371,19 @@ def test_avgpool(case: dict[str, Any], scale: float, zx: int, zy: int, count: st
         for c in range(3):
             total = sum(int(tap[c]) - zx for tap in taps)
             assert got[h, w, c] == saturate(round_half_even(F(F(total) * factor)) + zy, result)
+
+
+def test_sums_of_large_windows_are_rounded_once() -> None:
+    """32 x 32 values of 32767 - (-128) pass 2**24: as float32 partial sums they would lose their last bits."""
+    x = np.full((32, 32, 1), 32767, np.int16)
+    x[::3] = 32766
+    total = int(x.astype(np.int64).sum()) + 128 * 1024
+    got = execute("avgpool", {"x": x}, result=((1, 1, 1), "s16"), kernel=(32, 32), scale=0.98, zx=-128)
+    assert got.item() == round_half_even(F(F(total) * F(F(0.98) / F(1024))))
+    odd = np.ones((4200, 1, 1), np.int16)
+    odd[:4199] = 4097
+    got = execute("avgpool", {"x": odd}, result=((1, 1, 1), "s16"), kernel=(4200, 1), scale=4200 / 2**12)
+    assert got.item() == round_half_even(F(F(4199 * 4097 + 1) * F(F(4200 / 2**12) / F(4200))))
 
 
 @pytest.mark.parametrize("op", ["sum", "sumsq", "max", "min"])

@@ -38,7 +38,7 @@ def squeeze(node: NodeImport) -> str:
     """Dimensions of 1 dropped: those given, or all."""
     shape = node.shape(0)
     axes = node.integers_of("axes", 1)
-    dropped = {node.axis(axis, len(shape)) for axis in axes} if axes is not None else {i for i, size in enumerate(shape) if size == 1}
+    dropped = {node.axis(axis, len(shape)) for axis in axes} if axes else {i for i, size in enumerate(shape) if size == 1}
     if any(shape[axis] != 1 for axis in dropped):
         raise node.refuse(f"axes {sorted(dropped)} of shape {list(shape)} are not all 1", hint="check the input shapes")
     return node.reshape(node.input(0), [size for i, size in enumerate(shape) if i not in dropped])

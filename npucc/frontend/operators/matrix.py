@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from npucc import ops
 from npucc.frontend.node import Importer, NodeImport
-from npucc.frontend.operators.windows import as_pair, explicit_pads, in_2d, pair, read_windows
+from npucc.frontend.operators.windows import as_pair, auto_pad, explicit_pads, in_2d, pair, read_windows
 
 
 def _weights(node: NodeImport) -> np.ndarray:
@@ -70,7 +72,7 @@ def _transpose_attributes(node: NodeImport, kernel: tuple[int, int], groups: int
     strides, dilations, output_padding = pair(node, "strides", 1), pair(node, "dilations", 1), pair(node, "output_padding", 0)
     size = as_pair(node.shape(0)[2:], 1)
     full = [(size[i] - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 + output_padding[i] for i in (0, 1)]
-    mode = node.word("auto_pad", "NOTSET")
+    mode = auto_pad(node)
     wanted = node.integers("output_shape")
     if wanted is None and mode == "NOTSET":
         begins, ends = explicit_pads(node)
@@ -159,9 +161,58 @@ def _constant_left(node: NodeImport) -> str:
     return node.reshape(node.transpose(product, swap), _matmul_shape(a.shape, b_shape))
 
 
+def einsum(node: NodeImport) -> str:
+    """One or two operands, no letter twice in one of them: sums, transposes and one matrix product."""
+    terms, _, result = node.word("equation", "").replace(" ", "").partition("->")
+    operands = terms.split(",")
+    usual = (
+        len(operands) == len(node.inputs) <= 2
+        and "->" in node.word("equation", "")
+        and all(len(set(term)) == len(term) for term in (*operands, result))
+    )
+    if not usual or "." in terms or any(len(term) != node.rank(index) for index, term in enumerate(operands)):
+        raise node.refuse(
+            f"equation {node.word('equation', '')!r} is not supported; supported are one or two operands, without repeated letters or dots"
+        )
+    parts = [
+        _summed(node, node.input(index), term, set("".join(operands[:index] + operands[index + 1 :]) + result)) for index, term in enumerate(operands)
+    ]
+    tensor, letters = parts[0] if len(parts) == 1 else _product(node, *parts, result)
+    return node.transpose(tensor, [letters.index(letter) for letter in result])
+
+
+def _summed(node: NodeImport, tensor: str, letters: str, wanted: set[str]) -> tuple[str, str]:
+    """The tensor summed over the dimensions that nothing else has."""
+    kept = "".join(letter for letter in letters if letter in wanted)
+    reduced = node.reduce("reduce_sum", tensor, [axis for axis, letter in enumerate(letters) if letter not in wanted])
+    return node.reshape(reduced, [size for size, letter in zip(node.shape_of(reduced), letters, strict=True) if letter in wanted]), kept
+
+
+def _product(node: NodeImport, left: tuple[str, str], right: tuple[str, str], result: str) -> tuple[str, str]:
+    """(product, its letters): dimensions of both are batch or contracted, those of one are rows or columns."""
+    if node.is_constant(0):
+        left, right = right, left
+    (a, a_letters), (b, b_letters) = left, right
+    sizes = dict(zip(a_letters + b_letters, node.shape_of(a) + node.shape_of(b), strict=True))
+    batch = "".join(letter for letter in a_letters if letter in b_letters and letter in result)
+    inner = "".join(letter for letter in a_letters if letter in b_letters and letter not in result)
+    rows = "".join(letter for letter in a_letters if letter not in b_letters)
+    columns = "".join(letter for letter in b_letters if letter not in a_letters)
+
+    def arranged(tensor: str, letters: str, *groups: str) -> str:
+        order = [letters.index(letter) for letter in batch + "".join(groups)]
+        merged = [math.prod(sizes[letter] for letter in group) for group in groups]
+        return node.reshape(node.transpose(tensor, order), (*(sizes[letter] for letter in batch), *merged))
+
+    product = node.emit("matmul", (arranged(a, a_letters, rows, inner), arranged(b, b_letters, inner, columns)), ops.MatMul())
+    letters = batch + rows + columns
+    return node.reshape(product, [sizes[letter] for letter in letters]), letters
+
+
 TABLE: tuple[Importer, ...] = (
     Importer("Conv", conv, "1-D and 2-D, constant weights"),
     Importer("ConvTranspose", conv_transpose, "1-D and 2-D, constant weights"),
     Importer("Gemm", gemm),
     Importer("MatMul", matmul),
+    Importer("Einsum", einsum, "one or two operands"),
 )

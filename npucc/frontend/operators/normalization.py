@@ -39,7 +39,10 @@ def batch_normalization(node: NodeImport) -> str:
         raise node.refuse("is in training mode, or not per channel", hint="export the model in evaluation mode")
     channels = node.shape(0)[1]
     gamma, beta, mean, variance = (_vector(node, i + 1, what, channels) for i, what in enumerate(("scale", "bias", "mean", "variance")))
-    scale = gamma / np.sqrt(variance + node.real("epsilon", 1e-5))
+    spread = variance + node.real("epsilon", 1e-5)
+    if not np.all(spread > 0):
+        raise node.refuse("has a variance that is negative or not a number", hint="the model is damaged; export it again")
+    scale = gamma / np.sqrt(spread)
     return per_channel(node, node.input(0), scale, beta - mean * scale)
 
 

@@ -18,13 +18,13 @@ def _axes(node: NodeImport) -> list[int]:
         raise node.refuse("reduces booleans", hint="cast them to float first")
     axes = node.integers_of("axes", 1)
     if not axes:
-        return [] if node.integer("noop_with_empty_axes", 0) else list(range(rank))
+        return [] if node.integer("noop_with_empty_axes", 0) == 1 else list(range(rank))
     return sorted({node.axis(axis, rank) for axis in axes})
 
 
 def _finish(node: NodeImport, reduced: str, axes: list[int]) -> str:
     """Drop the reduced dimensions unless keepdims is set."""
-    if node.integer("keepdims", 1):
+    if node.integer("keepdims", 1) == 1:
         return reduced
     return node.reshape(reduced, [size for i, size in enumerate(node.shape_of(reduced)) if i not in axes])
 

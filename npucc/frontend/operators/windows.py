@@ -66,15 +66,26 @@ def read_windows(node: NodeImport, kernel: Sequence[int]) -> Windows:
             f"kernel {windows.kernel}, strides {windows.strides} and dilations {windows.dilations} must be positive",
             hint="the model is damaged; export it again",
         )
-    mode = node.word("auto_pad", "NOTSET")
+    mode = auto_pad(node)
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         begins, ends = zip(*(_same(size[i], windows.spans()[i], windows.strides[i], upper=mode == "SAME_UPPER") for i in (0, 1)), strict=True)
         return Windows(windows.kernel, windows.strides, windows.dilations, begins, ends)
     begins, ends = ((0, 0), (0, 0)) if mode == "VALID" else explicit_pads(node)
     extra = (0, 0)
-    if node.integer("ceil_mode", 0):
+    if node.integer("ceil_mode", 0) == 1:
         extra = (_ceil_extra(size[0], windows, begins, ends, 0), _ceil_extra(size[1], windows, begins, ends, 1))
+    spans, padded = windows.spans(), (size[0] + begins[0] + ends[0] + extra[0], size[1] + begins[1] + ends[1] + extra[1])
+    if spans[0] > padded[0] or spans[1] > padded[1]:
+        raise node.refuse(f"has a kernel that spans {list(spans)} on a padded input of {list(padded)}", hint="check the input shapes")
     return Windows(windows.kernel, windows.strides, windows.dilations, begins, ends, extra)
+
+
+def auto_pad(node: NodeImport) -> str:
+    """NOTSET, VALID, SAME_UPPER or SAME_LOWER."""
+    mode = node.word("auto_pad", "NOTSET") or "NOTSET"
+    if mode not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
+        raise node.refuse(f"auto_pad={mode!r} is not known", hint="the model is damaged; export it again")
+    return mode
 
 
 def explicit_pads(node: NodeImport) -> tuple[Pair, Pair]:
