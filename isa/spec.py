@@ -181,8 +181,11 @@ TABLE: tuple[InstructionSpec, ...] = (
     InstructionSpec(
         "lut", "vec",
         (Operand("y", "write", SPM, ANY, "*d"), Operand("x", "read", SPM, INTEGERS, "*d"), Operand("t", "read", SPM, ANY, "e")),
-        (Attribute("base", "int", -128, "the value of x that reads t[0]"),),
-        "y = t[min(max(x - base, 0), e - 1)]", "vector", "y and t have the same dtype. Any function of one variable.",
+        (Attribute("base", "int", -128, "the value of x that reads t[0]"),
+         Attribute("shift", "int", 0, "t has an entry per 2**shift values of x; between two entries y is interpolated")),
+        "y = t[i] with i = min(max(x - base, 0), e - 1); with a shift: p = min(max(x - base, 0), (e - 1) << shift), i = min(p >> shift, e - 2), "
+        "y = t[i] + (((t[i+1] - t[i]) * (p - (i << shift)) + 2**(shift-1)) >> shift)", "vector",
+        "y and t have the same dtype. Any function of one variable.",
         "lut %0x0:s8[14,56,64], %0xc400:s8[14,56,64], %0xff00:s8[256]",
     ),
     _window("maxpool", "y = largest x in the window; padding never wins", (), "Windows wholly in the padding are refused."),

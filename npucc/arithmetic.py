@@ -7,6 +7,7 @@ reference, the backend and the exported model cannot disagree.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -57,22 +58,52 @@ def quantize(real: np.ndarray, quant: Quant) -> np.ndarray:
     return np.asarray(np.clip(steps.astype(np.float64), low, high), np.int64)
 
 
-def table(expression: scalar.Expression, source: Quant, result: Quant) -> np.ndarray:
-    """Stored result for each stored input from the lowest up: 256 entries for s8."""
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """A table as the `lut` instruction reads it: entry i stands at x = base + (i << shift); between entries it is interpolated.
+
+    Entries are results in steps of 2^-fraction_bits.
+    """
+
+    entries: np.ndarray  # int64
+    base: int
+    shift: int = 0
+    fraction_bits: int = 0
+
+
+#: int16 inputs: an entry per 64 values, that is 1,025 instead of 65,536
+WIDE_SHIFT = 6
+
+
+def table(expression: scalar.Expression, source: Quant, result: Quant) -> LookUp:
+    """The stored results of a function of one variable: every input of 8 bits, every 64th of 16 bits."""
     low, high = RANGES[source.dtype]
-    stored = np.arange(low, high + 1, dtype=np.int64)
+    if source.dtype != "s16":
+        return LookUp(quantize(_values(expression, np.arange(low, high + 1), source), result), low)
+    value = _values(expression, np.arange(low, high + 2, 1 << WIDE_SHIFT), source)
+    if result.dtype == "s16":
+        return LookUp(quantize(value, result), low, WIDE_SHIFT)
+    with np.errstate(invalid="ignore", over="ignore"):
+        fine = np.rint((value / F32(result.scale) + F32(result.zero)) * F32(256))
+    fine = np.where(np.isnan(fine), F32(256 * result.zero), fine)
+    return LookUp(np.asarray(np.clip(fine, *RANGES["s16"]), np.int64), low, WIDE_SHIFT, 8)
+
+
+def _values(expression: scalar.Expression, stored: np.ndarray, source: Quant) -> np.ndarray:
     real = (stored - source.zero).astype(F32) * F32(source.scale)
     with np.errstate(all="ignore"):
         value = scalar.evaluate(expression, real)
-    return quantize(np.broadcast_to(np.asarray(value, F32), real.shape), result)
+    return np.array(np.broadcast_to(np.asarray(value, F32), real.shape))
 
 
-def softmax_exponentials(source: Quant, length: int) -> np.ndarray:
-    """Fixed-point exp(s·d) for d = −(levels−1) … 0, scaled by 2^k so that `length` of them sum within 31 bits."""
+def softmax_exponentials(source: Quant, length: int) -> LookUp:
+    """Fixed-point exp(s·d) for differences d ≤ 0, scaled by 2^k so that `length` of them sum within 31 bits."""
     low, high = RANGES[source.dtype]
+    shift = WIDE_SHIFT if source.dtype == "s16" else 0
     bits = min(20, 30 - math.ceil(math.log2(max(length, 1))))
-    distance = np.arange(low - high, 1, dtype=np.float64)
-    return np.rint(2.0**bits * np.exp(float(source.scale) * distance)).astype(np.int64)
+    base = low - high - (1 if shift else 0)
+    distance = np.arange(base, 1, 1 << shift, dtype=np.float64)
+    return LookUp(np.rint(2.0**bits * np.exp(float(source.scale) * distance)).astype(np.int64), base, shift)
 
 
 def interpolation(size: int, result: int, scale: float, coordinates: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -95,7 +126,7 @@ def nearest_indices(size: int, result: int, scale: float, coordinates: str, roun
         "floor": np.floor(position),
         "ceil": np.ceil(position),
     }[rounding]
-    return np.clip(rounded.astype(np.int64), 0, size - 1)
+    return np.asarray(np.clip(rounded.astype(np.int64), 0, size - 1))
 
 
 def source_positions(size: int, result: int, scale: float, coordinates: str) -> np.ndarray:

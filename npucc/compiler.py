@@ -106,7 +106,7 @@ def steps(
     progress: Progress | None = None,
 ) -> Iterator[Step]:
     """The stages of `compile`, one Step each; the last one holds the Package."""
-    from npucc import backend, frontend, passes
+    from npucc import frontend, lowering, passes
     from npucc.quantize import quantize
 
     refuse_pruning(prune)
@@ -131,7 +131,7 @@ def steps(
     yield Step("quantize", quantized.graph)
 
     report("lower", 0, 1)
-    lowered = backend.lower(quantized.graph, chip, progress=progress)
+    lowered = lowering.lower(quantized.graph, chip, progress=progress)
     yield Step("lower", lowered.program)
 
     report("check", 0, 1)

@@ -50,12 +50,15 @@ def run_outputs(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
 
 def run_node(graph: Graph, node: Node, stored: Mapping[str, Array]) -> dict[str, Array]:
     """{result: stored integers} of one node, given the stored integers of the tensors that it reads."""
-    operands = tuple(_operand(graph.tensors[name], stored) if name else None for name in node.inputs)
-    tensor = graph.tensors[node.outputs[0]]
-    call = Call(node, operands, tensor)
-    value = KERNELS[node.op](call)
+    call = _call(graph, node, stored)
+    tensor, value = call.tensor, KERNELS[node.op](call)
     assert value.shape == tensor.shape, f"{node.name}: {value.shape} is not {tensor.shape}"
     return {tensor.name: value.astype(STORAGE[tensor.quant.dtype] if tensor.quant else value.dtype)}
+
+
+def _call(graph: Graph, node: Node, stored: Mapping[str, Array]) -> Call:
+    operands = tuple(_operand(graph.tensors[name], stored) if name else None for name in node.inputs)
+    return Call(node, operands, graph.tensors[node.outputs[0]])
 
 
 def store_input(tensor: Tensor, inputs: Mapping[str, Array]) -> Array:
@@ -170,12 +173,11 @@ def wrap(value: Array) -> Array:
 
 def sums(graph: Graph, node: Node, stored: Mapping[str, Array]) -> Array:
     """The 32-bit sums (bias included) of an operator with the trait `matrix`, before they are requantized; int64."""
-    operands = tuple(_operand(graph.tensors[name], stored) if name else None for name in node.inputs)
-    return SUMS[node.op](Call(node, operands, graph.tensors[node.outputs[0]]))
+    return SUMS[node.op](_call(graph, node, stored))
 
 
 def _conv_sums(call: Call) -> Array:
-    a, x, w = call.attributes, call.operand(0).steps, call.operand(1).steps
+    a, x, w = call.attributes, call.operand(0).steps.astype(np.float64), call.operand(1).steps.astype(np.float64)
     top, left, bottom, right = a.pads
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
     batch, _, height, width = call.tensor.shape
@@ -197,11 +199,12 @@ def _positions(start: int, stride: int, count: int) -> slice:
 
 
 def _grouped(w: Array, x: Array, groups: int) -> Array:
-    """w[N, C/groups] · x[B, C, h, w] per channel group: float64 [B, N, h·w]."""
+    """w[N, C/groups] · x[B, C, h, w] per channel group, float64: [B, N, h·w]."""
     batch, channels = x.shape[:2]
-    weights = w.reshape(groups, w.shape[0] // groups, w.shape[1]).astype(np.float64)
-    values = x.reshape(batch, groups, channels // groups, -1).astype(np.float64)
-    return np.asarray(np.matmul(weights, values)).reshape(batch, w.shape[0], -1)
+    values = x.reshape(batch, groups, channels // groups, -1)
+    weights = w.reshape(groups, w.shape[0] // groups, w.shape[1])
+    product = values * weights if w.shape[1] == 1 else np.matmul(weights, values)
+    return np.asarray(product).reshape(batch, w.shape[0], -1)
 
 
 def _channels(value: Any) -> Array:
@@ -211,7 +214,7 @@ def _channels(value: Any) -> Array:
 
 
 def _conv_transpose_sums(call: Call) -> Array:
-    a, x, w = call.attributes, call.operand(0).steps, call.operand(1).steps
+    a, x, w = call.attributes, call.operand(0).steps.astype(np.float64), call.operand(1).steps.astype(np.float64)
     groups, (top, left, bottom, right) = a.groups, a.pads
     batch, channels, height, width = x.shape
     results = call.tensor.shape[1]
@@ -295,8 +298,19 @@ def _where(call: Call) -> Array:
 
 def _table(call: Call) -> Array:
     source = call.operand(0).scaled
-    entries = arithmetic.table(call.attributes.expression, source, call.quant)
-    return np.asarray(entries[call.operand(0).stored - RANGES[source.dtype][0]])
+    values = arithmetic.table(call.attributes.expression, source, call.quant)
+    found = _look_up(values, call.operand(0).stored)
+    return call.clamp(np.rint(found.astype(F32) * F32(2.0**-values.fraction_bits)).astype(np.float64)) if values.fraction_bits else found
+
+
+def _look_up(values: arithmetic.LookUp, stored: Array) -> Array:
+    """Entries at each stored value; between entries, linear interpolation rounded to nearest."""
+    position = np.asarray(stored, np.int64) - values.base
+    if not values.shift:
+        return np.asarray(values.entries[position])
+    index = np.minimum(position >> values.shift, len(values.entries) - 2)
+    low, high = values.entries[index], values.entries[index + 1]
+    return np.asarray(low + (((high - low) * (position - (index << values.shift)) + (1 << (values.shift - 1))) >> values.shift))
 
 
 # ---- windows and reductions -------------------------------------------------------------------------------------------
@@ -340,9 +354,8 @@ def _reduce_sum(call: Call) -> Array:
 
 def _softmax(call: Call) -> Array:
     source, axis = call.operand(0), call.attributes.axis
-    entries = arithmetic.softmax_exponentials(source.scaled, source.stored.shape[axis])
-    distance = source.stored - source.stored.max(axis=axis, keepdims=True)
-    exponential = entries[distance + len(entries) - 1]
+    values = arithmetic.softmax_exponentials(source.scaled, source.stored.shape[axis])
+    exponential = _look_up(values, source.stored - source.stored.max(axis=axis, keepdims=True))
     total = exponential.sum(axis=axis, keepdims=True)
     return call.quantized(exponential.astype(F32) / total.astype(F32))
 

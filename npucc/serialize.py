@@ -208,7 +208,8 @@ def _tensor(record: dict[str, Any], blob: bytes) -> Tensor:
 def _quant(record: dict[str, Any], shape: tuple[int, ...], blob: bytes) -> Quant:
     axis = _get(record, "axis", int) if "axis" in record else None
     stored = record.get("scale")
-    scale = _array(stored, blob) if isinstance(stored, dict) and "offset" in stored else np.asarray(_value(stored), np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 becomes infinity, refused below
+        scale = _array(stored, blob) if isinstance(stored, dict) and "offset" in stored else np.asarray(_value(stored), np.float32)
     if scale.dtype != np.float32 or not np.isfinite(scale).all() or not (scale > 0).all():
         raise _MalformedError(f"scale {_short(stored)} is not a positive number")
     wanted = () if axis is None else (shape[axis],) if -len(shape) <= axis < len(shape) else None

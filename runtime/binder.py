@@ -26,6 +26,8 @@ from runtime.stream import Step
 
 #: bytes of decoded weights and tables that a machine keeps; beyond them, weights are decoded at each execution
 LARGEST_MEMO = 1 << 30
+#: operands that programs load from their constants: weights and right-hand sides, scales, tables
+CONSTANT_OPERANDS = ("w", "b", "s", "t")
 #: bytes kept per byte of a constant operand: itself, and as float32
 DECODED_SIZE = 5
 #: results whose every element depends only on the elements of the operands at the same place: they may be computed in place
@@ -134,7 +136,7 @@ class Binder:
         """Operands that hold the same constants in every run."""
         found = {}
         for name, at in operands.items():
-            if name in ("w", "b", "s") and at.tile.space == "spm" and (constant := self._constant(at)) is not None:
+            if name in CONSTANT_OPERANDS and at.tile.space == "spm" and (constant := self._constant(at)) is not None:
                 found[name] = constant
         return found
 

@@ -11,7 +11,7 @@ from runtime.costs import Work
 
 #: what the default numbers of a target go back to
 SOURCES = {
-    "mac": "int8 multiply-accumulate 0.2 + 0.03 pJ and its registers, 45 nm: Horowitz, ISSCC 2014 (16-bit inputs count twice)",
+    "mac": "int8 multiply-accumulate 0.2 + 0.03 pJ and its registers, 45 nm: Horowitz, ISSCC 2014",
     "vector": "float32 add 0.9 pJ and control, 45 nm: Horowitz, ISSCC 2014",
     "spm": "64-bit access of a 1 MB SRAM 100 pJ, 45 nm: Horowitz, ISSCC 2014",
     "acc": "64-bit access of a 32 KB SRAM 20 pJ, 45 nm: Horowitz, ISSCC 2014",

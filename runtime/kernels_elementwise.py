@@ -147,8 +147,9 @@ def _table(site: Site, evaluate: Evaluate, dtypes: list[np.dtype[Any]]) -> Array
 
 
 def _look_up_one(site: Site, y: Array, x: Array, table: Array) -> Callable[[], None]:
-    take = site.scratch.take
-    work = [(result, part, take("index", part.shape, np.intp), _dense(site, result)) for result, part in pieces([y, x.view(np.uint8)])]
+    """Table entries by the unsigned code of x, which has one or two bytes."""
+    take, codes = site.scratch.take, x.view(f"u{x.itemsize}")
+    work = [(result, part, take("index", part.shape, np.intp), _dense(site, result)) for result, part in pieces([y, codes])]
 
     def run() -> None:
         for result, part, index, found in work:
@@ -166,6 +167,7 @@ def _dense(site: Site, result: Array) -> Array:
 
 
 def _look_up_two(site: Site, y: Array, sources: list[Array], table: Array) -> Callable[[], None]:
+    """Table entries by the unsigned codes of two bytes, the first operand's in the high half."""
     take = site.scratch.take
     kinds = (("pair", np.uint16), ("low", np.uint16), ("index", np.intp))
     work = [
@@ -188,30 +190,62 @@ def _look_up_two(site: Site, y: Array, sources: list[Array], table: Array) -> Ca
 
 
 def bind_lut(site: Site) -> Callable[[], None]:
-    """y = t[min(max(x - base, 0), e - 1)]."""
+    """y = t[min(max(x - base, 0), e - 1)], or with a shift interpolated between two entries."""
     y, x, table = site.views["y"], site.views["x"], site.views["t"]
     if y.dtype != table.dtype:
         site.fault(f"y is {NAMES[y.dtype]}, but its table t is {NAMES[table.dtype]}", "give both the same type")
-    base, last = int(site.attributes["base"]), len(table) - 1
+    evaluate = _reader(site)
     y, x = collapse([y, x])
-    if x.dtype.itemsize > 1:
-        work = pieces([y, x])
+    if x.dtype.itemsize <= 2 and "t" in site.constants:
+        key, content = site.constants["t"]
+        memo = ("lut", key, x.dtype, tuple(site.instruction.attributes))
+        if memo not in site.memo:
+            site.memo[memo] = evaluate(content, _codes(x.dtype))
+        return _look_up_one(site, y, x, site.memo[memo])
+    if x.dtype.itemsize == 1:
+        expanded = np.empty(256, y.dtype)
+        look_up = _look_up_one(site, y, x, expanded)
 
-        def run() -> None:
-            for result, part in work:
-                np.copyto(result, np.take(table, np.clip(part.astype(np.int64) - base, 0, last)))
+        def run_bytes() -> None:
+            np.copyto(expanded, evaluate(table, _codes(x.dtype)))
+            look_up()
 
-        return run
-    codes = np.arange(256, dtype=np.uint8).view(x.dtype).astype(np.int64)
-    order = np.clip(codes - base, 0, last)
-    expanded = np.empty(256, y.dtype)
-    look_up = _look_up_one(site, y, x, expanded)
+        return run_bytes
+    work = pieces([y, x])
 
-    def run_bytes() -> None:
-        np.take(table, order, out=expanded, mode="clip")
-        look_up()
+    def run() -> None:
+        for result, part in work:
+            np.copyto(result, evaluate(table, part))
 
-    return run_bytes
+    return run
+
+
+def _codes(dtype: np.dtype[Any]) -> Array:
+    """Every value of a type of one or two bytes, in the order of unsigned codes."""
+    codes: Array = np.arange(1 << (8 * dtype.itemsize), dtype=f"u{dtype.itemsize}").view(dtype)
+    return codes
+
+
+def _reader(site: Site) -> Callable[[Array, Array], Array]:
+    """(table, x) → what lut reads there."""
+    base, shift, entries = int(site.attributes["base"]), int(site.attributes["shift"]), len(site.views["t"])
+    if shift == 0:
+        return lambda table, x: table[np.clip(x.astype(np.int64) - base, 0, entries - 1)]
+    if entries < 2 or not 0 < shift < 16:
+        site.fault(f"a table of {entries} entries with a shift of {shift}", "an interpolated table needs 2 entries and a shift of 1 to 15")
+    if site.views["t"].dtype.kind not in "iu":
+        site.fault("an interpolated table of f32", "its entries must be integers")
+
+    def interpolate(table: Array, x: Array) -> Array:
+        """t[i] + (((t[i+1] - t[i]) * rest + half) >> shift): integers throughout."""
+        place = np.clip(x.astype(np.int64) - base, 0, (entries - 1) << shift)
+        index = np.minimum(place >> shift, entries - 2)
+        knots = table.astype(np.int64)
+        rise = (knots[index + 1] - knots[index]) * (place - (index << shift))
+        between: Array = knots[index] + ((rise + (1 << (shift - 1))) >> shift)
+        return between.astype(table.dtype)
+
+    return interpolate
 
 
 def bind_fill(site: Site) -> Callable[[], None]:

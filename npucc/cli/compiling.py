@@ -44,7 +44,7 @@ def compile_model(
     ] = None,
     prune: Annotated[str | None, typer.Option("--prune", metavar="SPEC", help="Not available yet; refused.", show_default=False)] = None,
     quant: Annotated[
-        str | None, typer.Option("--quant", metavar="SPEC", help="Quantization options: key=value,key=value.", show_default=False)
+        str | None, typer.Option("--quant", metavar="SPEC", help="Quantization options: key=value,key=value; `help` lists them.", show_default=False)
     ] = None,
     dump_after: Annotated[
         str | None, typer.Option("--dump-after", metavar="STAGE", help="Print the value after a stage.", show_default=False)

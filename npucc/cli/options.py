@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -35,10 +36,15 @@ def target(name: str) -> Target:
 
 
 def quant(spec: str | None) -> str | None:
-    """`--quant`, refused here when it does not parse: wrong usage, not the model's fault."""
+    """`--quant`, refused here when it does not parse: wrong usage, not the model's fault. `help` lists the keys."""
     from npucc.compiler import quantize_options
     from npucc.errors import QuantizeError
+    from npucc.quantize import QuantizeOptions
 
+    if spec == "help":
+        for field in dataclasses.fields(QuantizeOptions):
+            typer.echo(f"{field.name}={field.default}\n    {field.metadata.get('meaning', '')}")
+        raise typer.Exit
     try:
         quantize_options(spec)
     except QuantizeError as error:

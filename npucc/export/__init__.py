@@ -6,6 +6,6 @@ is an exact oracle for the NPU (session option `session.x64quantprecision=1`).
 """
 
 from npucc.export.quantized import stored_name
-from npucc.export.to_onnx import to_onnx, unclamped_name
+from npucc.export.to_onnx import to_onnx
 
-__all__ = ["stored_name", "to_onnx", "unclamped_name"]
+__all__ = ["stored_name", "to_onnx"]

@@ -22,22 +22,12 @@ def to_onnx(graph: Graph, *, unsigned: bool = True) -> onnx.ModelProto:
     want them; onnxruntime is then exact with `session.qdqisint8allowed=1` instead.
     """
     quants = [tensor.quant for tensor in graph.tensors.values() if tensor.quant is not None]
-    model = Model(OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET, taken=_names(graph))
+    model = Model(OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET, taken=graph.tensors)
     if quants:
         emit_quantized(graph, model, unsigned=unsigned)
     else:
         _emit_float(graph, model)
     return model.finish(graph)
-
-
-def _names(graph: Graph) -> set[str]:
-    return {*graph.tensors, *(unclamped_name(graph, output) for node in graph for output in node.outputs)}
-
-
-def unclamped_name(graph: Graph, tensor: str) -> str:
-    """In the model of a float graph: the name of the tensor's value before its node's clamp."""
-    node = graph.producer(tensor)
-    return f"{tensor}/unclamped" if node and getattr(node.attributes, "clamp", None) is not None else tensor
 
 
 def _emit_float(graph: Graph, model: Model) -> None:
@@ -54,6 +44,6 @@ def _emit_float_node(graph: Graph, model: Model, node: Node) -> None:
     if clamp is None:
         emit(model, graph, node, node.inputs, result)
         return
-    unclamped = unclamped_name(graph, result)
+    unclamped = model.fresh(f"{result}/unclamped")
     emit(model, graph, node, node.inputs, unclamped)
     clip(model, unclamped, clamp, into=result)

@@ -4,7 +4,7 @@ The one big idea: a stage is a named list of rewrite rules, applied until none m
 nearly matched says why it did not.
 """
 
-from npucc.passes.rewrite import Alias, Refusal, Rewrite, Rule, Stage, rewrite
+from npucc.passes.rewrite import Alias, Refusal, Rewrite, Rule, Stage, rewrite_graph
 from npucc.passes.stages import STAGES
 
-__all__ = ["STAGES", "Alias", "Refusal", "Rewrite", "Rule", "Stage", "rewrite"]
+__all__ = ["STAGES", "Alias", "Refusal", "Rewrite", "Rule", "Stage", "rewrite_graph"]

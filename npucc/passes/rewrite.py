@@ -73,13 +73,13 @@ def stage(name: str, rules: Sequence[Rule], why: str, *, report: bool = True) ->
     """
 
     def run(graph: Graph) -> tuple[Graph, tuple[Refusal, ...]]:
-        result, refusals = rewrite(graph, rules)
+        result, refusals = rewrite_graph(graph, rules)
         return result, refusals if report else ()
 
     return Stage(name, run, why)
 
 
-def rewrite(graph: Graph, rules: Sequence[Rule]) -> tuple[Graph, tuple[Refusal, ...]]:
+def rewrite_graph(graph: Graph, rules: Sequence[Rule]) -> tuple[Graph, tuple[Refusal, ...]]:
     """The rewritten graph, and the refusals at nodes that are still there."""
     engine = _Engine(graph, rules)
     engine.run()

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 
 from npucc.errors import DataError, QuantizeError
-from npucc.export import to_onnx, unclamped_name
+from npucc.export import to_onnx
 from npucc.feeds import Port, check_feed
 from npucc.graph import Graph, Node
 from npucc.ops import OPS
@@ -31,21 +31,24 @@ SOFTMAX_DEPTH = 16.0  # exp(−16) is less than a ten-thousandth of an 8-bit ste
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`histograms`: of every tensor that is computed (not merely moved) or read in; `means`: per channel, of what matrix operators read."""
+    """`histograms`: of every tensor that is computed (not merely moved) or read in; `means`: per channel, of what matrix operators read;
+    `first`: the first few feeds."""
 
     histograms: dict[str, Histogram]
     means: dict[str, Array]
     samples: int
+    first: tuple[Mapping[str, Array], ...] = ()
 
 
-def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, progress: Progress | None = None) -> Calibration:
-    """Run at most `limit` samples of the float graph. Raises QuantizeError for samples that do not fit, and for NaN."""
+def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, keep: int = 0, progress: Progress | None = None) -> Calibration:
+    """Run at most `limit` samples of the float graph; hand back the first `keep`. Raises QuantizeError for samples that do not fit, and for NaN."""
     histograms = {name: Histogram() for name in measured(graph)}
     axes = channel_axes(graph)
     sums = {name: np.zeros(graph.tensors[name].shape[axis]) for name, axis in axes.items()}
     scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
     run = tensor_runner(graph, sorted({*histograms, *axes}))
     total, count = _total(feeds, limit), 0
+    first: list[Mapping[str, Array]] = []
     for feed in _checked(graph, islice(feeds, limit)):
         for name, value in run(feed).items():
             _refuse_nan(graph, name, value)
@@ -53,12 +56,13 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, p
                 sums[name] += _channel_means(value, axes[name])
             if name in histograms:
                 histograms[name].add(_near_the_top(value, scores[name]) if name in scores else value)
+        first += [feed] if count < keep else []
         count += 1
         if progress:
             progress("calibrate", count, total)
     if not count:
         raise QuantizeError("there are no calibration samples", hint="give at least one feed {input name: array}, or None for made-up inputs")
-    return Calibration(histograms, {name: value / count for name, value in sums.items()}, count)
+    return Calibration(histograms, {name: value / count for name, value in sums.items()}, count, tuple(first))
 
 
 def measured(graph: Graph) -> tuple[str, ...]:
@@ -94,21 +98,21 @@ def _channel_means(value: Array, axis: int) -> Array:
     return np.asarray(value.mean(axis=others, dtype=np.float64))
 
 
-def tensor_runner(graph: Graph, wanted: Sequence[str], *, before_clamp: bool = False) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    """A function from a feed to the wanted tensors of a float graph by name. `before_clamp`: as they are before their node's clamp."""
+def tensor_runner(graph: Graph, wanted: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """A function from a feed to the wanted tensors of a float graph by name."""
     model = to_onnx(graph)
-    names = {name: unclamped_name(graph, name) if before_clamp else name for name in wanted if name not in graph.inputs}
     have = {value.name for value in model.graph.output}
-    for name, output in names.items():
-        if output not in have:
+    computed = [name for name in wanted if name not in graph.inputs]
+    for name in computed:
+        if name not in have:
             tensor = graph.tensors[name]
             kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-            model.graph.output.append(onnx.helper.make_tensor_value_info(output, kind, tensor.shape))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, tensor.shape))
     session = float_session(model)
 
     def run(feed: Mapping[str, Array]) -> dict[str, Array]:
-        values = session.run(list(names.values()), dict(feed)) if names else []
-        return {**{name: feed[name] for name in wanted if name in feed}, **dict(zip(names, values, strict=True))}
+        values = session.run(computed, dict(feed)) if computed else []
+        return {**{name: feed[name] for name in wanted if name in feed}, **dict(zip(computed, values, strict=True))}
 
     return run
 

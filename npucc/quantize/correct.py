@@ -1,7 +1,8 @@
 """Biases that take back the mean error of everything before them.
 
-The one big idea: run the integer graph on a few samples, node by node; where a matrix operator's sums are off on average from the float
-model's, per output channel, its bias takes the difference, and the nodes after it see the corrected values.
+The one big idea: run the integer graph on a few samples, node by node; where a matrix operator's result is off on average from the float
+model's, per output channel, its bias takes the difference, and the nodes after it see the corrected values. Only what the clamp lets
+through counts: an error far below a ReLU's zero is none.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import numpy as np
 from npucc import reference
 from npucc.graph import Editor, Graph, Node, Quant, Tensor
 from npucc.ops import OPS
-from npucc.quantize.calibrate import tensor_runner
+from npucc.quantize.calibrate import Progress, tensor_runner
 from npucc.quantize.constants import LARGEST_SUM
 
-SHRINK = 1.0
 Array = np.ndarray[Any, np.dtype[Any]]
 
+DOUBT = 4.0  # how many times its variance the mean of few samples is distrusted
+SMALLEST_SHARE = 0.3  # of a channel's values within the clamp: below, a bias says too little about their mean
 
-def correct_biases(graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]]) -> Graph:
+
+def correct_biases(graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, progress: Progress | None = None) -> Graph:
     """The integer graph with corrected biases. `graph`: the float graph that it was made from, with the same nodes."""
     nodes = [node for node in integer if _has_bias(integer, node)]
     wanted = _float_means(graph, nodes, feeds)
@@ -30,7 +33,9 @@ def correct_biases(graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Ar
     working = replace(integer, tensors=tensors)
     samples = [{name: reference.store_input(tensors[name], feed) for name in integer.inputs} for feed in feeds]
     last_use = {name: node.name for node in integer for name in node.inputs}
-    for node in integer:
+    for index, node in enumerate(integer):
+        if progress:
+            progress("correct biases", index, len(integer.nodes))
         if node.outputs[0] in wanted:
             bias = _corrected_bias(working, node, wanted[node.outputs[0]], samples)
             node = replace(node, inputs=(*node.inputs[:2], bias.name))
@@ -58,8 +63,8 @@ def _has_bias(graph: Graph, node: Node) -> bool:
 
 
 def _float_means(graph: Graph, nodes: Sequence[Node], feeds: Sequence[Mapping[str, Array]]) -> dict[str, list[Array]]:
-    """Per result of the nodes and per sample: the mean of each output channel before the clamp."""
-    run = tensor_runner(graph, [node.outputs[0] for node in nodes], before_clamp=False)
+    """Per result of the nodes and per sample: the mean of each output channel."""
+    run = tensor_runner(graph, [node.outputs[0] for node in nodes])
     means: dict[str, list[Array]] = {node.outputs[0]: [] for node in nodes}
     for feed in feeds:
         values = run(feed)
@@ -78,27 +83,25 @@ def _channel_means(value: Array, node: Node) -> Array:
 
 
 def _corrected_bias(graph: Graph, node: Node, wanted: Sequence[Array], samples: Sequence[Mapping[str, Array]]) -> Tensor:
-    """The node's bias plus what its sums lack on average, as a constant of the node's own."""
-    source, weights = graph.quant(node.inputs[0]), graph.quant(node.inputs[1])
-    scale = (np.float32(source.scale) * weights.scale).astype(np.float32)
-    clamp = getattr(node.attributes, "clamp", None)
-    low, high = clamp or (-np.inf, np.inf)
-    per = scale.astype(np.float64)
-    along = per if node.op == "matmul" or per.ndim == 0 else per.reshape(-1, 1, 1)
-    found, active = [], []
-    for stored in samples:
-        real = reference.sums(graph, node, stored) * along
-        found.append(_channel_means(np.clip(real, low, high), node))
-        active.append(_channel_means(((real > low) & (real < high)).astype(float), node))
-    gain = np.maximum(np.mean(active, axis=0), 0.3)
-    lacking = shrunk_mean((np.array(wanted) - np.array(found)) / per / gain)
+    """The node's bias plus what its result lacks on average, as a constant of the node's own."""
+    scale = (np.float32(graph.quant(node.inputs[0]).scale) * graph.quant(node.inputs[1]).scale).astype(np.float32)
+    means, shares = zip(*(_clamped_means(reference.sums(graph, node, stored), scale, node) for stored in samples), strict=True)
+    lacking = shrunk_mean(np.array(wanted) - np.array(means)) / np.maximum(np.mean(shares, axis=0), SMALLEST_SHARE)
     name, old = (node.inputs[2], graph.tensors[node.inputs[2]].data) if len(node.inputs) > 2 and node.inputs[2] else ("", None)
-    bias = np.rint((0 if old is None else old) + lacking)
-    quant = Quant("s32", np.asarray(scale), 0, None if scale.ndim == 0 else 0)
+    bias = np.rint((0 if old is None else old) + lacking / scale.astype(np.float64))
     stored_bias = np.clip(bias, -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
     if name and len(graph.users(name)) == 1:
         return replace(graph.tensors[name], data=stored_bias)
+    quant = Quant("s32", np.asarray(scale), 0, None if scale.ndim == 0 else 0)
     return Tensor(f"{node.outputs[0]}/bias", stored_bias.shape, "float32", stored_bias, quant)
+
+
+def _clamped_means(sums: Array, scale: Array, node: Node) -> tuple[Array, Array]:
+    """Per channel: the mean of the real result after the clamp, and the share of values that the clamp leaves as they are."""
+    low, high = getattr(node.attributes, "clamp", None) or (-np.inf, np.inf)
+    real = sums * (scale if node.op == "matmul" or scale.ndim == 0 else scale.reshape(-1, 1, 1))
+    inside = (real > low) & (real < high)
+    return _channel_means(np.clip(real, low, high), node), _channel_means(inside, node)
 
 
 def shrunk_mean(samples: Array) -> Array:
@@ -106,5 +109,5 @@ def shrunk_mean(samples: Array) -> Array:
     mean = samples.mean(axis=0)
     if len(samples) < 2:
         return np.zeros_like(mean)
-    error = SHRINK * samples.var(axis=0, ddof=1) / len(samples)
+    error = DOUBT * samples.var(axis=0, ddof=1) / len(samples)
     return np.asarray(mean**3 / np.maximum(mean**2 + error, 1e-30))

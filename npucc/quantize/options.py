@@ -20,7 +20,10 @@ class QuantizeOptions:
     percentile: float = field(default=99.99, metadata={"meaning": "for method=percentile: how many of a hundred values lie in the range"})
     samples: int = field(default=128, metadata={"meaning": "calibrate with at most so many samples"})
     per_tensor: bool = field(default=False, metadata={"meaning": "one scale for a whole weight instead of one per output channel"})
-    bias_correction: bool = field(default=True, metadata={"meaning": "shift biases by the mean error that rounding the weights causes"})
+    bias_correction: bool = field(
+        default=True, metadata={"meaning": "shift biases by the mean error that rounding the weights causes, from channel means"}
+    )
+    bias_samples: int = field(default=8, metadata={"meaning": "correct biases with so many samples run through the integer graph; 0: not"})
     concat_ratio: float = field(default=4.0, metadata={"meaning": "rescale a Concat's input whose range is so many times narrower than the result's"})
 
     def __post_init__(self) -> None:
@@ -30,6 +33,8 @@ class QuantizeOptions:
             raise QuantizeError(f"percentile is {self.percentile:g}", hint="expected more than 50 and at most 100, as 99.99")
         if self.samples < 1:
             raise QuantizeError(f"samples is {self.samples}", hint="at least one sample is needed")
+        if self.bias_samples < 0:
+            raise QuantizeError(f"bias_samples is {self.bias_samples}", hint="expected 0 (no correction) or more")
         if not self.concat_ratio >= 1:
             raise QuantizeError(f"concat_ratio is {self.concat_ratio:g}", hint="expected at least 1; inf never rescales")
 

@@ -18,6 +18,7 @@ from npucc.ops import OPS
 from npucc.quantize.build import build
 from npucc.quantize.calibrate import Calibration, calibrate, measured
 from npucc.quantize.constants import source_of
+from npucc.quantize.correct import correct_biases
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.scales import Scales, choose_scales, observed_ranges
 from npucc.quantize.share import share_scales
@@ -76,10 +77,12 @@ def quantize(
     _refuse_unsupported(graph)
     ordered = _in_operand_order(graph)
     samples = _made_up(graph) if feeds is None else feeds
-    calibration = calibrate(ordered, samples, limit=options.samples, progress=progress)
+    calibration = calibrate(ordered, samples, limit=options.samples, keep=options.bias_samples, progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
     scales = choose_scales(shared, groups, calibration, options)
     integer = build(shared, scales, calibration.means, options)
+    if options.bias_samples:
+        integer = correct_biases(shared, integer, calibration.first, progress=progress)
     report = QuantizeReport(calibration.samples, options.method, tuple(_rows(shared, calibration, scales)), rescaled)
     return Quantized(integer, report, feeds is None)
 

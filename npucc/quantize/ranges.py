@@ -163,14 +163,17 @@ def _through(function: Expression, values: Array) -> Array:
 
 
 def least_error_range(histogram: Histogram, function: Expression = "x") -> Range:
-    """The range with the least mean squared error of rounding and clipping: both ends together first, then each end alone."""
+    """The range with the least mean squared error of rounding and clipping: both ends together first, then each alone."""
     observed, fit = histogram.observed, Fit.of(histogram, function)
 
     def best_of(candidates: Iterable[Range]) -> Range:
         return min((each.within(observed.low, observed.high) for each in candidates), key=fit.error)
 
-    best = best_of(Range(observed.low * part, observed.high * part) for part in (0.95**i for i in range(40)))
-    for step in (0.1, 0.1, 0.1, 0.03, 0.03, 0.01, 0.01):
+    parts = [0.95**i for i in range(40)]
+    best = best_of(Range(observed.low * part, observed.high * part) for part in parts)
+    best = best_of([best, *(Range(observed.low * part, best.high) for part in parts)])
+    best = best_of([best, *(Range(best.low, observed.high * part) for part in parts)])
+    for step in (0.1, 0.03, 0.03, 0.01, 0.01):
         factors = [1 + step * i for i in range(-4, 5)]
         best = best_of([Range(best.low * factor, best.high) for factor in factors])
         best = best_of([Range(best.low, best.high * factor) for factor in factors])

@@ -201,7 +201,10 @@ def sixteen_bits(net: Net) -> Graph:
     rows = net.op("reshape", [net.op("pad", [x], ops.Pad((0, 0, 1, 0), (0, 0, 0, 2), 0.1))], ops.Reshape((1, 6, 100)))
     norm = net.op("layer_norm", [rows], ops.LayerNorm(), quant=wide)
     h = net.op("matmul", [norm, net.weights((100, 11), 1)], ops.MatMul())
-    return net.graph(b, d, e, f, g, h, net.op("reduce_max", [c], ops.Reduce((1,))))
+    i = net.op("table", [c], ops.Table(("sigmoid", "x")))
+    j = net.op("table", [net.conv(a, 5, (1, 1))], ops.Table(("tanh", "x")), quant=wide)
+    k = net.op("add", [net.op("table", [c], ops.Table(("tanh", "x")), quant=wide), i], ops.Binary())
+    return net.graph(b, d, e, f, g, h, i, j, k, net.op("softmax", [rows], ops.Softmax(-1)), net.op("reduce_max", [c], ops.Reduce((1,))))
 
 
 GRAPHS: dict[str, Callable[[Net], Graph]] = {

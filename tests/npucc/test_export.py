@@ -17,7 +17,7 @@ from npucc.quantize import quantize
 from .float_graphs import FloatNet, classifier, classifier_feeds, exact_session, run_session
 from .integer_graphs import GRAPHS, Net
 
-TOLERATED = {"transposed": 1e-3, "normalization": 1e-3, "matrices": 1e-3}  # onnxruntime runs ConvTranspose, LayerNormalization, Softmax in float
+TOLERATED = {"transposed": 1e-3, "normalization": 1e-3, "matrices": 1e-3, "sixteen_bits": 3e-3}  # where onnxruntime computes in float
 
 
 def feeds_on_the_grid(graph: Graph, seed: int) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from onnx import NodeProto, numpy_helper
 from npucc import ops, scalar
 from npucc.frontend import import_model
 from npucc.graph import Graph, Node
-from npucc.passes import STAGES, Alias, Rewrite, Rule, rewrite
+from npucc.passes import STAGES, Alias, Rewrite, Rule, rewrite_graph
 from tests.npucc.onnx_models import assert_agrees, fused, integers, model, node, normal, ops_of
 
 IMAGE = (1, 4, 6, 6)
@@ -516,7 +516,7 @@ def test_rules_that_undo_each_other_are_found() -> None:
         return Rewrite((Node(part.name, "table", part.inputs, part.outputs, ops.Table(expression)),))
 
     with pytest.raises(AssertionError, match="rule flip does not come to an end at"):
-        rewrite(graph, [Rule("flip", frozenset({"table"}), flip, "a mistake")])
+        rewrite_graph(graph, [Rule("flip", frozenset({"table"}), flip, "a mistake")])
 
 
 def test_refusals_of_nodes_that_are_gone_are_not_reported() -> None:
@@ -525,7 +525,7 @@ def test_refusals_of_nodes_that_are_gone_are_not_reported() -> None:
     def drop(_: Any, part: Node) -> Any:
         return "not this one" if part.name == "y" else Alias(part.inputs[0])
 
-    result, refusals = rewrite(graph, [Rule("drop", frozenset({"table"}), drop, "a test")])
+    result, refusals = rewrite_graph(graph, [Rule("drop", frozenset({"table"}), drop, "a test")])
     assert ops_of(result) == ["table"]
     assert [str(refusal) for refusal in refusals] == ["drop at 'y': not this one"]
 

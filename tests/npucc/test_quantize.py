@@ -17,7 +17,8 @@ from npucc.export import to_onnx
 from npucc.graph import Graph, Quant
 from npucc.quantize import QuantizeOptions, quantize
 from npucc.quantize.constants import constant_quant, quantize_matrix
-from npucc.quantize.ranges import Histogram, Range, activation_quant, choose_range, least_error_range, percentile_range, squared_error
+from npucc.quantize.correct import shrunk_mean
+from npucc.quantize.ranges import Fit, Histogram, Range, activation_quant, choose_range, least_error_range, percentile_range
 
 from .float_graphs import FloatNet, classifier, classifier_feeds, exact_session, run_session
 
@@ -77,12 +78,12 @@ def test_infinite_values_do_not_count() -> None:
 def test_least_error_clips_a_long_tail_and_beats_the_whole_range() -> None:
     histogram = Histogram()
     histogram.add(np.random.default_rng(0).standard_t(3, 200_000).astype(np.float32))
-    chosen, (centres, counts) = least_error_range(histogram), histogram.values()
+    chosen, fit = least_error_range(histogram), Fit.of(histogram)
     assert chosen.width < 0.8 * histogram.observed.width
-    assert squared_error(chosen, centres, counts) < 0.8 * squared_error(histogram.observed, centres, counts)
+    assert fit.error(chosen) < 0.8 * fit.error(histogram.observed)
     for factor in (0.8, 1.25):
         other = Range(chosen.low * factor, chosen.high * factor)
-        assert squared_error(chosen, centres, counts) <= squared_error(other, centres, counts)
+        assert fit.error(chosen) <= fit.error(other)
 
 
 def test_least_error_keeps_an_even_spread_whole() -> None:
@@ -91,6 +92,17 @@ def test_least_error_keeps_an_even_spread_whole() -> None:
     chosen = least_error_range(histogram)
     assert chosen.low == pytest.approx(-1, abs=0.05)
     assert chosen.high == pytest.approx(3, abs=0.05)
+
+
+def test_what_the_next_function_flattens_is_not_covered() -> None:
+    histogram = Histogram()
+    histogram.add(np.random.default_rng(0).normal(0, 10, 100_000).astype(np.float32))
+    assert least_error_range(histogram).high > 20
+    tanh, swish = (least_error_range(histogram, function) for function in (("tanh", "x"), ("hard_swish", "x")))
+    assert -5 < tanh.low < -2
+    assert 2 < tanh.high < 5
+    assert -4 < swish.low < -2.5
+    assert swish.high > 20
 
 
 def test_a_percentile_leaves_the_same_share_out_at_either_end() -> None:
@@ -158,7 +170,7 @@ def test_single_values_and_whole_numbers_are_exact(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["int8", "int8,method=minmax", "method=percentile,percentile=99.9", "per_tensor=yes", "bias_correction=no", "samples=3"]
+    "spec", ["int8", "int8,method=minmax", "method=percentile,percentile=99.9", "per_tensor=yes", "bias_correction=no", "bias_samples=0", "samples=3"]
 )
 def test_the_integer_graph_is_close_to_the_float_graph(spec: str) -> None:
     graph, feeds = classifier(), classifier_feeds()
@@ -295,20 +307,33 @@ def test_padding_with_minus_infinity_does_not_widen_the_range() -> None:
     assert error.max_abs < 0.05
 
 
-def test_bias_correction_removes_the_mean_error() -> None:
+CORRECTIONS = {"from channel means": QuantizeOptions(bias_samples=0), "from samples": QuantizeOptions(bias_correction=False)}
+
+
+@pytest.mark.parametrize("clamp", [None, (0.0, float("inf"))], ids=["plain", "relu"])
+@pytest.mark.parametrize("options", CORRECTIONS.values(), ids=CORRECTIONS.keys())
+def test_bias_correction_removes_the_mean_error(options: QuantizeOptions, clamp: tuple[float, float] | None) -> None:
     net = FloatNet(1)
     net.input("x", 1, 3, 12, 12)
     coarse = net.random.normal(0, 1, (6, 3, 3, 3)) * np.where(np.arange(27).reshape(1, 3, 3, 3) == 0, 40, 0.3)
-    net.op("conv", ["x", net.constant("w", coarse.astype(np.float32))], "y", ops.Conv())
+    net.op("conv", ["x", net.constant("w", coarse.astype(np.float32))], "y", ops.Conv(clamp=clamp))
     graph = net.graph("y")
     feeds = [{"x": np.abs(feed["x"]) + 1} for feed in feeds_of((1, 3, 12, 12), 8)]
     session = exact_session(to_onnx(graph))
-    shift = {}
-    for corrected in (False, True):
-        integer = quantize(graph, feeds, options=QuantizeOptions(bias_correction=corrected)).graph
+
+    def shift(how: QuantizeOptions) -> float:
+        integer = quantize(graph, feeds, options=how).graph
         errors = [reference.run_outputs(integer, feed)["y"] - run_session(session, feed)["y"] for feed in feeds]
-        shift[corrected] = float(np.abs(np.mean(errors, axis=(0, 1, 3, 4))).max())
-    assert shift[True] < 0.3 * shift[False]
+        return float(np.abs(np.mean(errors, axis=(0, 1, 3, 4))).max())
+
+    assert shift(options) < 0.3 * shift(QuantizeOptions(bias_correction=False, bias_samples=0))
+
+
+def test_the_mean_of_samples_that_disagree_is_distrusted() -> None:
+    agreeing, disagreeing = np.full((8, 1), 2.0), np.array([[9.0], [-9.0]] * 4) + 0.5
+    assert shrunk_mean(agreeing) == 2.0
+    assert 0 < shrunk_mean(disagreeing) < 0.01
+    assert shrunk_mean(agreeing[:1]) == 0.0
 
 
 def test_one_weight_read_by_two_layers_is_stored_for_each() -> None:
@@ -400,6 +425,7 @@ def test_broken_constants_are_refused() -> None:
         ("method", "'method'"),
         ("samples=many", "'many'"),
         ("samples=0", "samples is 0"),
+        ("bias_samples=-1", "bias_samples is -1"),
         ("percentile=20", "percentile is 20"),
         ("per_tensor=maybe", "'maybe'"),
         ("samples=2,samples=3", "twice"),
@@ -412,5 +438,8 @@ def test_wrong_options_are_refused(text: str, said: str) -> None:
 
 def test_options_are_read() -> None:
     assert QuantizeOptions.parse("int8") == QuantizeOptions()
-    expected = QuantizeOptions("percentile", 99.5, 7, per_tensor=True, bias_correction=False, concat_ratio=2.0)
-    assert QuantizeOptions.parse("method=percentile, percentile=99.5,samples=7,per_tensor=on,bias_correction=0,concat_ratio=2") == expected
+    expected = QuantizeOptions("percentile", 99.5, 7, per_tensor=True, bias_correction=False, bias_samples=0, concat_ratio=2.0)
+    assert (
+        QuantizeOptions.parse("method=percentile, percentile=99.5,samples=7,per_tensor=on,bias_correction=0,bias_samples=0,concat_ratio=2")
+        == expected
+    )

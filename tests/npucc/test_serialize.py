@@ -109,6 +109,7 @@ def damaged(change: Any) -> str:
         (lambda r: r["tensors"][1]["data"].update(offset=-8), "lie outside the"),
         (lambda r: r["tensors"][1]["data"].update(dtype="object"), "'dtype' is 'object', expected one of"),
         (lambda r: r["tensors"][0]["quant"].update(scale=-1.0), "scale -1.0 is not a positive number"),
+        (lambda r: r["tensors"][0]["quant"].update(scale=3.5e38), "is not a positive number"),
         (lambda r: r["tensors"][0]["quant"].update(scale={"float": "nan"}), "is not a positive number"),
         (lambda r: r["tensors"][1]["quant"].update(axis=7), "scales for axis 7"),
         (lambda r: r.update(outputs=["z"]), "graph input or output 'z' is no tensor"),

@@ -459,13 +459,13 @@ def test_one_constant_used_in_several_ways() -> None:
         results.append(TensorRecord(f"y{number}", stored, 1.0, 0))
     built = program(layer("all", *body), target=TARGET, inputs=(record,), outputs=tuple(results), constants=(0, len(constants)), dram_bytes=4096)
     raw = Machine(built, constants).run({"x": image}).raw
-    x, w64 = image.astype(np.int64), weights.astype(np.int64)
+    stored_image, w64 = image.astype(np.int64), weights.astype(np.int64)
     per_channel = w64.reshape(3, 3, 8)
     for number in range(4):
         width = 3 if number == 3 else 5
         total = np.zeros(results[number].tile.shape, np.int64)
         for k, m in np.ndindex(3, 3):
-            pixels = x[k : k + 5, m : m + width]
+            pixels = stored_image[k : k + 5, m : m + width]
             if number == 0:
                 total += pixels[..., :2] @ w64[k, m]
             elif number == 1:

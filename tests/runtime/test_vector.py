@@ -286,19 +286,49 @@ def test_cvt_and_sqrt(source: str, result: str, name: str, qx: Any, qy: Any, see
         assert got.tolist() == [quantized(value, qy[0], qy[1], result) for value in values]
 
 
+@pytest.mark.parametrize("constant", [(), ("t",)], ids=["unknown", "constant"])
 @pytest.mark.parametrize(
     ("dtype", "result", "length", "base"),
     [("s8", "s8", 256, -128), ("s8", "f32", 100, -30), ("u8", "s32", 256, 0), ("s16", "s8", 1000, -500), ("s32", "s32", 40, 3)],
 )
-def test_lut(dtype: str, result: str, length: int, base: int) -> None:
+def test_lut(dtype: str, result: str, length: int, base: int, constant: tuple[str, ...]) -> None:
     rng = np.random.default_rng(7)
     x = np.where(rng.random((5, 80)) < 0.5, rng.integers(-100 if dtype != "u8" else 0, 100, (5, 80)), integers(rng, (5, 80), dtype)).astype(
         integers(rng, (1,), dtype).dtype
     )
     table = rng.standard_normal(length).astype(F) if result == "f32" else integers(rng, (length,), result)
     expected = [table[min(max(int(each) - base, 0), length - 1)] for each in x.reshape(-1)]
-    got = execute("lut", {"x": x, "t": table}, result=(x.shape, result), base=base)
+    got = execute("lut", {"x": x, "t": table}, result=(x.shape, result), constant=constant, base=base)
     np.testing.assert_array_equal(got.reshape(-1), np.array(expected))
+
+
+@pytest.mark.parametrize("constant", [(), ("t",)], ids=["unknown", "constant"])
+@pytest.mark.parametrize(
+    ("dtype", "result", "length", "base", "shift"),
+    [("s16", "s16", 257, -32768, 8), ("s8", "s8", 17, -100, 3), ("s32", "s32", 2, -5, 15), ("s16", "s8", 65, -2048, 6)],
+)
+def test_interpolated_lut(dtype: str, result: str, length: int, base: int, shift: int, constant: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(11)
+    x, table = integers(rng, (5, 300), dtype), integers(rng, (length,), result)
+    got = execute("lut", {"x": x, "t": table}, result=(x.shape, result), constant=constant, base=base, shift=shift)
+    for each, found in zip(x.reshape(-1).tolist(), got.reshape(-1).tolist(), strict=True):
+        place = min(max(each - base, 0), (length - 1) << shift)
+        index = min(place >> shift, length - 2)
+        low, high = int(table[index]), int(table[index + 1])
+        assert found == low + (((high - low) * (place - (index << shift)) + 2 ** (shift - 1)) >> shift)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "shift", "message"), [(1, np.int8, 2, "a table of 1 entries"), (9, np.int8, 16, "a shift of 16"), (9, np.float32, 2, "f32")]
+)
+def test_interpolated_tables_that_cannot_be(length: int, dtype: Any, shift: int, message: str) -> None:
+    with pytest.raises(RuntimeFault, match=message):
+        execute(
+            "lut",
+            {"x": np.zeros((1, 4), np.int8), "t": np.zeros(length, dtype)},
+            result=((1, 4), "f32" if dtype == np.float32 else "s8"),
+            shift=shift,
+        )
 
 
 def test_lut_needs_one_type() -> None:
@@ -374,16 +404,11 @@ def test_avgpool(case: dict[str, Any], scale: float, zx: int, zy: int, count: st
 
 
 def test_sums_of_large_windows_are_rounded_once() -> None:
-    """32 x 32 values of 32767 - (-128) pass 2**24: as float32 partial sums they would lose their last bits."""
-    x = np.full((32, 32, 1), 32767, np.int16)
-    x[::3] = 32766
-    total = int(x.astype(np.int64).sum()) + 128 * 1024
-    got = execute("avgpool", {"x": x}, result=((1, 1, 1), "s16"), kernel=(32, 32), scale=0.98, zx=-128)
-    assert got.item() == round_half_even(F(F(total) * F(F(0.98) / F(1024))))
-    odd = np.ones((4200, 1, 1), np.int16)
-    odd[:4199] = 4097
-    got = execute("avgpool", {"x": odd}, result=((1, 1, 1), "s16"), kernel=(4200, 1), scale=4200 / 2**12)
-    assert got.item() == round_half_even(F(F(4199 * 4097 + 1) * F(F(4200 / 2**12) / F(4200))))
+    """512 · 2**15 + 3: one by one in float32, the last three would be lost, and the result would stay at the tie."""
+    x = np.full((1024, 1, 1), -1, np.int16)
+    x[:512], x[512:515] = 32767, 0
+    got = execute("avgpool", {"x": x}, result=((1, 1, 1), "s16"), kernel=(1024, 1), scale=2001 / 2**15, zx=-1)
+    assert got.item() == 1001 == round_half_even(F(F(2**24 + 3) * F(2001 / 2**25)))
 
 
 @pytest.mark.parametrize("op", ["sum", "sumsq", "max", "min"])

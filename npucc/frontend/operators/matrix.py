@@ -177,7 +177,7 @@ def einsum(node: NodeImport) -> str:
     parts = [
         _summed(node, node.input(index), term, set("".join(operands[:index] + operands[index + 1 :]) + result)) for index, term in enumerate(operands)
     ]
-    tensor, letters = parts[0] if len(parts) == 1 else _product(node, *parts, result)
+    tensor, letters = parts[0] if len(parts) == 1 else _product(node, parts[0], parts[1], result)
     return node.transpose(tensor, [letters.index(letter) for letter in result])
 
 

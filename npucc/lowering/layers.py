@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from npucc.backend.placement import free_moves
-from npucc.backend.views import View
 from npucc.graph import Graph, Node
+from npucc.lowering.placement import free_moves
+from npucc.lowering.views import View
 from npucc.ops import OPS
 
 #: operators whose lowering hands each finished tile to the elementwise nodes that follow

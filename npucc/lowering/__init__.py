@@ -1,10 +1,10 @@
-"""The backend: an integer graph and a target in, a program and its constants out.
+"""Lowering: an integer graph and a target in, a program and its constants out.
 
 In the order data passes through: views (where tensors lie), placement (buffers and addresses), layers (what is fused),
 convolution / product / elementwise / window / reduction / rows / movement (tiles and instructions of a layer; cost chooses the tiles),
 synchronize (events), roll (loops).
 """
 
-from npucc.backend.lower import Lowered, lower
+from npucc.lowering.lower import Lowered, lower
 
 __all__ = ["Lowered", "lower"]

@@ -13,12 +13,12 @@ import numpy as np
 
 from isa.program import DTYPES, Tile
 from npucc import arithmetic
-from npucc.backend.elementwise import quant_pair, vector_with_table
-from npucc.backend.emitter import Emitter, Ring, spm_tile, windows
-from npucc.backend.layers import Group
-from npucc.backend.tiling import halvings, tile_sizes
-from npucc.backend.views import View
 from npucc.errors import CompileError
+from npucc.lowering.elementwise import LoadedTable, look_up, quant_pair
+from npucc.lowering.emitter import Emitter, Ring, spm_tile, windows
+from npucc.lowering.layers import Group
+from npucc.lowering.tiling import halvings, tile_sizes
+from npucc.lowering.views import View
 
 
 @dataclass(slots=True)
@@ -78,8 +78,8 @@ def lower_softmax(emitter: Emitter, group: Group) -> None:
     source, result = graph.quant(node.inputs[0]), graph.quant(node.outputs[0])
     axis = node.attributes.axis % len(graph.tensors[node.inputs[0]].shape)  # type: ignore[attr-defined]
     length = graph.tensors[node.inputs[0]].shape[axis]
-    entries = arithmetic.softmax_exponentials(source, length)
-    table_view = emitter.constant(entries.astype(np.int32), "s32")
+    values = arithmetic.softmax_exponentials(source, length)
+    table_view = emitter.constant(values.entries.astype(np.int32), "s32")
     table = emitter.load(table_view, emitter.ring(table_view.bytes, 1))
     wide, narrow = DTYPES[source.dtype], DTYPES[result.dtype]
     distance = "s16" if wide == 1 else "s32"  # wide enough for the largest difference of two inputs
@@ -99,7 +99,7 @@ def lower_softmax(emitter: Emitter, group: Group) -> None:
             d = spm_tile(d_ring.next(), distance, (count, size))
             e = spm_tile(e_ring.next(), "s32", (count, size))
             emitter.vector("sub", d, x, _spread(top, size))
-            vector_with_table(emitter, e, d, table, 1 - len(entries))
+            look_up(emitter, e, d, LoadedTable(table, values))
             return e
 
         for start, size in pieces:

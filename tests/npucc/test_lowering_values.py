@@ -9,8 +9,9 @@ import pytest
 
 from isa.target import Target, load_target
 from npucc import reference
-from npucc.backend import lower
+from npucc.errors import CompileError
 from npucc.graph import Graph
+from npucc.lowering import lower
 from runtime import Machine
 
 from .integer_graphs import GRAPHS, Net
@@ -34,6 +35,10 @@ def inputs_for(graph: Graph) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_machine_equals_the_integer_reference(name: str, target: Target) -> None:
     graph = GRAPHS[name](Net(3))
+    if name == "sixteen_bits" and target.name == "starved":
+        with pytest.raises(CompileError, match="does not fit"):  # an int16 table alone takes 2,050 bytes
+            lower(graph, target)
+        return
     feeds = inputs_for(graph)
     expected = reference.run(graph, feeds)
     for share in (0.0, 0.6):

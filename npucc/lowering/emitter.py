@@ -14,10 +14,10 @@ import numpy as np
 from isa.program import Instruction, Tile, Value, dense_strides
 from isa.spec import SPEC
 from isa.target import Target
-from npucc.backend.placement import Placement
-from npucc.backend.views import View, merge_dimensions
 from npucc.errors import CompileError
 from npucc.graph import Graph
+from npucc.lowering.placement import Placement
+from npucc.lowering.views import View, merge_dimensions
 
 SLOT_ALIGNMENT = 8
 MOST_DMA_DIMENSIONS = 5

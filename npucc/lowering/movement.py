@@ -14,12 +14,12 @@ import numpy as np
 
 from isa.program import DTYPES, Tile
 from npucc import arithmetic, ops
-from npucc.backend.elementwise import boxes, largest_box, operand_view
-from npucc.backend.emitter import Emitter, spm_tile
-from npucc.backend.layers import Group
-from npucc.backend.placement import FORWARD, concat_windows, same_elements
-from npucc.backend.views import View, reshape_copy
 from npucc.errors import CompileError
+from npucc.lowering.elementwise import boxes, largest_box, operand_view
+from npucc.lowering.emitter import Emitter, spm_tile
+from npucc.lowering.layers import Group
+from npucc.lowering.placement import FORWARD, concat_windows, same_elements
+from npucc.lowering.views import View, reshape_copy
 
 
 def copy(emitter: Emitter, result: View, source: View) -> None:

@@ -7,15 +7,15 @@ broadcast operand is loaded once at its own size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from isa.program import DTYPES, Tile
 from npucc import arithmetic
-from npucc.backend.emitter import Emitter, Ring, spm_tile, windows
-from npucc.backend.layers import Group
-from npucc.backend.views import View, merge_dimensions
 from npucc.graph import Node, Quant
+from npucc.lowering.emitter import Emitter, Ring, spm_tile, windows
+from npucc.lowering.layers import Group
+from npucc.lowering.views import View, merge_dimensions
 from npucc.ops import Clamp, Compare, Table
 
 FEWEST_TILE_BYTES = 8192
@@ -56,7 +56,7 @@ class Chain:
     nodes: Sequence[Node]
     shape: tuple[int, ...]
     incoming: str | None = None  # the tensor that the anchor hands over, if there is an anchor
-    tables: dict[str, Tile] = field(default_factory=dict)
+    tables: dict[str, LoadedTable] = field(default_factory=dict)
     rings: dict[str, Ring] = field(default_factory=dict)
     spare: Ring | None = None  # where a node works whose result has another width than the tile before it
 
@@ -64,6 +64,7 @@ class Chain:
     def widths(self) -> set[int]:
         """Bytes per element of every value on the way."""
         names = [node.outputs[0] for node in self.nodes] + ([self.incoming] if self.incoming is not None else [])
+        names += [node.inputs[0] for node in self.nodes if isinstance(node.attributes, Table)]  # an int16 table is looked up in int16
         return {DTYPES[self.emitter.graph.quant(name).dtype] for name in names}
 
     def operands(self) -> list[str]:
@@ -74,10 +75,10 @@ class Chain:
 
     def bytes_per_slot(self, box: Box) -> int:
         """Scratchpad bytes that one set of operand tiles takes for a block of these sizes."""
+        graph = self.emitter.graph
         spare = box.elements * max(self.widths) if len(self.widths) > 1 else 0
-        return (
-            spare + sum(self._operand_bytes(name, box) for name in self.operands()) + 256 * sum(isinstance(n.attributes, Table) for n in self.nodes)
-        )
+        tables = sum(TABLE_BYTES[graph.quant(n.inputs[0]).dtype] for n in self.nodes if isinstance(n.attributes, Table))
+        return spare + tables + sum(self._operand_bytes(name, box) for name in self.operands())
 
     def _operand_bytes(self, name: str, box: Box) -> int:
         view = self.view(name)
@@ -102,11 +103,15 @@ class Chain:
             self.spare = self.emitter.ring(largest.elements * max(self.widths), slots)
         for node in self.nodes:
             if isinstance(node.attributes, Table):
-                graph = self.emitter.graph
-                entries = arithmetic.table(node.attributes.expression, graph.quant(node.inputs[0]), graph.quant(node.outputs[0]))
-                dtype = graph.quant(node.outputs[0]).dtype
-                view = self.emitter.constant(entries.astype(NUMPY[dtype]), dtype)
-                self.tables[node.name] = self.emitter.load(view, self.emitter.ring(view.bytes, 1))
+                self.tables[node.name] = self._load_table(node, node.attributes)
+
+    def _load_table(self, node: Node, attributes: Table) -> LoadedTable:
+        graph = self.emitter.graph
+        result = graph.quant(node.outputs[0])
+        values = arithmetic.table(attributes.expression, graph.quant(node.inputs[0]), result)
+        dtype = "s16" if values.fraction_bits else result.dtype
+        view = self.emitter.constant(values.entries.astype(NUMPY[dtype]), dtype)
+        return LoadedTable(self.emitter.load(view, self.emitter.ring(view.bytes, 1)), values)
 
     def apply(self, box: Box, value: Tile | None, work: Ring, result: Tile | None) -> Tile:
         """Run the nodes on one block. `value`: the incoming tile; `work` has a slot to compute in when there is none;
@@ -117,10 +122,23 @@ class Chain:
             tiles = [made[name] if name in made else self._load(name, box) for name in node.inputs]
             last = position == len(self.nodes) - 1
             target = result if last and result is not None else self._target(node, box, current, work)
-            emit_elementwise(self.emitter, node, target, tiles, self.tables.get(node.name))
+            if node.name in self.tables:
+                self._emit_table(self.tables[node.name], target, tiles[0])
+            else:
+                emit_elementwise(self.emitter, node, target, tiles)
             made[node.outputs[0]] = current = target
         assert current is not None
         return current
+
+    def _emit_table(self, table: LoadedTable, target: Tile, source: Tile) -> None:
+        """One look-up; int16 to int8 takes a second step that drops the fraction."""
+        if not table.values.fraction_bits:
+            look_up(self.emitter, target, source, table)
+            return
+        assert self.spare is not None
+        fine = spm_tile(self.spare.next(), "s16", target.shape)
+        look_up(self.emitter, fine, source, table)
+        self.emitter.vector("cvt", target, fine, qx=(2.0**-table.values.fraction_bits, 0))
 
     def _target(self, node: Node, box: Box, current: Tile | None, work: Ring) -> Tile:
         """In place where the element width stays the same, else a slot of its own."""
@@ -152,14 +170,23 @@ def operand_view(emitter: Emitter, name: str) -> View:
 NUMPY = {"s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32", "s64": "int64", "f32": "float32"}
 
 
-def emit_elementwise(emitter: Emitter, node: Node, result: Tile, tiles: Sequence[Tile], table: Tile | None) -> None:
-    """The instruction of one elementwise node."""
+#: scratchpad bytes of a table, by the element type of its input
+TABLE_BYTES = {"s8": 512, "u8": 512, "s16": 2056}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTable:
+    """A table in the scratchpad and how it is read."""
+
+    tile: Tile
+    values: arithmetic.LookUp
+
+
+def emit_elementwise(emitter: Emitter, node: Node, result: Tile, tiles: Sequence[Tile]) -> None:
+    """The instruction of one elementwise node that is not a table."""
     graph = emitter.graph
     quants = [graph.quant(name) for name in node.inputs]
     after = graph.quant(node.outputs[0])
-    if table is not None:
-        vector_with_table(emitter, result, tiles[0], table, arithmetic.RANGES[quants[0].dtype][0])
-        return
     if isinstance(node.attributes, Compare):
         emitter.vector("cmp", result, *tiles, op=node.attributes.kind, qa=quant_pair(quants[0]), qb=quant_pair(quants[1]))
         return
@@ -188,15 +215,17 @@ def _elements(shape: Sequence[int]) -> int:
     return count
 
 
-def vector_with_table(emitter: Emitter, result: Tile, source: Tile, table: Tile, base: int) -> None:
+def look_up(emitter: Emitter, result: Tile, source: Tile, table: LoadedTable) -> None:
     """`lut` with its tile dimensions merged."""
     shape, (left, right) = merge_dimensions(result.shape, result.strides, source.strides)
     emitter.issue(
         "lut",
-        Tile(result.space, result.address, result.dtype, shape, left),
-        Tile(source.space, source.address, source.dtype, shape, right),
-        table, base=base,
-    )  # fmt: skip
+        replace(result, shape=shape, strides=left),
+        replace(source, shape=shape, strides=right),
+        table.tile,
+        base=table.values.base,
+        shift=table.values.shift,
+    )
 
 
 def lower_elementwise(emitter: Emitter, group: Group) -> None:

@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from npucc import arithmetic, ops
-from npucc.backend.convolution_tiles import Convolution, lower_convolutions
-from npucc.backend.emitter import Emitter
-from npucc.backend.layers import Group
 from npucc.errors import CompileError
 from npucc.graph import Node
+from npucc.lowering.convolution_tiles import Convolution, lower_convolutions
+from npucc.lowering.emitter import Emitter
+from npucc.lowering.layers import Group
 
 
 def lower_conv(emitter: Emitter, group: Group) -> None:

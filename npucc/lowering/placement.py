@@ -11,8 +11,8 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from npucc.backend.views import View
 from npucc.graph import Graph, Node
+from npucc.lowering.views import View
 from npucc.ops import OPS
 
 ALIGNMENT = 64

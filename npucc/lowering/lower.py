@@ -9,21 +9,21 @@ from dataclasses import dataclass, field, replace
 from isa.program import Instruction, Layer, Program, TensorRecord, Tile
 from isa.target import Target
 from npucc import ops
-from npucc.backend.convolution import lower_conv, lower_conv_transpose
-from npucc.backend.elementwise import lower_elementwise
-from npucc.backend.emitter import ConstantPool, Emitter
-from npucc.backend.layers import Group, group_nodes
-from npucc.backend.movement import lower_concat, lower_pad, lower_resize_nearest, lower_view
-from npucc.backend.placement import ALIGNMENT, Buffer, Placement, allocate, assign_views, by_benefit, by_size
-from npucc.backend.product import lower_matmul
-from npucc.backend.reduction import lower_reduce
-from npucc.backend.roll import roll
-from npucc.backend.rows import lower_layer_norm, lower_softmax
-from npucc.backend.synchronize import synchronize
-from npucc.backend.views import View
-from npucc.backend.window import lower_pool, lower_resize_linear
 from npucc.errors import CompileError
 from npucc.graph import Graph, Node
+from npucc.lowering.convolution import lower_conv, lower_conv_transpose
+from npucc.lowering.elementwise import lower_elementwise
+from npucc.lowering.emitter import ConstantPool, Emitter
+from npucc.lowering.layers import Group, group_nodes
+from npucc.lowering.movement import lower_concat, lower_pad, lower_resize_nearest, lower_view
+from npucc.lowering.placement import ALIGNMENT, Buffer, Placement, allocate, assign_views, by_benefit, by_size
+from npucc.lowering.product import lower_matmul
+from npucc.lowering.reduction import lower_reduce
+from npucc.lowering.roll import roll
+from npucc.lowering.rows import lower_layer_norm, lower_softmax
+from npucc.lowering.synchronize import synchronize
+from npucc.lowering.views import View
+from npucc.lowering.window import lower_pool, lower_resize_linear
 from npucc.ops import OPS
 from runtime.timing import simulate
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from isa.program import DTYPES, Tile
 from npucc import arithmetic, ops
-from npucc.backend.convolution_tiles import IMAGE_ORDER, Convolution
-from npucc.backend.elementwise import Box, boxes, quant_pair
-from npucc.backend.emitter import Emitter, windows
-from npucc.backend.layers import Group
-from npucc.backend.tiling import halvings, tile_sizes
-from npucc.backend.views import View
 from npucc.errors import CompileError
+from npucc.lowering.convolution_tiles import IMAGE_ORDER, Convolution
+from npucc.lowering.elementwise import Box, boxes, quant_pair
+from npucc.lowering.emitter import Emitter, windows
+from npucc.lowering.layers import Group
+from npucc.lowering.tiling import halvings, tile_sizes
+from npucc.lowering.views import View
 
 LOOP_ORDER = (0, 1, 2, 3)  # batch and channels outside, rows, then columns inside
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from isa.program import DTYPES, Tile
 from npucc import arithmetic
-from npucc.backend.elementwise import boxes, largest_box
-from npucc.backend.emitter import Emitter, spm_tile
-from npucc.backend.layers import Group
+from npucc.lowering.elementwise import boxes, largest_box
+from npucc.lowering.emitter import Emitter, spm_tile
+from npucc.lowering.layers import Group
 
 
 def lower_reduce(emitter: Emitter, group: Group) -> None:

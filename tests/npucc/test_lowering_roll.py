@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isa.program import Instruction, Loop, Tile, address_at, unroll
-from npucc.backend.roll import Item, roll
+from npucc.lowering.roll import Item, roll
 
 
 def load(address: int, source: int) -> Instruction:

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npucc.backend.movement import pad_indices, segments
-from npucc.backend.views import View, common_refinement, merge_dimensions
+from npucc.lowering.movement import pad_indices, segments
+from npucc.lowering.views import View, common_refinement, merge_dimensions
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 

@@ -14,14 +14,14 @@ import numpy as np
 
 from isa.program import DTYPES, Tile
 from npucc import arithmetic
-from npucc.backend import cost
-from npucc.backend.convolution import integer_weights
-from npucc.backend.elementwise import Box, Chain, operand_view
-from npucc.backend.emitter import Emitter, aligned, parameter_block, spm_tile, windows
-from npucc.backend.layers import Group
-from npucc.backend.tiling import halvings, tile_sizes
-from npucc.backend.views import View
 from npucc.errors import CompileError
+from npucc.lowering import cost
+from npucc.lowering.convolution import integer_weights
+from npucc.lowering.elementwise import Box, Chain, operand_view
+from npucc.lowering.emitter import Emitter, aligned, parameter_block, spm_tile, windows
+from npucc.lowering.layers import Group
+from npucc.lowering.tiling import halvings, tile_sizes
+from npucc.lowering.views import View
 
 
 @dataclass(frozen=True, slots=True)
