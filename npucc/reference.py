@@ -176,6 +176,12 @@ def sums(graph: Graph, node: Node, stored: Mapping[str, Array]) -> Array:
     return SUMS[node.op](_call(graph, node, stored))
 
 
+def from_sums(graph: Graph, node: Node, stored: Mapping[str, Array], total: Array) -> dict[str, Array]:
+    """What `run_node` gives, from sums that are known: {result: stored integers}."""
+    call = _call(graph, node, stored)
+    return {call.tensor.name: FINISH[node.op](call, total).astype(STORAGE[call.quant.dtype])}
+
+
 def _conv_sums(call: Call) -> Array:
     a, x, w = call.attributes, call.operand(0).steps.astype(np.float64), call.operand(1).steps.astype(np.float64)
     top, left, bottom, right = a.pads
@@ -189,9 +195,8 @@ def _conv_sums(call: Call) -> Array:
     return wrap(wrap(total.reshape(call.tensor.shape)) + _channels(call.bias()))
 
 
-def _conv(call: Call) -> Array:
-    factors = arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant)
-    return call.requantized(SUMS[call.node.op](call), _channels(factors))
+def _conv_finish(call: Call, total: Array) -> Array:
+    return call.requantized(total, _channels(arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant)))
 
 
 def _positions(start: int, stride: int, count: int) -> slice:
@@ -234,11 +239,16 @@ def _matmul_sums(call: Call) -> Array:
     return wrap(wrap(product) + call.bias())
 
 
-def _matmul(call: Call) -> Array:
-    return call.requantized(_matmul_sums(call), arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant))
+def _matmul_finish(call: Call, total: Array) -> Array:
+    return call.requantized(total, arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant))
+
+
+def _matrix(call: Call) -> Array:
+    return FINISH[call.node.op](call, SUMS[call.node.op](call))
 
 
 SUMS: dict[str, Callable[[Call], Array]] = {"conv": _conv_sums, "conv_transpose": _conv_transpose_sums, "matmul": _matmul_sums}
+FINISH: dict[str, Callable[[Call, Array], Array]] = {"conv": _conv_finish, "conv_transpose": _conv_finish, "matmul": _matmul_finish}
 
 
 # ---- elementwise ------------------------------------------------------------------------------------------------------
@@ -426,9 +436,9 @@ def _key(quant: Quant | None) -> Any:
 
 
 KERNELS: dict[str, Callable[[Call], Array]] = {
-    "conv": _conv,
-    "conv_transpose": _conv,
-    "matmul": _matmul,
+    "conv": _matrix,
+    "conv_transpose": _matrix,
+    "matmul": _matrix,
     "add": _add,
     "sub": _on_reals(np.subtract),
     "mul": _mul,

@@ -16,7 +16,7 @@ import numpy as np
 
 from isa.program import Instruction, Program, Tile, address_at
 from isa.spec import SPEC
-from runtime import decode
+from runtime.decode import Decoded, decode
 from runtime.errors import RuntimeFault
 from runtime.kernels import KERNELS
 from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
@@ -88,14 +88,15 @@ class Binder:
         self.writers = {space: Writers() for space in memories}
         self.loads: dict[int, tuple[Located, Located]] = {}
         self.last_window: tuple[Any, int] | None = None
-        self._decoded: dict[int, tuple[dict[str, Tile], dict[str, Any]]] = {}
+        self._decoded: dict[int, Decoded] = {}
         self._constants = (program.constants_address, program.constants_address + program.constants_bytes)
 
     def bind(self, number: int, step: Step) -> Callable[[], None]:
         """The closure of the step that executes as the `number`-th. Raises RuntimeFault."""
         instruction = step.line.instruction
-        tiles, attributes = self._decode(instruction)
-        located = {name: Located(tile, address_at(tile, step.iterations)) for name, tile in tiles.items()}
+        decoded = self._decode(instruction)
+        attributes = decoded.attributes
+        located = {name: Located(tile, address_at(tile, step.iterations)) for name, tile in decoded.tiles.items()}
         views = {name: self.memories[at.tile.space].view(at.tile, at.address, line=instruction.line) for name, at in located.items()}
         result, *others = located.items()
         snapshots = self._snapshots(instruction, result, others, views)
@@ -105,11 +106,11 @@ class Binder:
         self._record(number, instruction, located)
         return _after_copying(snapshots, run) if snapshots else run
 
-    def _decode(self, instruction: Instruction) -> tuple[dict[str, Tile], dict[str, Any]]:
+    def _decode(self, instruction: Instruction) -> Decoded:
         decoded = self._decoded.get(id(instruction))
         if decoded is None:
-            decoded = self._decoded[id(instruction)] = (decode.operands(instruction), decode.attributes(instruction))
-            if overlaps_itself(next(iter(decoded[0].values()))):
+            decoded = self._decoded[id(instruction)] = decode(instruction)
+            if overlaps_itself(instruction.tiles[0]):
                 told = f"{instruction.name}: elements of the result share bytes"
                 raise RuntimeFault(told, line=instruction.line, hint="use strides that keep them apart")
         return decoded

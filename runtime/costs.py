@@ -30,7 +30,7 @@ from typing import Any
 from isa.program import DTYPES, Instruction, Tile
 from isa.spec import SPEC
 from isa.target import Target
-from runtime import decode
+from runtime.decode import decode
 
 #: passes over each element of the result (or, for `reduce`, of the input)
 VECTOR_PASSES = {"div": 4, "sqrt": 4, "resize": 4}
@@ -90,13 +90,13 @@ class Product:
 
 def cost(instruction: Instruction, target: Target) -> Cost:
     """The cost of an instruction of the table on a target. Raises RuntimeFault when its operands do not fit the table."""
-    tiles = decode.operands(instruction)
+    decoded = decode(instruction)
     queue = SPEC[instruction.name].queue
     if queue == "mm":
-        return matrix_cost(product_of(instruction.name, tiles, decode.attributes(instruction)), target)
+        return matrix_cost(product_of(instruction.name, decoded.tiles, decoded.attributes), target)
     if queue in ("ld", "st"):
-        return _transfer_cost(tiles, target)
-    return _vector_cost(instruction.name, tiles, decode.attributes(instruction), target)
+        return _transfer_cost(decoded.tiles, target)
+    return _vector_cost(instruction.name, decoded.tiles, decoded.attributes, target)
 
 
 def product_of(name: str, tiles: dict[str, Tile], attributes: dict[str, Any]) -> Product:
@@ -108,7 +108,7 @@ def product_of(name: str, tiles: dict[str, Tile], attributes: dict[str, Any]) ->
     width = DTYPES[tiles["x"].dtype]
     if name == "dwconv":
         return Product(pixels, taps, 1, tiles["w"].shape[2], width, depthwise=True)
-    groups = max(1, attributes["groups"])
+    groups = attributes["groups"]
     return Product(pixels, taps * tiles["w"].shape[2], tiles["w"].shape[3] // groups, groups, width)
 
 

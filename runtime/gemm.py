@@ -37,9 +37,9 @@ class Part:
 
 
 def cut(left: Array, right: Array, *, largest: int, known: bool) -> list[Part]:
-    """The product as parts that are exact each. With `known` the content of `right` is final, and bounds come from it; else from its type.
+    """The product as parts that are exact each; `largest` bounds |left|, and `right` holds int8 values.
 
-    `largest` bounds |left|; `right` holds int8 values (or, unknown, values up to 255 once a zero point is subtracted: see `cut_evenly`).
+    With `known` the content of `right` is final, and bounds come from it; else from its type.
     """
     if not known:
         return cut_evenly(left, right, largest * LARGEST[np.dtype(np.int8)])

@@ -28,18 +28,8 @@ EXACT_TAPS = 1 << 10
 
 def bind_conv(site: Site) -> Run:
     """y[h,w,n] = (b[n] or y) + windows of x times w."""
-    y, x, w = (site.views[name] for name in ("y", "x", "w"))
-    groups = int(site.attributes["groups"])
-    if groups < 1 or x.shape[2] != groups * w.shape[2] or y.shape[2] % groups:
-        site.fault(
-            f"{groups} groups of {w.shape[2]} channels do not make x's {x.shape[2]} channels and y's {y.shape[2]} outputs",
-            "x has groups times as many channels as w, and groups divides n",
-        )  # fmt: skip
-    _refuse_bias_and_accumulate(site, "b")
-    shape = geometry(site, w.shape[:2])
-    if groups == 1:
-        return _plain_conv(site, shape)
-    return _grouped_conv(site, shape, groups)
+    groups, shape = int(site.attributes["groups"]), geometry(site, site.views["w"].shape[:2])
+    return _plain_conv(site, shape) if groups == 1 else _grouped_conv(site, shape, groups)
 
 
 def _plain_conv(site: Site, shape: Geometry) -> Run:
@@ -187,11 +177,6 @@ def bind_matmul(site: Site) -> Run:
     """y[m,n] = (c[n] or y) + (a - za)[m,k] times (b - zb)[k,n]."""
     a, y = site.views["a"], site.views["y"]
     zero_a, zero_b = int(site.attributes["za"]), int(site.attributes["zb"])
-    for name, zero in (("a", zero_a), ("b", zero_b)):
-        limits = np.iinfo(site.views[name].dtype)
-        if not limits.min <= zero <= limits.max:
-            site.fault(f"z{name}={zero} is not a value of {name}", f"give a zero point from {limits.min} to {limits.max}")
-    _refuse_bias_and_accumulate(site, "c")
     dtype = working_type(a.dtype)
     left = site.scratch.take("left", a.shape, dtype)
     right, refresh_right = _weights(site, "b", dtype, lambda stored: stored, zero=zero_b)
@@ -211,11 +196,7 @@ def bind_matmul(site: Site) -> Run:
 
 def bind_dwconv(site: Site) -> Run:
     """y[h,w,c] = (b[c] or y) + windows of each channel times its taps: one multiply-add over whole rows per tap."""
-    x, w = site.views["x"], site.views["w"]
-    if x.shape[2] != w.shape[2]:
-        site.fault(f"x has {x.shape[2]} channels, w {w.shape[2]}", "give both the same number")
-    _refuse_bias_and_accumulate(site, "b")
-    shape = geometry(site, w.shape[:2])
+    shape = geometry(site, site.views["w"].shape[:2])
     dtype, groups = _tap_groups(site, shape)
     repeat = shape.outputs[1]
     rows, refresh_rows = _weights(site, "w", dtype, lambda stored: np.tile(stored.reshape(shape.taps, -1), (1, repeat)), variant=repeat)
@@ -308,8 +289,3 @@ def _multiply_add(site: Site, groups: list[list[tuple[Array, Array]]], dtype: np
                 np.add(part, bias, out=part)
 
     return run
-
-
-def _refuse_bias_and_accumulate(site: Site, name: str) -> None:
-    if site.attributes["accumulate"] and name in site.views:
-        site.fault(f"it has both accumulate=1 and the bias {name}", "give the bias to the first instruction of the sum only")

@@ -21,11 +21,7 @@ Run = Callable[[], None]
 def bind_maxpool(site: Site) -> Run:
     """y = largest x in the window; padding never wins."""
     y, x = site.views["y"], site.views["x"]
-    if y.dtype != x.dtype or y.shape[2] != x.shape[2]:
-        site.fault(f"x is {NAMES[x.dtype]} with {x.shape[2]} channels, y {NAMES[y.dtype]} with {y.shape[2]}", "give both the same type and channels")
     shape = geometry(site, site.attributes["kernel"])
-    if min(int(counts.min()) for counts in _inside(x, shape)) == 0:
-        site.fault("a window lies wholly in the padding", "pad less")
     padded = pad(site, shape, int(np.iinfo(x.dtype).min))
     across = [tap(padded.array, shape, 1, index) for index in range(shape.kernel[1])]
     widest = site.scratch.take("widest", across[0].shape, x.dtype)
@@ -58,12 +54,10 @@ def _inside(x: Array, shape: Geometry) -> tuple[Array, Array]:
 def bind_avgpool(site: Site) -> Run:
     """y = clamp(rint(float32(sum of (x - zx)) * float32(scale / count)) + zy)."""
     y, x = site.views["y"], site.views["x"]
-    if y.shape[2] != x.shape[2]:
-        site.fault(f"x has {x.shape[2]} channels, y {y.shape[2]}", "give both the same number")
     shape = geometry(site, site.attributes["kernel"])
     zero_x, zero_y = int(site.attributes["zx"]), int(site.attributes["zy"])
     rows, columns = _inside(x, shape)
-    count = (rows[:, None] * columns).clip(1) if site.attributes["count"] == "inside" else np.full(shape.outputs, shape.taps)
+    count = rows[:, None] * columns if site.attributes["count"] == "inside" else np.full(shape.outputs, shape.taps)
     factor = (np.float32(site.attributes["scale"]) / count.astype(np.float32))[:, :, None]
     largest = max(abs(int(limit) - zero_x) for limit in (np.iinfo(x.dtype).min, np.iinfo(x.dtype).max))
     dtype = np.float32 if largest * shape.taps <= 1 << 24 else np.float64  # a float64 sum is exact, and rounded to float32 once
@@ -90,8 +84,6 @@ def bind_avgpool(site: Site) -> Run:
 def bind_reduce(site: Site) -> Run:
     """y = op of (x - zero) over every dimension where y has size 1."""
     y, x, name = site.views["y"], site.views["x"], str(site.attributes["op"])
-    if y.ndim != x.ndim or any(small not in (1, size) for small, size in zip(y.shape, x.shape, strict=True)):
-        site.fault(f"x{list(x.shape)} does not reduce to y{list(y.shape)}", "y has x's rank, and in each dimension x's size or 1")
     axes = tuple(axis for axis, size in enumerate(y.shape) if size == 1 and x.shape[axis] != 1)
     accumulate, zero = bool(site.attributes["accumulate"]), int(site.attributes["zero"])
     if name in ("max", "min"):
@@ -114,9 +106,6 @@ def bind_reduce(site: Site) -> Run:
 
 def _bind_extreme(site: Site, axes: tuple[int, ...], *, accumulate: bool) -> Run:
     y, x = site.views["y"], site.views["x"]
-    limits, values = np.iinfo(y.dtype), np.iinfo(x.dtype)
-    if limits.min > values.min or limits.max < values.max:
-        site.fault(f"y is {NAMES[y.dtype]}, which does not hold every value of x ({NAMES[x.dtype]})", "give y x's type")
     combine = np.maximum if site.attributes["op"] == "max" else np.minimum
 
     def run() -> None:
@@ -129,8 +118,6 @@ def _bind_extreme(site: Site, axes: tuple[int, ...], *, accumulate: bool) -> Run
 def bind_resize(site: Site) -> Run:
     """Linear interpolation of real(x), each step in float32, in the order of the table."""
     y, x, attributes = site.views["y"], site.views["x"], site.attributes
-    if y.shape[2] != x.shape[2]:
-        site.fault(f"x has {x.shape[2]} channels, y {y.shape[2]}", "give both the same number")
 
     def run() -> None:
         i0, i1, a0, a1 = (part[:, None] for part in _positions(site, "r", x.shape[0]))

@@ -31,11 +31,6 @@ class LayerReport:
     dram_bytes: int
     energy_pj: float
 
-    @property
-    def sync_and_dma_stall(self) -> int:
-        """Cycles in which neither array nor vector engine works."""
-        return self.dma_stall + self.sync_stall
-
 
 @dataclass(frozen=True, slots=True)
 class Report:

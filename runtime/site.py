@@ -20,7 +20,8 @@ from runtime.scratch import Scratch
 class Site:
     """One dynamic instruction: `views` by operand name (optional operands may be missing), every attribute by name.
 
-    `constants` maps an operand to a key that stands for its content, when every run finds the same bytes there; `content` gives that copy.
+    `constants` has (a key that stands for the content, the content) of operands where every run finds the same bytes.
+    `memo` keeps what is made of such content, by key, for all sites of a program.
     `same_input` tells that operand x was not written since the conv before, which read the very same tile in the same way.
     """
 

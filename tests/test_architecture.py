@@ -16,7 +16,7 @@ import isa
 import npucc
 import runtime
 
-STANDARD = set(sys.stdlib_module_names)
+STANDARD = set(sys.stdlib_module_names) | {"tomllib"}  # which Python 3.10 does not have yet
 # google: protobuf, which is how onnx reads and writes
 ALLOWED = {
     "isa": STANDARD | {"isa", "lark", "numpy", "tomli"},

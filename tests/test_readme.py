@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(page for name in ("isa", "runtime", "npucc", "examples") for page in (ROOT / name).rglob("*.md"))])
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)[^)\s]*\)")
-NUMBER = re.compile(r"\d[\d,]*\.?\d*")
+NUMBER = re.compile(r"(?:(?<![\w.])-)?\d[\d,]*\.?\d*")
 SHELL = 'npucc() { "$PYTHON" -m npucc "$@"; }; python() { "$PYTHON" "$@"; }; set -o pipefail; '
 
 
@@ -126,3 +126,6 @@ def test_the_comparison_can_fail() -> None:
     assert not same("a\nb", "a")
     assert not same("93.25%", "81.00%")
     assert not same("a\n…\nend 7", "a\nend 8")
+    assert same("drop  -0.50 points", "drop  0.25 points")
+    assert not same("drop  -0.50 points", "drop  3.25 points")
+    assert not same("zero=-3", "zero=3")

@@ -70,6 +70,7 @@ class Emitter:
     reserved: int = 0  # bytes at the bottom of the scratchpad held by resident tensors
     from_top: bool = False  # every other layer takes its tiles from the other end, so that its loads need not wait
     instructions: list[Instruction] = field(default_factory=list)
+    spm_peak: int = 0  # most bytes of scratchpad that the layer's tiles held at once
     _spm_used: int = 0
     _acc_used: int = 0
     _loaded: dict[str, tuple[object, Tile]] = field(default_factory=dict)
@@ -77,11 +78,13 @@ class Emitter:
     @property
     def spm_free(self) -> int:
         """Bytes of scratchpad that the layer may still take."""
-        return self._top - self.reserved - self._spm_used
+        return self.top - self.reserved - self._spm_used
 
     @property
-    def _top(self) -> int:
-        return self.target.spm_bytes // SLOT_ALIGNMENT * SLOT_ALIGNMENT
+    def top(self) -> int:
+        """One past the last usable byte of the scratchpad."""
+        unit = max(SLOT_ALIGNMENT, self.target.alignment)
+        return self.target.spm_bytes // unit * unit
 
     def ring(self, size: int, slots: int) -> Ring:
         """`slots` scratchpad slots of `size` bytes. Raises CompileError when they do not fit."""
@@ -95,8 +98,9 @@ class Emitter:
                 f"a tile of {size} bytes does not fit in the {self.spm_free} bytes left of {self.target.spm_bytes} bytes of scratchpad",
                 hint=f"raise spm_bytes of target {self.target.name!r}",
             )
-        low = self._top - self._spm_used - size if self.from_top else self.reserved + self._spm_used
+        low = self.top - self._spm_used - size if self.from_top else self.reserved + self._spm_used
         self._spm_used += size
+        self.spm_peak = max(self.spm_peak, self._spm_used)
         return low
 
     def acc_ring(self, size: int) -> Ring:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from isa.program import Instruction, Layer, Program, TensorRecord, Tile
 from isa.target import Target
@@ -86,7 +87,7 @@ class _Attempt:
     placement: Placement
     constants_address: int
     pool: ConstantPool = field(default_factory=ConstantPool)
-    bodies: list[list[Instruction]] = field(default_factory=list)
+    layers: list[Emitter] = field(default_factory=list)  # one per layer, with its instructions
 
 
 def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fuse: bool = True, shares: Sequence[float] = RESIDENT_SHARES) -> Lowered:
@@ -145,8 +146,30 @@ def _lower_layers(job: _Job, attempt: _Attempt, residents: Mapping[str, int]) ->
             if held:
                 return [buffer.name for buffer in held]
             raise CompileError(error.message, node=error.node or " + ".join(group.sources), hint=error.hint) from None
-        attempt.bodies.append(emitter.instructions)
+        attempt.layers.append(emitter)
     return []
+
+
+def _close_ranks(layers: Sequence[Emitter]) -> list[list[Instruction]]:
+    """Every layer's instructions, those that work at the top of the scratchpad moved down to just above their neighbours' tiles.
+
+    Neighbours still share no byte where they did not before, and the program's highest address says what it needs.
+    """
+    needed = max((layer.reserved + layer.spm_peak for layer in layers), default=0)
+    for left, right in pairwise(layers):
+        needed = max(needed, max(left.reserved, right.reserved) + left.spm_peak + right.spm_peak)
+    if not layers:
+        return []
+    unit = max(ALIGNMENT, layers[0].target.alignment)
+    shift = max(layers[0].top - -(-needed // unit) * unit, 0)
+    return [[_moved_down(line, layer, shift) for line in layer.instructions] if layer.from_top and shift else layer.instructions for layer in layers]
+
+
+def _moved_down(instruction: Instruction, layer: Emitter, shift: int) -> Instruction:
+    """The layer's own tiles lie at the top; resident tensors below them stay where they are."""
+    lowest = layer.top - layer.spm_peak
+    tiles = tuple(replace(t, address=t.address - shift) if t.space == "spm" and t.address >= lowest else t for t in instruction.tiles)
+    return replace(instruction, tiles=tiles)
 
 
 def _finish(job: _Job, attempt: _Attempt) -> Lowered:
@@ -156,7 +179,7 @@ def _finish(job: _Job, attempt: _Attempt) -> Lowered:
     total = attempt.constants_address + len(constants)
     if total > target.dram_bytes:
         raise CompileError(f"the network takes {total} bytes of DRAM, target {target.name!r} has {target.dram_bytes}", hint="raise dram_bytes")
-    layers = _layers(graph, job.groups, attempt.bodies)
+    layers = _layers(graph, job.groups, _close_ranks(attempt.layers))
     inputs, outputs = (tuple(record(graph, placement, name) for name in names) for names in (graph.inputs, graph.outputs))
     tensors = _tensor_records(graph, placement, job.groups)
     return Lowered(Program(target, inputs, outputs, tensors, attempt.constants_address, len(constants), total, layers, graph.name), constants)

@@ -37,13 +37,14 @@ def correct_biases(graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Ar
         if progress:
             progress("correct biases", index, len(integer.nodes))
         if node.outputs[0] in wanted:
-            bias = _corrected_bias(working, node, wanted[node.outputs[0]], samples)
-            node = replace(node, inputs=(*node.inputs[:2], bias.name))
+            bias = _correct(working, node, wanted[node.outputs[0]], samples)
             tensors[bias.name] = bias
             editor.add_tensor(bias)
-            editor.add_node(node)
+            editor.add_node(replace(node, inputs=(*node.inputs[:2], bias.name)))
+        else:
+            for stored in samples:
+                stored |= reference.run_node(working, node, stored)
         for stored in samples:
-            stored |= reference.run_node(working, node, stored)
             _forget(stored, node, last_use)
     return editor.freeze()
 
@@ -82,26 +83,36 @@ def _channel_means(value: Array, node: Node) -> Array:
     return np.asarray(value.mean(axis=tuple(i for i in range(value.ndim) if i != axis), dtype=np.float64))
 
 
-def _corrected_bias(graph: Graph, node: Node, wanted: Sequence[Array], samples: Sequence[Mapping[str, Array]]) -> Tensor:
-    """The node's bias plus what its result lacks on average, as a constant of the node's own."""
+def _correct(graph: Graph, node: Node, wanted: Sequence[Array], samples: Sequence[dict[str, Array]]) -> Tensor:
+    """The node's bias plus what its result lacks on average, as a constant of the node's own; its result goes into the samples."""
     scale = (np.float32(graph.quant(node.inputs[0]).scale) * graph.quant(node.inputs[1]).scale).astype(np.float32)
-    means, shares = zip(*(_clamped_means(reference.sums(graph, node, stored), scale, node) for stored in samples), strict=True)
+    sums = [reference.sums(graph, node, stored).astype(np.int32) for stored in samples]
+    means, shares = zip(*(_clamped_means(each, scale, node) for each in sums), strict=True)
     lacking = shrunk_mean(np.array(wanted) - np.array(means)) / np.maximum(np.mean(shares, axis=0), SMALLEST_SHARE)
     name, old = (node.inputs[2], graph.tensors[node.inputs[2]].data) if len(node.inputs) > 2 and node.inputs[2] else ("", None)
-    bias = np.rint((0 if old is None else old) + lacking / scale.astype(np.float64))
-    stored_bias = np.clip(bias, -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
+    before = np.zeros(len(lacking)) if old is None else old.astype(np.float64)
+    bias = np.clip(np.rint(before + lacking / scale.astype(np.float64)), -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
+    added = _along_channels(bias.astype(np.int64) - before.astype(np.int64), node)
+    for stored, total in zip(samples, sums, strict=True):
+        stored |= reference.from_sums(graph, node, stored, reference.wrap(total + added))
     if name and len(graph.users(name)) == 1:
-        return replace(graph.tensors[name], data=stored_bias)
+        return replace(graph.tensors[name], data=bias)
     quant = Quant("s32", np.asarray(scale), 0, None if scale.ndim == 0 else 0)
-    return Tensor(f"{node.outputs[0]}/bias", stored_bias.shape, "float32", stored_bias, quant)
+    return Tensor(f"{node.outputs[0]}/bias", bias.shape, "float32", bias, quant)
+
+
+def _along_channels(values: Array, node: Node) -> Array:
+    """Per-channel numbers shaped to broadcast over the node's result."""
+    return values if node.op == "matmul" or values.ndim == 0 else values.reshape(-1, 1, 1)
 
 
 def _clamped_means(sums: Array, scale: Array, node: Node) -> tuple[Array, Array]:
     """Per channel: the mean of the real result after the clamp, and the share of values that the clamp leaves as they are."""
     low, high = getattr(node.attributes, "clamp", None) or (-np.inf, np.inf)
-    real = sums * (scale if node.op == "matmul" or scale.ndim == 0 else scale.reshape(-1, 1, 1))
-    inside = (real > low) & (real < high)
-    return _channel_means(np.clip(real, low, high), node), _channel_means(inside, node)
+    real = sums.astype(np.float32) * _along_channels(scale, node)
+    if (low, high) == (-np.inf, np.inf):
+        return _channel_means(real, node), np.ones(real.shape[_channel_axis(node)])
+    return _channel_means(np.clip(real, low, high), node), _channel_means((real > low) & (real < high), node)
 
 
 def shrunk_mean(samples: Array) -> Array:

@@ -196,12 +196,12 @@ def test_wide_taps_of_dwconv_are_exact(constant: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("result", "attributes", "message"),
     [
-        ((4, 4, 2), {}, "the windows touch 6 rows, but x has 5"),
-        ((3, 3, 2), {"groups": 2}, "2 groups of 3 channels do not make x's 3 channels"),
-        ((3, 3, 2), {"stride": (0, 1)}, "stride, dilation and kernel are at least 1"),
-        ((5, 5, 2), {"pad": (1, 1, 1, 1), "zero": 300}, "padding with 300"),
-        ((3, 3, 2), {"accumulate": 1}, "both accumulate=1 and the bias b"),
-        ((3, 3, 5), {}, "where n is 2|where n is 5"),
+        ((4, 4, 2), {}, "the last window ends at row 6 of an input of 5 rows"),
+        ((3, 3, 2), {"groups": 2}, "x has 3 channels, but w has 3 in each of 2 groups"),
+        ((3, 3, 2), {"stride": (0, 1)}, r"stride is \(0, 1\)"),
+        ((5, 5, 2), {"pad": (1, 1, 1, 1), "zero": 300}, "zero is 300, but operand x holds s8"),
+        ((3, 3, 2), {"accumulate": 1}, "accumulate=1 and the bias b exclude each other"),
+        ((3, 3, 5), {}, "size n is 2 in operand w, but 5 in operand y"),
         ((3, 3, 2), {"colour": 1}, "no attribute 'colour'"),
     ],
 )
