@@ -14,10 +14,10 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from isa.errors import PackageError, ParseError
 from isa.program import Program, TensorRecord
@@ -76,35 +76,22 @@ class Package:
     @staticmethod
     def from_bytes(blob: bytes, *, file: str = "") -> Package:
         """Read and verify a package. Raises PackageError; `file` is named in it."""
-        contents = _unzip(blob, file)
-        manifest = _verified_manifest(contents, file)
-        if _zip_bytes(contents) != blob:
-            raise PackageError("the zip container was changed, though its members are intact", file=file, hint=_AGAIN)
-        members = {name: content for name, content in contents.items() if name not in (MANIFEST, PROGRAM, CONSTANTS)}
-        try:
-            program = parse_program(contents[PROGRAM].decode("utf-8"), file=f"{file}:{PROGRAM}" if file else PROGRAM)
-            package = Package(program, contents[CONSTANTS], manifest, members)
-        except (ParseError, UnicodeDecodeError) as error:
-            raise PackageError(f"{PROGRAM} cannot be read: {error}", file=file, hint=_AGAIN) from error
-        except PackageError as error:
-            raise PackageError(error.message, file=file, hint=error.hint) from None
-        for key in ("inputs", "outputs"):
-            if manifest.get(key) != _derived_manifest(program, {})[key]:
-                raise PackageError(f"{MANIFEST} and {PROGRAM} disagree about the {key}", file=file, hint=_AGAIN)
-        return package
+        return _read(io.BytesIO(blob), file, None)
 
     @staticmethod
     def load(path: str | Path) -> Package:
-        """Read and verify a package file. Raises PackageError."""
+        """Read and verify a package file. Raises PackageError.
+
+        Its `members` stay in the file: each is read, and verified again, when it is asked for.
+        """
         try:
             with Path(path).open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if size > MAXIMUM_BYTES:
                     raise PackageError(f"the file has {size} bytes", file=str(path), hint=f"a package has at most {MAXIMUM_BYTES} bytes")
-                blob = stream.read(MAXIMUM_BYTES + 1)
+                return _read(stream, str(path), Path(path).resolve())
         except OSError as error:
             raise PackageError(f"cannot read the package: {error.strerror or error}", file=str(path), hint="check the path") from error
-        return Package.from_bytes(blob, file=str(path))
 
     @property
     def text(self) -> str:
@@ -152,11 +139,20 @@ def _zip_bytes(contents: Mapping[str, bytes]) -> bytes:
     """A zip of stored members whose bytes depend on nothing but names and contents; the manifest comes first."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(contents, key=lambda name: (name != MANIFEST, name)):
-            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            entry.create_system, entry.external_attr = 3, 0o644 << 16
-            archive.writestr(entry, contents[name])
+        for name in _in_order(contents):
+            _append(archive, name, contents[name])
     return buffer.getvalue()
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Member names as they stand in the file."""
+    return sorted(names, key=lambda name: (name != MANIFEST, name))
+
+
+def _append(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.create_system, entry.external_attr = 3, 0o644 << 16
+    archive.writestr(entry, content)
 
 
 def _replace(path: Path, blob: bytes) -> None:
@@ -176,22 +172,135 @@ def _replace(path: Path, blob: bytes) -> None:
         raise
 
 
-def _unzip(blob: bytes, file: str) -> dict[str, bytes]:
+def _read(stream: BinaryIO, file: str, path: Path | None) -> Package:
+    """A verified package. At most one member that is neither the constants nor the program is in memory at a time, if `path` is given."""
+    kept = _verified_contents(stream, file, keep_all=path is None)
+    manifest = json.loads(kept.pop(MANIFEST))
+    text, constants = kept.pop(PROGRAM), kept.pop(CONSTANTS)
+    checksums = {name: digest for name, digest in manifest["sha256"].items() if name not in (PROGRAM, CONSTANTS)}
+    try:
+        program = parse_program(text.decode("utf-8"), file=f"{file}:{PROGRAM}" if file else PROGRAM)
+        package = Package(program, constants, manifest, kept if path is None else _StoredMembers(path, checksums))
+    except (ParseError, UnicodeDecodeError) as error:
+        raise PackageError(f"{PROGRAM} cannot be read: {error}", file=file, hint=_AGAIN) from error
+    except PackageError as error:
+        raise PackageError(error.message, file=file, hint=error.hint) from None
+    for key in ("inputs", "outputs"):
+        if manifest.get(key) != _derived_manifest(program, {})[key]:
+            raise PackageError(f"{MANIFEST} and {PROGRAM} disagree about the {key}", file=file, hint=_AGAIN)
+    return package
+
+
+def _verified_contents(stream: BinaryIO, file: str, *, keep_all: bool) -> dict[str, bytes]:
     """Names and sizes first, contents after; everything is refused that `_zip_bytes` would not have written."""
-    if not blob.startswith(b"PK"):
+    if stream.read(2) != b"PK":
         raise PackageError(
             "this is not a .npu package: it does not begin as a zip file", file=file, hint="give a file made by npucc compile or npucc asm"
         )
     try:
-        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+        with zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
-            _refuse_odd_entries(entries, len(blob), file)
-            return {entry.filename: archive.read(entry) for entry in entries}
-    except PackageError:
+            _refuse_odd_entries(entries, stream.seek(0, os.SEEK_END), file)
+            contents = _checked_members(archive, {entry.filename for entry in entries}, file, keep_all=keep_all)
+            written = _Comparison(stream)
+            with zipfile.ZipFile(written, "w", zipfile.ZIP_STORED) as again:
+                for name in _in_order(entry.filename for entry in entries):
+                    _append(again, name, contents[name] if name in contents else archive.read(name))
+    except (PackageError, OSError):
         raise
     except Exception as error:  # zipfile raises many kinds on damaged input: BadZipFile, EOFError, struct.error, NotImplementedError, …
         reason = str(error) or type(error).__name__
         raise PackageError(f"the zip container is damaged or cut short: {reason}", file=file, hint=f"copy the file again, or {_AGAIN}") from error
+    if not written.same():
+        raise PackageError("the zip container was changed, though its members are intact", file=file, hint=_AGAIN)
+    return contents
+
+
+def _checked_members(archive: zipfile.ZipFile, names: set[str], file: str, *, keep_all: bool) -> dict[str, bytes]:
+    """Members whose checksums are right: all, or those that every package has."""
+    for name in (MANIFEST, PROGRAM, CONSTANTS):
+        if name not in names:
+            raise PackageError(f"the package has no {name}", file=file, hint=_AGAIN)
+    contents = {MANIFEST: archive.read(MANIFEST)}
+    checksums = _checksums(contents[MANIFEST], names, file)
+    for name in sorted(checksums):
+        content = archive.read(name)
+        if hashlib.sha256(content).hexdigest() != checksums[name]:
+            raise PackageError(
+                f"member {name!r} does not have the checksum that {MANIFEST} states", file=file, hint=f"copy the file again, or {_AGAIN}"
+            )
+        if keep_all or name in (PROGRAM, CONSTANTS):
+            contents[name] = content
+    return contents
+
+
+class _Comparison(io.RawIOBase):
+    """Stands for a file that is being written, and compares what would be written with what `stream` holds.
+
+    Long pieces are compared at once; short ones, which the zip writer may go back to and write again, in `same`.
+    """
+
+    LONG = 1 << 16
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.position, self.end, self.differs = stream, 0, 0, False
+        self.pieces: dict[int, bytes] = {}
+
+    def write(self, data: Any) -> int:
+        if len(data) < self.LONG:
+            self.pieces[self.position] = bytes(data)
+        else:
+            self.differs = self.differs or not self._equal(self.position, memoryview(data))
+        self.position += len(data)
+        self.end = max(self.end, self.position)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.end}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def same(self) -> bool:
+        """Whether the stream holds what was written, and nothing else."""
+        pieces = self.pieces.items()
+        return not self.differs and self.stream.seek(0, os.SEEK_END) == self.end and all(self._equal(*piece) for piece in pieces)
+
+    def _equal(self, position: int, data: bytes | memoryview) -> bool:
+        self.stream.seek(position)
+        starts = range(0, len(data), self.LONG)
+        return all(self.stream.read(min(self.LONG, len(data) - start)) == data[start : start + self.LONG] for start in starts)
+
+
+class _StoredMembers(Mapping[str, bytes]):
+    """Further members of a package file, read when they are asked for. Raises PackageError when the file is no longer what it was."""
+
+    def __init__(self, path: Path, checksums: Mapping[str, str]):
+        self._path, self._checksums = path, checksums
+
+    def __getitem__(self, name: str) -> bytes:
+        checksum = self._checksums[name]
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                content = archive.read(name)
+        except Exception as error:  # the file was replaced, cut or removed: see _verified_contents
+            raise PackageError(f"member {name!r} can no longer be read: {error}", file=str(self._path), hint="load the package again") from error
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise PackageError(f"member {name!r} changed after the package was loaded", file=str(self._path), hint="load the package again")
+        return content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checksums)
+
+    def __len__(self) -> int:
+        return len(self._checksums)
 
 
 def _refuse_odd_entries(entries: list[zipfile.ZipInfo], available: int, file: str) -> None:
@@ -218,13 +327,10 @@ def _refuse_odd_entries(entries: list[zipfile.ZipInfo], available: int, file: st
         raise PackageError(f"the members claim {total} bytes, the file has {available}", file=file, hint=f"copy the file again, or {_AGAIN}")
 
 
-def _verified_manifest(contents: Mapping[str, bytes], file: str) -> dict[str, Any]:
-    """The manifest, after its version and every checksum were found right."""
-    for name in (MANIFEST, PROGRAM, CONSTANTS):
-        if name not in contents:
-            raise PackageError(f"the package has no {name}", file=file, hint=_AGAIN)
+def _checksums(manifest_bytes: bytes, names: set[str], file: str) -> dict[str, str]:
+    """The checksums in a manifest of the right version: one for every other member."""
     try:
-        manifest = json.loads(contents[MANIFEST].decode("utf-8"))
+        manifest = json.loads(manifest_bytes.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise PackageError(f"{MANIFEST} is not JSON: {error}", file=file, hint=_AGAIN) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -235,11 +341,6 @@ def _verified_manifest(contents: Mapping[str, bytes], file: str) -> dict[str, An
             hint="use the npucc that made it, or compile the model again",
         )
     checksums = manifest.get("sha256")
-    if not isinstance(checksums, dict) or set(checksums) != set(contents) - {MANIFEST}:
+    if not isinstance(checksums, dict) or set(checksums) != names - {MANIFEST}:
         raise PackageError(f"the members of the package and the checksums in {MANIFEST} differ", file=file, hint=_AGAIN)
-    for name in sorted(checksums):
-        if hashlib.sha256(contents[name]).hexdigest() != checksums[name]:
-            raise PackageError(
-                f"member {name!r} does not have the checksum that {MANIFEST} states", file=file, hint=f"copy the file again, or {_AGAIN}"
-            )
-    return manifest
+    return checksums

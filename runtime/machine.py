@@ -6,9 +6,7 @@ calls them in order, and reads the outputs. Values never depend on timing, and c
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -20,6 +18,7 @@ from runtime import boundary
 from runtime.binder import Binder, written_ranges
 from runtime.errors import RuntimeFault
 from runtime.memory import Array, Memory, extent
+from runtime.parallel import run_in_processes
 from runtime.report import LayerReport, Report, make_report
 from runtime.stream import program_order, random_order, unrolled
 from runtime.timing import Timeline, simulate
@@ -66,17 +65,14 @@ class Run:
 class Machine:
     """The NPU that a program's target describes, with the program loaded. One machine runs one inference at a time."""
 
-    def __init__(self, program: Program | Packaged, constants: bytes | None = None, *, memo: dict[Any, Any] | None = None):
-        """Load a package, or a program and its constants. Raises RuntimeFault when the program can't be run.
-
-        `memo` is shared by machines of the same program (see `run_many`).
-        """
+    def __init__(self, program: Program | Packaged, constants: bytes | None = None):
+        """Load a package, or a program and its constants. Raises RuntimeFault when the program can't be run."""
         if isinstance(program, Program):
             self.program, self.constants = program, constants or b""
         else:
             self.program, self.constants = program.program, program.constants
         program = self.program
-        self._memo: dict[Any, Any] = {} if memo is None else memo
+        self._memo: dict[Any, Any] = {}  # what is made of constants, for program order
         self._check_sizes()
         target = program.target
         sizes = {"dram": program.dram_bytes, "spm": target.spm_bytes, "acc": target.acc_bytes}
@@ -114,28 +110,15 @@ class Machine:
         return Run(outputs, raw, tensors, self.report)
 
     def run_many(self, samples: Iterable[Mapping[str, Any]], *, workers: int = 1, dump: Dump = None) -> Iterator[Run]:
-        """One Run per sample, in order. `workers` machines run side by side in threads; at most twice as many samples wait at a time."""
+        """One Run per sample, in order; with `workers` above 1 in as many processes (a script then needs its `if __name__ == "__main__"`).
+
+        Set OMP_NUM_THREADS=1 before, so that the processes do not fight for the cores. Raises RuntimeFault.
+        """
         if workers <= 1:
-            yield from (self.run(sample, dump=dump) for sample in samples)
-            return
-        machines = [self, *(Machine(self.program, self.constants, memo=self._memo) for _ in range(workers - 1))]
-        free = deque(machines)
-
-        def task(sample: Mapping[str, Any]) -> Run:
-            machine = free.popleft()
-            try:
-                return machine.run(sample, dump=dump)
-            finally:
-                free.append(machine)
-
-        with ThreadPoolExecutor(workers) as pool:
-            pending: deque[Future[Run]] = deque()
-            for sample in samples:
-                pending.append(pool.submit(task, sample))
-                if len(pending) >= 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            return (self.run(sample, dump=dump) for sample in samples)
+        if callable(dump):
+            raise RuntimeFault("several processes can't call one function for each tensor", hint="give dump the tensors' names, or use workers=1")
+        return run_in_processes(self.program, self.constants, samples, workers=workers, dump=dump)
 
     @cached_property
     def timeline(self) -> Timeline:

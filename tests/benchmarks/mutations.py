@@ -161,7 +161,7 @@ def _move(lines: Lines, field: str) -> Iterator[tuple[str, Callable[[], Mutant]]
             for other in lines.neighbours(index):
                 kind = f"move a {field[:-1]} to the {'next' if other > index else 'previous'}"
                 left = replace(line, **{field: _without(events, position)})  # type: ignore[arg-type]
-                right = replace(lines.body[other], **{field: (*getattr(lines.body[other], field), event)})
+                right = replace(lines.body[other], **{field: (*getattr(lines.body[other], field), event)})  # type: ignore[arg-type]
                 yield kind, _maker(lines, kind, {index: left, other: right})
 
 
@@ -308,7 +308,10 @@ def table(judged: Sequence[Judged]) -> str:
         rows.append((kind, *_cells(count, used)))
     rows.append(("all", *_cells(total, used)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))]) for row in rows)
+    return "\n".join(
+        "  ".join(cell.rjust(size) if column else cell.ljust(size) for column, (cell, size) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
 
 
 def _cells(count: Counter[str], used: Sequence[str]) -> list[str]:

@@ -34,6 +34,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 EXACT, SIGNED = {"session.x64quantprecision": "1"}, {"session.qdqisint8allowed": "1"}
 NPUCC, ANCHOR = "npucc", "onnxruntime int8"
 Feed = dict[str, Any]
+Call = Callable[[], list[Any]]  # one inference: its outputs in the model's order
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -67,7 +68,7 @@ def random_feed(package: npucc.Package) -> Feed:
     }  # fmt: skip
 
 
-def engines(model: Path, package: npucc.Package, threads: int) -> dict[str, Callable[[], object]]:
+def engines(model: Path, package: npucc.Package, threads: int) -> dict[str, Call]:
     """Name → one inference on the same random input."""
     feed = random_feed(package)
     quantized = package.to_onnx().SerializeToString()
@@ -77,11 +78,11 @@ def engines(model: Path, package: npucc.Package, threads: int) -> dict[str, Call
         "onnxruntime int8, signed": session(quantized, threads, SIGNED),
     }
     machine = package.machine
-    calls: dict[str, Callable[[], object]] = {NPUCC: lambda: machine.run(feed)}
+    calls: dict[str, Call] = {NPUCC: lambda: list(machine.run(feed).outputs.values())}
     return calls | {name: (lambda each=each: each.run(None, feed)) for name, each in sessions.items()}
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each engine in each round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
@@ -148,11 +149,14 @@ def measure(model: Path, target: str, shapes: Shapes, *, rounds: int, threads: i
             measure_alone(engine, str(file), threads) for engine, file in ((NPUCC, packed), (ANCHOR, quantized), ("imports", packed))
         )
         size = packed.stat().st_size
-    seconds = interleaved(engines(model, package, threads), rounds)
+    calls = engines(model, package, threads)
+    seconds = interleaved(calls, rounds)
+    outputs = {name: call() for name, call in calls.items()}
     return {
         "model": model.name,
         "seconds": {name: float(np.median(taken)) for name, taken in seconds.items()},
         "npucc_over": {name: float(np.median(seconds[NPUCC] / taken)) for name, taken in seconds.items() if name != NPUCC},
+        "equal": {name: all(map(np.array_equal, outputs[NPUCC], values)) for name, values in outputs.items() if name != NPUCC},
         "compile": compile_seconds,
         "package_bytes": size,
         "constants_bytes": package.program.constants_bytes,
@@ -170,7 +174,9 @@ def text(found: dict[str, Any]) -> str:
     """One model's numbers for the reader."""
     seconds, ratios, memory = found["seconds"], found["npucc_over"], found["alone"]
     lines = [found["model"]]
-    lines += [f"  {name:26}{1e3 * taken:9.2f} ms" + (f"   npucc takes {ratios[name]:.2f} ×" if name in ratios else "") for name, taken in seconds.items()]
+    for name, taken in seconds.items():
+        same = "the same bytes" if found["equal"].get(name) else "other bytes"
+        lines.append(f"  {name:26}{1e3 * taken:9.2f} ms" + (f"   npucc takes {ratios[name]:.2f} ×   {same}" if name in ratios else ""))
     lines.append(
         f"  compiled in {found['compile']:.1f} s: package {found['package_bytes'] / 1e6:.2f} MB, constants {found['constants_bytes'] / 1e6:.2f} MB, "
         f"{found['lines']} lines, {found['instructions']} instructions"

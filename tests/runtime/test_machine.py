@@ -159,10 +159,14 @@ def test_many_samples_on_several_machines(image: Any) -> None:
     samples = [{"image": image * factor} for factor in (0.5, 1, 1.5, 2, 2.5, 3, -1)]
     machine = Machine(built, constants)
     alone = [run.raw["out"] for run in machine.run_many(samples)]
-    for workers in (2, 3):
-        together = [run.raw["out"] for run in machine.run_many(samples, workers=workers)]
-        assert len(together) == len(alone)
-        assert all(np.array_equal(one, other) for one, other in zip(together, alone, strict=True))
+    together = list(machine.run_many(samples, workers=2, dump={"middle"}))
+    assert all(np.array_equal(run.raw["out"], other) for run, other in zip(together, alone, strict=True))
+    assert together[0].report == machine.report
+    assert together[0].tensors.keys() == {"middle"}
+    with pytest.raises(RuntimeFault, match="missing: 'image'"):
+        list(machine.run_many([{}], workers=2))
+    with pytest.raises(RuntimeFault, match="can't call one function"):
+        machine.run_many(samples, workers=2, dump=lambda *_: None)
 
 
 # ---- boundaries --------------------------------------------------------------------------------------------------------

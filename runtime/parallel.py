@@ -1,0 +1,45 @@
+"""Many samples on several machines, each in a process of its own.
+
+The one big idea: an inference is thousands of short numpy calls, which threads of one interpreter would only pass back and forth;
+processes share nothing, and the bytes are the same whoever computes them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+from isa.program import Program
+
+if TYPE_CHECKING:
+    from runtime.machine import Machine, Run
+
+#: the machine of this worker process
+_own: list[Machine] = []
+
+
+def run_in_processes(
+    program: Program, constants: bytes, samples: Iterable[Mapping[str, Any]], *, workers: int, dump: bool | Collection[str] | None
+) -> Iterator[Run]:
+    """One Run per sample, in order. At most twice as many samples as workers wait at a time."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), _load, (program, constants)) as pool:
+        pending: deque[Future[Run]] = deque()
+        for sample in samples:
+            pending.append(pool.submit(_run, dict(sample), dump))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _load(program: Program, constants: bytes) -> None:
+    from runtime.machine import Machine
+
+    _own.append(Machine(program, constants))
+
+
+def _run(sample: dict[str, Any], dump: bool | Collection[str] | None) -> Run:
+    return _own[0].run(sample, dump=dump)
