@@ -206,6 +206,8 @@ def _touches_constants(program: Program, tile: Tile, counts: tuple[int, ...]) ->
 def _in_place_remarks(instruction: Instruction, counts: tuple[int, ...]) -> Iterator[Remark]:
     """A result may replace an operand element by element; any other overlap would depend on the order within the instruction."""
     spec = SPEC[instruction.name]
+    if not instruction.tiles:
+        return
     result = instruction.tiles[0]
     for operand, tile in zip(spec.operands[1:], instruction.tiles[1:], strict=False):
         if tile.space != result.space or not _overlap_somewhere(result, tile, counts):

@@ -22,7 +22,7 @@ ENGINES = {
     "mm": "matrix engine: products of scratchpad tiles, summed in the accumulators",
     "vec": "vector engine: everything else on the scratchpad, and the accumulators' way out",
     "st": "DMA from the scratchpad to DRAM",
-    "host": "what is computed outside the NPU (no instruction yet)",
+    "host": "what is computed outside the NPU, on tensors in DRAM",
 }
 MEMORIES = {
     "dram": "external memory: constants, inputs, outputs, what does not fit; `.memory dram=` bytes",
@@ -39,11 +39,14 @@ TIMING = {
     "without `F * (M + 2*rows + cols - 2)`; output stationary `G * ceil(M/rows) * ceil(N/cols) * (K + rows + cols - 2)`; input stationary "
     "`G * ceil(K/rows) * ceil(M/cols) * (N + 2*rows + cols - 2)`. MAC array: `G * ceil(M/rows) * ceil(N/cols) * ceil(K/depth) + pipeline_depth`. "
     "s16 inputs: twice that.",
-    "depthwise": "as `matrix` with K = kernel taps. Weight stationary: `max(1, min(floor(rows / taps), cols))` channels share a fold "
-    "block-diagonally; other dataflows: N = 1, G = channels. MAC array: `ceil(M/rows) * ceil(channels/cols) * ceil(taps/depth) + pipeline_depth`.",
+    "depthwise": "as `matrix` with K = kernel taps. Weight stationary: a fold holds g channels block-diagonally, each with the Toeplitz matrix of "
+    "n neighbouring results of a row and the u input columns under them: g·kh·u <= rows, g·n <= cols, `ceil(channels/g)` folds of "
+    "`h * ceil(w/n)` pixels, n and g chosen for the fewest cycles; other dataflows: N = 1, G = channels. MAC array: `ceil(M/rows) * ceil(channels/cols) * ceil(taps/depth) + pipeline_depth`.",
     "vector": "`vec_startup + ceil(elements / vec_lanes)`; `div` and `sqrt` pass four times. Elements are those of the result (of x for `reduce`).",
     "window": "`vec_startup + ceil(elements / vec_lanes) * taps`: one pass per tap of the window.",
     "resize": "`vec_startup + ceil(elements / vec_lanes) * 4`.",
+    "transfer": "as dma, on the same channel; the queue goes on when the transfer is complete.",
+    "host": "`host_latency`. How long the host computes is not modelled.",
 }
 ROLES = {"read": "read", "write": "written", "update": "written, and read when accumulating"}
 
@@ -183,7 +186,11 @@ def _instruction(spec: InstructionSpec) -> str:
     parts = [
         f"### {spec.name}",
         f"**Format** `{format_of(spec)}`",
-        "**Operands**\n\n| name | | memory | element types | dimensions |\n|---|---|---|---|---|\n" + "\n".join(map(_operand, spec.operands)),
+        *(
+            ["**Operands**\n\n| name | | memory | element types | dimensions |\n|---|---|---|---|---|\n" + "\n".join(map(_operand, spec.operands))]
+            if spec.operands
+            else []
+        ),
         *(
             ["**Attributes**\n\n| name | default | meaning |\n|---|---|---|\n" + "\n".join(map(_attribute, spec.attributes))]
             if spec.attributes
@@ -203,7 +210,7 @@ def format_of(spec: InstructionSpec) -> str:
     required = ", ".join(operand.name for operand in spec.operands if not operand.optional)
     optional = "".join(f" [, {operand.name}]" for operand in spec.operands if operand.optional)
     attributes = "".join(f" [{attribute.name}={print_value(attribute.default)}]" for attribute in spec.attributes)
-    return f"{spec.name} {required}{optional}{attributes} [wait=…] [signal=…]"
+    return f"{f'{spec.name} {required}'.strip()}{optional}{attributes} [wait=…] [signal=…]"
 
 
 def _operand(operand: Operand) -> str:
@@ -243,6 +250,8 @@ def errors_of(spec: InstructionSpec) -> list[str]:
     place = (
         f"apart from the operands, or exactly on {' or '.join(replaceable)} with the same element size" if replaceable else "apart from the operands"
     )
+    if spec.queue == "host":
+        return [*errors, "Tiles lie within their memory; what is written keeps its elements apart."]
     return [*errors, f"Tiles lie within their memories; the result keeps its elements apart and lies {place}."]
 
 

@@ -101,7 +101,7 @@ class _Walk:
         dram = self.memories["dram"].written
         dram.add(program.constants_address, program.constants_address + program.constants_bytes)
         for record in program.inputs:
-            self.memories[record.tile.space].written.add(*record.tile.extent())
+            _add_bytes(self.memories[record.tile.space].written, footprint(record.tile), *record.tile.extent())
 
     def advance(self, step: Step, iterations: tuple[int, ...]) -> bool:
         """Execute one instruction; False when one of its waits has no signal yet."""
@@ -136,8 +136,8 @@ class _Walk:
             address = address_at(access.tile, iterations) if access.tile.steps else access.tile.address
             low, high = address + access.footprint.low, address + access.footprint.high
             memory = self.memories[access.tile.space]
-            if access.writes:
-                memory.written.add(low, high)
+            if access.writes and not memory.written.covers(low, high):
+                _add_bytes(memory.written, access.footprint, low, high)
             memory.log(step.queue, access.writes).add(low, high, number, address, access.footprint, step.instruction)
 
     def require_written(self, step: Step, access: Access, low: int, written: Coverage) -> None:
@@ -181,6 +181,15 @@ def _run_addresses(mark: Footprint, low: int) -> Iterator[int]:
     for size, stride in mark.dims:
         starts = [start + index * stride for start in starts for index in range(size)]
     yield from starts
+
+
+def _add_bytes(written: Coverage, mark: Footprint, low: int, high: int) -> None:
+    """Add a tile's bytes. The gaps between its runs are not among them (of a tile with very many runs they are taken to be)."""
+    if mark.runs == 1 or mark.runs > MAXIMUM_ROWS:
+        written.add(low, high)
+        return
+    for start in _run_addresses(mark, low):
+        written.add(start, start + mark.run)
 
 
 def _race(instruction: Instruction, access: Access, other: Instruction, wrote: bool) -> Finding:

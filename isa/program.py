@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 
 from isa.target import Target
 
-#: bytes per element of each element type
-DTYPES: dict[str, int] = {"s8": 1, "u8": 1, "s16": 2, "s32": 4, "s64": 8, "f32": 4}
+#: bytes per element of each element type; those of the second line are known to the host alone, no engine computes with them
+DTYPES: dict[str, int] = {
+    "s8": 1, "u8": 1, "s16": 2, "s32": 4, "s64": 8, "f32": 4,
+    "u16": 2, "u32": 4, "u64": 8, "f16": 2, "f64": 8,
+}  # fmt: skip
 #: memory name → the character that marks it in the text
 SPACES: dict[str, str] = {"dram": "@", "spm": "%", "acc": "$"}
 #: the in-order queues, one per engine

@@ -56,8 +56,8 @@ def may_replace(spec: InstructionSpec, operand: Operand) -> bool:
 
 # ── attributes ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-LOWEST = {"kernel": 1, "stride": 1, "dilation": 1, "groups": 1, "pad": 0, "accumulate": 0}
-HIGHEST = {"accumulate": 1}
+LOWEST = {"kernel": 1, "stride": 1, "dilation": 1, "groups": 1, "pad": 0, "accumulate": 0, "port": 0, "segment": 0}
+HIGHEST = {"accumulate": 1, "port": 4095, "segment": 4095}
 
 
 def attribute_remarks(spec: InstructionSpec, instruction: Instruction) -> Iterator[Remark]:

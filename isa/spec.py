@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isa.program import Value
+from isa.program import DTYPES, Value
 
 INTEGERS = ("s8", "u8", "s16", "s32")
 ANY = ("s8", "u8", "s16", "s32", "s64", "f32")
+#: what a host segment takes and gives, by numpy's names
+HOST_TYPES = ("float32", "float16", "float64", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ PAD = Attribute("pad", "ints", (0, 0, 0, 0), "virtual rows/columns: top, left, b
 CLAMP = Attribute("clamp", "ints", (-128, 127), "lowest and highest stored value (the result's full range if wider)", 2)
 ACCUMULATE = Attribute("accumulate", "int", 0, "1: add to what the result tile holds; 0: overwrite")
 QUANT = "scale and zero point of"
+PORT = Attribute("port", "int", 0, "number of the segment's input or output, from 0")
 
 
 def _quant(name: str, of: str) -> Attribute:
@@ -215,6 +218,26 @@ TABLE: tuple[InstructionSpec, ...] = (
     InstructionSpec(
         "fill", "vec", (Operand("y", "write", SPM, ANY, "*d"),), (Attribute("value", "float", 0.0, "stored into every element"),),
         "y = value", "vector", "", "fill %0x0:s8[16,58,64] value=-3",
+    ),
+    InstructionSpec(
+        "take", "host", (Operand("x", "read", DRAM, tuple(DTYPES), "*d"),),
+        (PORT, _quant("q", "x"), Attribute("type", "word", "float32", "element type that the segment's input has", words=HOST_TYPES)),
+        "input `port` of the next segment = real(x), rounded (half to even) where the type is an integer one", "transfer",
+        "A float tile, or an integer one with q=1,0 and another type than float32, goes over unchanged. For bool: x - zero is not 0.",
+        "take @0x0:s8[1,1000] port=0 q=0.05,-3 wait=st.0",
+    ),
+    InstructionSpec(
+        "host", "host", (), (Attribute("segment", "int", 0, "number of the segment, from 0"),),
+        "the segment runs on the host, on the inputs that were taken since the last segment", "host",
+        "What a segment computes is not part of the instruction set: an engine outside the machine runs it (in a package, member "
+        "`host/<segment>.onnx`).",
+        "host segment=0",
+    ),
+    InstructionSpec(
+        "give", "host", (Operand("y", "write", DRAM, tuple(DTYPES), "*d"),), (PORT, _quant("q", "y")),
+        "y = output `port` of the last segment, as saturate(rint(v / scale) + zero) in float32 where y is an integer tile", "transfer",
+        "Integers with q=1,z are stored as saturate(v + z); into a float tile v goes unchanged. NaN is stored as the zero point.",
+        "give @0x400:s64[1,5] port=1 signal=ld.0",
     ),
 )  # fmt: skip
 

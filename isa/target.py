@@ -44,6 +44,7 @@ class Target:
     vec_lanes: int = 64  # elements per cycle of the vector engine
     vec_startup: int = 8  # cycles per vector instruction
     clock_hz: float = 1.0e9  # turns cycles into seconds
+    host_latency: int = 20_000  # cycles to hand a segment over to the host and back: driver call and interrupt, 20 us at 1 GHz
     requantize: str = "fp32.rne"  # how requant rounds: one float32 product, half to even
     pj_mac: float = 0.30  # int8 multiply-accumulate; Horowitz, ISSCC 2014 (45 nm)
     pj_vector: float = 1.0  # one vector element operation: fp32 add 0.9 plus control; Horowitz, ISSCC 2014
@@ -59,7 +60,7 @@ class Target:
         for field in ("rows", "cols", "depth", "spm_bytes", "acc_bytes", "alignment", "dram_bytes", "vec_lanes", "dram_burst_bytes"):
             if not 1 <= getattr(self, field) < LIMIT:
                 raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be at least 1, and below 2**48")
-        for field in ("pipeline_depth", "dram_latency", "vec_startup", "pj_mac", "pj_vector", "pj_spm_byte", "pj_acc_byte", "pj_dram_byte"):
+        for field in ("pipeline_depth", "dram_latency", "vec_startup", "host_latency", "pj_mac", "pj_vector", "pj_spm_byte", "pj_acc_byte", "pj_dram_byte"):
             if not 0 <= getattr(self, field) < LIMIT:
                 raise TargetError(f"{field} is {getattr(self, field)}", hint="it cannot be negative, nan or 2**48 and above")
         for field in ("dram_bytes_per_cycle", "clock_hz"):

@@ -18,6 +18,7 @@ from isa.program import Instruction, Program, Tile, address_at
 from isa.spec import SPEC
 from runtime.decode import Decoded, decode
 from runtime.errors import RuntimeFault
+from runtime.host import Host
 from runtime.kernels import KERNELS
 from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
 from runtime.scratch import Scratch
@@ -31,7 +32,7 @@ CONSTANT_OPERANDS = ("w", "b", "s", "t")
 #: bytes kept per byte of a constant operand: itself, and as float32
 DECODED_SIZE = 5
 #: results whose every element depends only on the elements of the operands at the same place: they may be computed in place
-ELEMENTWISE = frozenset(spec.name for spec in SPEC.values() if spec.operands[0].dims.startswith("*d"))
+ELEMENTWISE = frozenset(spec.name for spec in SPEC.values() if spec.queue != "host" and spec.operands[0].dims.startswith("*d"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,9 @@ class Writers:
 class Binder:
     """Binds steps in the order of their execution. With `known_order` false nothing is assumed about what ran before a step."""
 
-    def __init__(self, program: Program, memories: dict[str, Memory], memo: dict[Any, Any], *, known_order: bool):
+    def __init__(self, program: Program, memories: dict[str, Memory], memo: dict[Any, Any], *, known_order: bool, host: Host | None = None):
         self.program, self.memories, self.memo, self.known_order = program, memories, memo, known_order
-        self.scratch = Scratch()
+        self.scratch, self.host = Scratch(), host
         self.writers = {space: Writers() for space in memories}
         self.loads: dict[int, tuple[Located, Located]] = {}
         self.last_window: tuple[Any, int] | None = None
@@ -98,6 +99,8 @@ class Binder:
         attributes = decoded.attributes
         located = {name: Located(tile, address_at(tile, step.iterations)) for name, tile in decoded.tiles.items()}
         views = {name: self.memories[at.tile.space].view(at.tile, at.address, line=instruction.line) for name, at in located.items()}
+        if step.line.queue == "host":
+            return self._bind_host(number, instruction, views, located, attributes)
         result, *others = located.items()
         snapshots = self._snapshots(instruction, result, others, views)
         known = {} if snapshots or not self.known_order else self._known(dict(others))
@@ -106,11 +109,19 @@ class Binder:
         self._record(number, instruction, located)
         return _after_copying(snapshots, run) if snapshots else run
 
+    def _bind_host(
+        self, number: int, instruction: Instruction, views: dict[str, Array], located: dict[str, Located], attributes: dict[str, Any]
+    ) -> Callable[[], None]:
+        """Instructions of the host queue: at most one tile, read or written."""
+        if "y" in located:
+            self.writers["dram"].write(*located["y"].extent, number)
+        return KERNELS[instruction.name](Site(instruction, views, attributes, self.scratch, self.memo, host=self.host))
+
     def _decode(self, instruction: Instruction) -> Decoded:
         decoded = self._decoded.get(id(instruction))
         if decoded is None:
             decoded = self._decoded[id(instruction)] = decode(instruction)
-            if overlaps_itself(instruction.tiles[0]):
+            if "y" in decoded.tiles and overlaps_itself(decoded.tiles["y"]):
                 told = f"{instruction.name}: elements of the result share bytes"
                 raise RuntimeFault(told, line=instruction.line, hint="use strides that keep them apart")
         return decoded
@@ -200,6 +211,6 @@ def written_ranges(steps: Iterable[Step]) -> dict[str, list[tuple[int, int]]]:
     ranges: dict[str, set[tuple[int, int]]] = {}
     for step in steps:
         tiles = step.line.instruction.tiles
-        if tiles:
+        if tiles and SPEC[step.line.instruction.name].operands[0].role != "read":
             ranges.setdefault(tiles[0].space, set()).add(extent(tiles[0], address_at(tiles[0], step.iterations)))
     return {space: merge(found) for space, found in ranges.items()}

@@ -35,10 +35,10 @@ def to_stored(record: TensorRecord, value: Any, dtype: np.dtype[Any]) -> Array:
         raise RuntimeFault(f"input {record.name!r} has shape {list(array.shape)}", hint=f"expected {list(record.tile.shape)}")
     if array.dtype.kind not in "fiub":
         raise RuntimeFault(f"input {record.name!r} holds {array.dtype}", hint=f"expected numbers ({record.dtype})")
-    if array.dtype.kind == "f" and np.isnan(array).any():
+    if array.dtype.kind == "f" and dtype.kind != "f" and np.isnan(array).any():
         raise RuntimeFault(f"input {record.name!r} has NaN values", hint="a quantized network has no place for them; clean the data")
-    if dtype == np.float32:
-        return array.astype(np.float32)
+    if dtype.kind == "f":
+        return array.astype(dtype)
     if record.dtype in FLOATS or record.scale != 1.0:
         with np.errstate(over="ignore"):
             reals = array.astype(np.float32)
@@ -55,13 +55,17 @@ def _exact(record: TensorRecord, array: Array, dtype: np.dtype[Any]) -> Array:
     low, high = int(limits.min) - record.zero, int(limits.max) - record.zero
     if array.size and not low <= min(array.min(), array.max()) <= max(array.min(), array.max()) <= high:
         raise RuntimeFault(f"input {record.name!r} has values from {array.min()} to {array.max()}", hint=f"the program holds {low} to {high}")
+    if not record.zero:
+        return array.astype(dtype)
     stored: Array = (array.astype(np.int64) + record.zero).astype(dtype)
     return stored
 
 
 def to_real(record: TensorRecord, stored: Array) -> Array:
     """What the stored values stand for, in the model's element type: float32, or the integer or boolean type outside."""
-    if stored.dtype == np.float32:
+    if stored.dtype.kind == "f":
+        return stored.astype(_outside(record) if stored.dtype == np.float32 else np.dtype(record.dtype))
+    if record.dtype not in FLOATS and (record.scale, record.zero) == (1.0, 0):
         return stored.astype(_outside(record))
     steps: Array = stored.astype(np.int64) - record.zero
     if record.dtype in FLOATS or record.scale != 1.0:

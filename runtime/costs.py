@@ -9,14 +9,17 @@ Systolic array of R rows and C columns (K lies along R, N along C), one output m
                         With shadow weights the next fold loads behind the current one: R + F·max(M, R) + R + C - 2.
     output stationary   G⌈M/R⌉⌈N/C⌉(K + R + C - 2)
     input stationary    G⌈K/R⌉⌈M/C⌉(2R + C + N - 2)
-    depthwise           weight stationary: g = max(1, min(⌊R/taps⌋, C)) channels lie block-diagonally in one fold, so
-                        F = ⌈c/g⌉⌈taps/R⌉ of M pixels; the other dataflows have K = taps, N = 1, G = c.
+    depthwise           weight stationary: a fold holds g channels block-diagonally, and of each the Toeplitz matrix that turns the
+                        kh × u inputs under n neighbouring results of a row into those n (u input columns, fewer than n·kw as windows
+                        overlap): g·kh·u ≤ R, g·n ≤ C, F = ⌈c/g⌉ folds of M = h⌈w/n⌉; n and g are those with the fewest cycles.
+                        A kernel of more than R taps takes ⌈taps/R⌉ folds per channel. The other dataflows have K = taps, N = 1, G = c.
 MAC array m×n×k (Da Vinci cube: Liao et al., HPCA 2021), pipeline depth D:
     matrix              G⌈M/m⌉⌈N/n⌉⌈K/k⌉ + D
     depthwise           ⌈M/m⌉⌈c/n⌉⌈taps/k⌉ + D: each of the n columns serves one channel
 16-bit inputs pass the array as two bytes: everything twice.
 
 Vector engine: startup + ⌈elements/lanes⌉ · passes; pooling passes once per tap, div, sqrt and resize four times.
+Host: a fixed latency per segment; its tensors pass the DRAM channel like any transfer.
 DMA: on the DRAM side a contiguous run costs whole bursts; a gap shorter than a burst is streamed over, so a group of runs never
 costs more than its whole extent in bursts. Dimensions with stride 0 are moved once. Cycles = ⌈bytes so counted / bytes per cycle⌉.
 """
@@ -73,6 +76,21 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """How depthwise windows lie side by side: results per row, kernel rows and columns, column step and dilation."""
+
+    results: int
+    kernel: tuple[int, int]
+    stride: int = 1
+    dilation: int = 1
+
+    def inputs(self, count: int) -> int:
+        """Distinct inputs under `count` neighbouring results."""
+        taps = range(0, self.kernel[1] * self.dilation, self.dilation)
+        return self.kernel[0] * len({result * self.stride + tap for result in range(count) for tap in taps})
+
+
+@dataclass(frozen=True, slots=True)
 class Product:
     """The matrix product that an instruction is: `pixels` × `depth` × `outputs`, `groups` times; `inputs` bytes wide."""
 
@@ -82,6 +100,7 @@ class Product:
     groups: int = 1
     width: int = 1
     depthwise: bool = False
+    row: Row | None = None  # depthwise only; without it each result is a window of its own
 
     @property
     def macs(self) -> int:
@@ -96,6 +115,8 @@ def cost(instruction: Instruction, target: Target) -> Cost:
         return matrix_cost(product_of(instruction.name, decoded.tiles, decoded.attributes), target)
     if queue in ("ld", "st"):
         return _transfer_cost(decoded.tiles, target)
+    if queue == "host":
+        return _host_cost(decoded.tiles, target)
     return _vector_cost(instruction.name, decoded.tiles, decoded.attributes, target)
 
 
@@ -107,7 +128,8 @@ def product_of(name: str, tiles: dict[str, Tile], attributes: dict[str, Any]) ->
     pixels, taps = math.prod(tiles["y"].shape[:2]), math.prod(tiles["w"].shape[:2])
     width = DTYPES[tiles["x"].dtype]
     if name == "dwconv":
-        return Product(pixels, taps, 1, tiles["w"].shape[2], width, depthwise=True)
+        row = Row(tiles["y"].shape[1], tiles["w"].shape[:2], attributes["stride"][1], attributes["dilation"][1])
+        return Product(pixels, taps, 1, tiles["w"].shape[2], width, depthwise=True, row=row)
     groups = attributes["groups"]
     return Product(pixels, taps * tiles["w"].shape[2], tiles["w"].shape[3] // groups, groups, width)
 
@@ -141,14 +163,38 @@ def _systolic_array(p: Product, t: Target) -> tuple[int, int, Work]:
 
 def _weight_stationary(p: Product, t: Target) -> tuple[int, int, Work]:
     depth_folds = _up(p.depth, t.rows)
-    packed = max(1, min(t.rows // p.depth, t.cols))
-    columns = _up(p.groups, packed) if p.depthwise else p.groups * _up(p.outputs, t.cols)
-    folds = columns * depth_folds
-    reads = p.pixels * p.depth * (p.groups if p.depthwise else columns) * p.width + p.depth * p.outputs * p.groups
-    work = _matrix_work(p, reads, accumulations=depth_folds)
+    if p.depthwise and depth_folds == 1:
+        choices = (_depthwise_folds(p, t, count) for count in range(1, _most_neighbours(p, t) + 1))
+        folds, pixels, input_reads = min(choices, key=lambda choice: choice[0] * _fold_cycles(choice[1], t))
+    else:
+        columns = p.groups if p.depthwise else p.groups * _up(p.outputs, t.cols)
+        folds, pixels, input_reads = columns * depth_folds, p.pixels, p.pixels * p.depth * columns
+    work = _matrix_work(p, input_reads * p.width + p.depth * p.outputs * p.groups, accumulations=depth_folds)
+    fill = 2 * t.rows + t.cols - 2
     if t.shadow_weights:
-        return folds * max(p.pixels, t.rows), 2 * t.rows + t.cols - 2, work
-    return folds * p.pixels, folds * (2 * t.rows + t.cols - 2), work
+        return folds * _fold_cycles(pixels, t), fill, work
+    return folds * pixels, folds * fill, work
+
+
+def _fold_cycles(pixels: int, t: Target) -> int:
+    """Cycles from the start of one fold to the start of the next."""
+    return max(pixels, t.rows) if t.shadow_weights else pixels + 2 * t.rows + t.cols - 2
+
+
+def _most_neighbours(p: Product, t: Target) -> int:
+    """How many neighbouring results of one channel one fold can hold."""
+    if p.row is None:
+        return 1
+    most = min(t.cols, p.row.results)
+    return max((count for count in range(1, most + 1) if p.row.inputs(count) <= t.rows), default=1)
+
+
+def _depthwise_folds(p: Product, t: Target, count: int) -> tuple[int, int, int]:
+    """(folds, steps streamed per fold, inputs read) with `count` neighbouring results per channel and fold."""
+    inputs = p.row.inputs(count) if p.row else p.depth
+    channels = max(1, min(t.rows // inputs, t.cols // count))
+    steps = p.pixels // p.row.results * _up(p.row.results, count) if p.row else p.pixels
+    return _up(p.groups, channels), steps, steps * inputs * p.groups
 
 
 def _matrix_work(p: Product, spm_reads: int, *, accumulations: int) -> Work:
@@ -172,6 +218,17 @@ def _transfer_cost(tiles: dict[str, Tile], target: Target) -> Cost:
     cycles = max(1, math.ceil(burst_bytes(dram, target.dram_burst_bytes) / target.dram_bytes_per_cycle))
     to_dram = size if dram is written else 0
     return Cost(cycles, 0, Work(spm_bytes=moved_bytes(spm), dram_read_bytes=size - to_dram, dram_write_bytes=to_dram))
+
+
+def _host_cost(tiles: dict[str, Tile], target: Target) -> Cost:
+    """A tensor to or from the host passes the DRAM channel; a segment without operands costs its latency."""
+    if not tiles:
+        return Cost(target.host_latency)
+    ((name, tile),) = tiles.items()
+    size = moved_bytes(tile)
+    cycles = max(1, math.ceil(burst_bytes(tile, target.dram_burst_bytes) / target.dram_bytes_per_cycle))
+    to_dram = size if name == "y" else 0
+    return Cost(cycles, 0, Work(dram_read_bytes=size - to_dram, dram_write_bytes=to_dram))
 
 
 def moved_bytes(tile: Tile) -> int:

@@ -17,6 +17,7 @@ from isa.program import Program, TensorRecord
 from runtime import boundary
 from runtime.binder import Binder, written_ranges
 from runtime.errors import RuntimeFault
+from runtime.host import Host, HostEngine
 from runtime.memory import Array, Memory, extent
 from runtime.parallel import run_in_processes
 from runtime.report import LayerReport, Report, make_report
@@ -65,14 +66,15 @@ class Run:
 class Machine:
     """The NPU that a program's target describes, with the program loaded. One machine runs one inference at a time."""
 
-    def __init__(self, program: Program | Packaged, constants: bytes | None = None):
-        """Load a package, or a program and its constants. Raises RuntimeFault when the program can't be run."""
+    def __init__(self, program: Program | Packaged, constants: bytes | None = None, *, host: HostEngine | None = None):
+        """Load a package, or a program and its constants; `host` runs its host segments. Raises RuntimeFault when the program can't be run."""
         if isinstance(program, Program):
             self.program, self.constants = program, constants or b""
         else:
             self.program, self.constants = program.program, program.constants
         program = self.program
         self._memo: dict[Any, Any] = {}  # what is made of constants, for program order
+        self.host = Host(host)
         self._check_sizes()
         target = program.target
         sizes = {"dram": program.dram_bytes, "spm": target.spm_bytes, "acc": target.acc_bytes}
@@ -118,7 +120,7 @@ class Machine:
             return (self.run(sample, dump=dump) for sample in samples)
         if callable(dump):
             raise RuntimeFault("several processes can't call one function for each tensor", hint="give dump the tensors' names, or use workers=1")
-        return run_in_processes(self.program, self.constants, samples, workers=workers, dump=dump)
+        return run_in_processes(self.program, self.constants, samples, workers=workers, dump=dump, host=self.host.engine)
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -174,7 +176,7 @@ class Machine:
         return found
 
     def _bind(self, order: list[int], *, known_order: bool) -> list[Callable[[], None]]:
-        binder = Binder(self.program, self.memories, self._memo, known_order=known_order)
+        binder = Binder(self.program, self.memories, self._memo, known_order=known_order, host=self.host)
         return [binder.bind(number, self.steps[index]) for number, index in enumerate(order)]
 
     def _write_inputs(self, inputs: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ Array = NDArray[Any]
 NUMPY: dict[str, np.dtype[Any]] = {
     "s8": np.dtype(np.int8), "u8": np.dtype(np.uint8), "s16": np.dtype(np.int16),
     "s32": np.dtype(np.int32), "s64": np.dtype(np.int64), "f32": np.dtype(np.float32),
+    "u16": np.dtype(np.uint16), "u32": np.dtype(np.uint32), "u64": np.dtype(np.uint64), "f16": np.dtype(np.float16), "f64": np.dtype(np.float64),
 }  # fmt: skip
 NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in NUMPY.items()}
 LARGEST_MEMORY = 1 << 36  # bytes; a larger one is a damaged program, not a chip

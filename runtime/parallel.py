@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from isa.program import Program
 
 if TYPE_CHECKING:
+    from runtime.host import HostEngine
     from runtime.machine import Machine, Run
 
 #: the machine of this worker process
@@ -22,10 +23,16 @@ _own: list[Machine] = []
 
 
 def run_in_processes(
-    program: Program, constants: bytes, samples: Iterable[Mapping[str, Any]], *, workers: int, dump: bool | Collection[str] | None
+    program: Program,
+    constants: bytes,
+    samples: Iterable[Mapping[str, Any]],
+    *,
+    workers: int,
+    dump: bool | Collection[str] | None,
+    host: HostEngine | None = None,
 ) -> Iterator[Run]:
     """One Run per sample, in order. At most twice as many samples as workers wait at a time."""
-    with ProcessPoolExecutor(workers, get_context("spawn"), _load, (program, constants)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _load, (program, constants, host)) as pool:
         pending: deque[Future[Run]] = deque()
         for sample in samples:
             pending.append(pool.submit(_run, dict(sample), dump))
@@ -35,10 +42,10 @@ def run_in_processes(
             yield pending.popleft().result()
 
 
-def _load(program: Program, constants: bytes) -> None:
+def _load(program: Program, constants: bytes, host: HostEngine | None) -> None:
     from runtime.machine import Machine
 
-    _own.append(Machine(program, constants))
+    _own.append(Machine(program, constants, host=host))
 
 
 def _run(sample: dict[str, Any], dump: bool | Collection[str] | None) -> Run:

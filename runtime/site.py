@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from isa.program import Instruction
 from runtime.errors import RuntimeFault
 from runtime.memory import Array
 from runtime.scratch import Scratch
+
+if TYPE_CHECKING:
+    from runtime.host import Host
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Site:
 
     `constants` has (a key that stands for the content, the content) of operands where every run finds the same bytes.
     `memo` keeps what is made of such content, by key, for all sites of a program.
+    `host` is what the instructions of the host queue talk to.
     `same_input` tells that operand x was not written since the conv before, which read the very same tile in the same way.
     """
 
@@ -32,6 +36,7 @@ class Site:
     memo: dict[Any, Any]
     constants: Mapping[str, tuple[Any, Array]] = field(default_factory=dict)
     same_input: bool = False
+    host: Host | None = None
 
     def fault(self, message: str, hint: str = "") -> NoReturn:
         """Refuse this instruction."""

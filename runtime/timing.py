@@ -9,7 +9,7 @@ times `ld` before `st`), and occupies the channel for its burst cycles. So laten
 
 Every cycle of the run belongs to one layer and one of five parts. In a cycle in which
     the matrix engine works     its layer: ideal (products / peak), fill (array filling and draining), or underuse (the rest)
-    only the vector engine does its layer: underuse (the array idles meanwhile)
+    only the vector engine does its layer: underuse (the array idles meanwhile); so it is while only the host works
     only the DRAM channel does  the layer of the transfer that streams: dma_stall
     nothing does                sync_stall of the layer that works next: everyone waits for an answer (a request's latency after an event)
 """
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isa.program import QUEUES, Program
+from isa.spec import SPEC
 from isa.target import Target
 from runtime.costs import Cost, Work, cost
 from runtime.errors import RuntimeFault
@@ -153,10 +154,10 @@ class _Clock:
         index = self.queues[queue][self.heads[queue]]
         self.heads[queue] += 1
         line, cycles = self.steps[index].line, self.costs[index].cycles
-        if QUEUES[queue] in ("ld", "st"):
+        if QUEUES[queue] in ("ld", "st") or SPEC[line.instruction.name].timing == "transfer":
             begin = max(when + self.latency, self.channel_free)
             start, end = max(when, self.last_end[queue]), begin + cycles
-            self.free[queue], self.channel_free = begin, end
+            self.free[queue], self.channel_free = end if QUEUES[queue] == "host" else begin, end
         else:
             start, begin, end = when, when, when + cycles
             self.free[queue] = end

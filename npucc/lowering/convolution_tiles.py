@@ -15,6 +15,7 @@ import numpy as np
 from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.errors import CompileError
+from runtime.costs import Row
 from npucc.lowering import cost
 from npucc.lowering.elementwise import Box, Chain
 from npucc.lowering.emitter import Emitter, Ring, aligned, parameter_block, spm_tile, windows
@@ -201,7 +202,7 @@ class _Lowering:
         chunks = 1 if self.tied else -(-problem.channels // plan.channels)
         count = plan.rows * plan.columns
         if problem.depthwise:
-            matrix = cost.depthwise_cycles(target, count, kh * kw, plan.outputs)
+            matrix = cost.depthwise_cycles(target, count, Row(plan.columns, (kh, kw), problem.strides[1], problem.dilations[1]), plan.outputs)
         else:
             groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
             matrix = cost.matrix_cycles(target, count, kh * kw * plan.channels // groups, plan.outputs // groups, groups)

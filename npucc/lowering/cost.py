@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 
 from isa.target import Target
-from runtime.costs import Product, matrix_cost
+from runtime.costs import Product, Row, matrix_cost
 
 
 @lru_cache(maxsize=1 << 16)
@@ -16,9 +16,9 @@ def matrix_cycles(target: Target, pixels: int, depth: int, outputs: int, groups:
 
 
 @lru_cache(maxsize=1 << 16)
-def depthwise_cycles(target: Target, pixels: int, taps: int, channels: int) -> int:
+def depthwise_cycles(target: Target, pixels: int, row: Row, channels: int) -> int:
     """Matrix engine cycles of one depthwise tile."""
-    return matrix_cost(Product(pixels, taps, 1, channels, depthwise=True), target).cycles
+    return matrix_cost(Product(pixels, row.kernel[0] * row.kernel[1], 1, channels, depthwise=True, row=row), target).cycles
 
 
 def dma_cycles(target: Target, size: int, run: int) -> float:

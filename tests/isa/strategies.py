@@ -61,6 +61,8 @@ def _value(draw: Any, attribute: Attribute) -> Any:
         return draw(st.integers(0, 1))
     if attribute.name == "clamp":
         return tuple(sorted((draw(small), draw(small))))
+    if attribute.name in ("port", "segment"):
+        return draw(st.integers(0, 7))
     if attribute.kind == "word":
         return draw(st.sampled_from(attribute.words))
     if attribute.kind == "quant":

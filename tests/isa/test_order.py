@@ -55,6 +55,10 @@ WRONG = {
         "5: signal=ld.0 of the vec queue is given 2 times more than the ld queue waits for it\n"
         "  hint: add wait=vec.0 to an instruction of the ld queue, or remove the signal",
     ],
+    "fill %0x0:s8[2,4]{8,1}\nadd %0x10:s8[12], %0x0:s8[12]": [
+        "6: add reads %0x0, but nothing has written the bytes from 0x4 of spm\n"
+        "  hint: write them first (ld, fill, or an instruction before this one), or correct the address or the strides",
+    ],
     "fill %0x0:s8[4]\nadd %0x8:s8[2,4]{8,1}, %0x0:s8[2,4]{4,1}": [
         "6: add reads %0x0, but nothing has written the bytes from 0x4 of spm\n"
         "  hint: write them first (ld, fill, or an instruction before this one), or correct the address or the strides",

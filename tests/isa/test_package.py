@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -177,6 +178,32 @@ def test_a_failed_save_leaves_nothing_behind(package: Package, tmp_path: Path, m
     monkeypatch.undo()
     with pytest.raises(PackageError, match="cannot write the package: No such file or directory"):
         package.save(tmp_path / "missing" / "a.npu")
+
+
+def test_members_are_read_from_the_file_when_asked_for(package: Package, tmp_path: Path) -> None:
+    package.save(tmp_path / "a.npu")
+    loaded = load(tmp_path / "a.npu")
+    assert dict(loaded.members) == package.members
+    assert "more" not in loaded.members
+    replace(package, members={**package.members, "graph.json": b"[]"}).save(tmp_path / "a.npu")
+    with pytest.raises(PackageError, match=r"a.npu: member 'graph.json' changed after the package was loaded\n  hint: load the package again"):
+        loaded.members["graph.json"]
+    (tmp_path / "a.npu").unlink()
+    with pytest.raises(PackageError, match=r"a.npu: member 'host/1.onnx' can no longer be read"):
+        loaded.members["host/1.onnx"]
+
+
+def test_loading_takes_little_more_memory_than_twice_the_constants(tmp_path: Path) -> None:
+    size = 8 << 20
+    program = replace(parse_program(TEXT), dram_bytes=size + 0x1000, constants_bytes=size)
+    Package(program, bytes(size), members={"graph.bin": bytes(size)}).save(tmp_path / "a.npu")
+    tracemalloc.start()
+    try:
+        load(tmp_path / "a.npu")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * size + (2 << 20)
 
 
 def test_a_package_is_complete_from_the_start() -> None:

@@ -12,7 +12,7 @@ import pytest
 from isa.program import Event, Instruction, Layer, Loop, Program, Tile
 from isa.target import Target
 from runtime import Machine, RuntimeFault, simulate
-from runtime.costs import Product, Work, burst_bytes, cost, matrix_cost, moved_bytes
+from runtime.costs import Product, Row, Work, burst_bytes, cost, matrix_cost, moved_bytes
 from runtime.energy import energy
 from runtime.report import make_report, spm_peak
 from runtime.timing import PARTS
@@ -55,6 +55,10 @@ CUBE = replace(SYSTOLIC, family="mac", rows=4, cols=8, depth=2, pipeline_depth=5
         (CUBE, Product(10, 7, 9, groups=3, width=2), 2 * (3 * 3 * 2 * 4 + 5), 10),
         # depthwise: 4 rows hold 2 channels of 2 taps; 5 channels in 3 folds
         (SYSTOLIC, Product(10, 2, 1, groups=5, depthwise=True), 4 + 3 * 10 + 10, 14),
+        # 8 rows hold 2 channels of 4 inputs under 3 results of 2 taps (6 of 8 columns); 5 channels in 3 folds of 2 rows x 2 steps
+        (replace(SYSTOLIC, rows=8), Product(12, 2, 1, groups=5, depthwise=True, row=Row(6, (1, 2))), 3 * 8 + 22, 22),
+        # 30 rows of 32 hold one channel: 8 neighbours of a 3x3 window; 40 columns in 5 steps of 40 rows
+        (replace(SYSTOLIC, rows=32, cols=32), Product(1600, 9, 1, groups=4, depthwise=True, row=Row(40, (3, 3))), 4 * 200 + 94, 94),
         # 9 taps in 3 folds per channel
         (SYSTOLIC, Product(10, 9, 1, groups=5, depthwise=True), 4 + 15 * 10 + 10, 14),
         (replace(SYSTOLIC, dataflow="os"), Product(10, 9, 1, groups=5, depthwise=True), 5 * 3 * (9 + 10), 5 * 3 * 10),
