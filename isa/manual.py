@@ -34,6 +34,7 @@ TIMING = {
     "dma": "`ceil(burst bytes / dram_bytes_per_cycle)` of the one DRAM channel that `ld` and `st` share, `dram_latency` after the request; the "
     "next request of a queue is issued when its last one starts to stream. Burst bytes: each contiguous run in DRAM takes whole bursts of "
     "`dram_burst_bytes`; gaps shorter than a burst are streamed over; dimensions of stride 0 move once.",
+    "gather": "as dma: each row of y in whole bursts; the rest of x is not moved.",
     "matrix": "with M = output pixels or rows, K = products per output, N = outputs per group, G = groups (1 for `matmul`). "
     "Systolic, weight stationary, F = `G * ceil(K/rows) * ceil(N/cols)` folds: with shadow weights `F * max(M, rows) + 2*rows + cols - 2`, "
     "without `F * (M + 2*rows + cols - 2)`; output stationary `G * ceil(M/rows) * ceil(N/cols) * (K + rows + cols - 2)`; input stationary "
@@ -41,7 +42,8 @@ TIMING = {
     "s16 inputs: twice that.",
     "depthwise": "as `matrix` with K = kernel taps. Weight stationary: a fold holds g channels block-diagonally, each with the Toeplitz matrix of "
     "n neighbouring results of a row and the u input columns under them: g·kh·u <= rows, g·n <= cols, `ceil(channels/g)` folds of "
-    "`h * ceil(w/n)` pixels, n and g chosen for the fewest cycles; other dataflows: N = 1, G = channels. MAC array: `ceil(M/rows) * ceil(channels/cols) * ceil(taps/depth) + pipeline_depth`.",
+    "`h * ceil(w/n)` pixels, n and g chosen for the fewest cycles; other dataflows: N = 1, G = channels. "
+    "MAC array: `ceil(M/rows) * ceil(channels/cols) * ceil(taps/depth) + pipeline_depth`.",
     "vector": "`vec_startup + ceil(elements / vec_lanes)`; `div` and `sqrt` pass four times. Elements are those of the result (of x for `reduce`).",
     "window": "`vec_startup + ceil(elements / vec_lanes) * taps`: one pass per tap of the window.",
     "resize": "`vec_startup + ceil(elements / vec_lanes) * 4`.",

@@ -259,6 +259,7 @@ def bias_or_accumulate(bias: str) -> Rule:
 RULES: dict[str, tuple[Rule, ...]] = {
     "ld": (same_dtype("y", "x"), dma_dimensions),
     "st": (same_dtype("y", "x"), dma_dimensions),
+    "gather": (same_dtype("y", "x"),),
     "conv": (channel_groups, windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
     "dwconv": (windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
     "matmul": (holds("za", "a"), holds("zb", "b"), bias_or_accumulate("c")),

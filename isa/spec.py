@@ -106,6 +106,13 @@ TABLE: tuple[InstructionSpec, ...] = (
         "st @0x40000:s8[14,56,64], %0x8000:s8[14,56,64] wait=vec.0",
     ),
     InstructionSpec(
+        "gather", "ld",
+        (Operand("y", "write", SPM, ANY, "nc"), Operand("x", "read", DRAM, ANY, "ec"), Operand("i", "read", SPM, ("s32",), "n")), (),
+        "y[n,c] = x[i[n],c]; an index below 0 counts from the end of x", "gather",
+        "Rows of a table in DRAM; only those asked for are moved. An index outside -e to e-1 is a fault.",
+        "gather %0x0:s8[64,128], @0x40000:s8[30522,128], %0x2000:s32[64] signal=vec.0",
+    ),
+    InstructionSpec(
         "conv", "mm",
         (Operand("y", "update", ACC, ("s32",), "hwn"), Operand("x", "read", SPM, ("s8", "s16"), "uvc"),
          Operand("w", "read", SPM, ("s8",), "klgn"), Operand("b", "read", SPM, ("s32",), "n", optional=True)),

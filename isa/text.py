@@ -476,7 +476,7 @@ def _format_body(body: tuple[Instruction | Loop, ...], indent: str) -> Iterator[
 
 def format_instruction(instruction: Instruction, *, width: int = 0) -> str:
     """One instruction as a line; its events start at column `width` where there is room."""
-    text = f"{instruction.name:<7} {', '.join(map(tokens.print_tile, instruction.tiles))}"
+    text = f"{instruction.name:<7} {', '.join(map(tokens.print_tile, instruction.tiles))}".rstrip()
     spec, values = SPEC[instruction.name], dict(instruction.attributes)
     for attribute in spec.attributes:
         if attribute.name in values and not tokens.is_default(values[attribute.name], attribute):

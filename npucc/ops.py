@@ -144,6 +144,13 @@ class Slice(Attributes):
 
 
 @dataclass(frozen=True, slots=True)
+class Gather(Attributes):
+    """Slices of the first input along `axis`, picked by the integers of the second; negative ones count from the end."""
+
+    axis: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Transpose(Attributes):
     permutation: tuple[int, ...] = ()
 
@@ -171,10 +178,24 @@ class Pad(Attributes):
 
 
 @dataclass(frozen=True, slots=True)
+class Host(Attributes):
+    """A part of the ONNX model that onnxruntime runs: a serialized ONNX model whose inputs and outputs are the node's, in order.
+
+    `nodes`: (ONNX node, operator, why it is not on the NPU) of each node in it.
+    """
+
+    model: bytes = b""
+    nodes: Any = ()
+
+    def text(self) -> str:
+        return " nodes=" + ",".join(f"{name}({operator})" for name, operator, _ in self.nodes)
+
+
+@dataclass(frozen=True, slots=True)
 class Operator:
     """One record. Traits: `moves_data`: the result holds only values of the inputs, so input and result share one scale;
     `elementwise`: each result element depends on one element of each (broadcast) input;
-    `fixed_range`: the real range of the result, known without calibration."""
+    `fixed_range`: the real range of the result, known without calibration; `indices`: the inputs that are positions, not values."""
 
     name: str
     attributes: type[Attributes]
@@ -185,6 +206,7 @@ class Operator:
     elementwise: bool = False
     matrix: bool = False
     fixed_range: tuple[float, float] | None = None
+    indices: tuple[int, ...] = ()
 
 
 def _same(_: Attributes, shapes: Sequence[Shape]) -> Shape:
@@ -241,6 +263,11 @@ def _concat(a: Concat, shapes: Sequence[Shape]) -> Shape:
     return tuple(total if i == a.axis else size for i, size in enumerate(shapes[0]))
 
 
+def _gather(a: Gather, shapes: Sequence[Shape]) -> Shape:
+    data, indices = shapes
+    return (*data[: a.axis], *indices, *data[a.axis + 1 :])
+
+
 def _reshape(a: Reshape, shapes: Sequence[Shape]) -> Shape | None:
     return a.shape if math.prod(a.shape) == math.prod(shapes[0]) else (-1,)
 
@@ -267,6 +294,7 @@ TABLE: tuple[Operator, ...] = (
     Operator("resize", Resize, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "nearest or linear interpolation", moves_data=True),
     Operator("concat", Concat, (1, 1 << 30), _concat, "concatenation", moves_data=True),
     Operator("slice", Slice, (1, 1), lambda a, _: a.sizes, "strided slice", moves_data=True),
+    Operator("gather", Gather, (2, 2), _gather, "slices of a table, picked by computed indices", moves_data=True, indices=(1,)),
     Operator("transpose", Transpose, (1, 1), lambda a, s: tuple(s[0][i] for i in a.permutation), "permutation of dimensions", moves_data=True),
     Operator("reshape", Reshape, (1, 1), _reshape, "another shape, same order", moves_data=True),
     Operator("expand", Expand, (1, 1), lambda a, _: a.shape, "broadcast to a shape", moves_data=True),

@@ -409,6 +409,15 @@ def _slice(call: Call) -> Array:
     return call.operand(0).stored[np.ix_(*picks)]
 
 
+def _gather(call: Call) -> Array:
+    """Raises DataError for an index outside the table."""
+    axis, (table, indices) = call.attributes.axis, (operand.stored for operand in call.operands if operand is not None)
+    rows = table.shape[axis]
+    if indices.size and not -rows <= indices.min() <= indices.max() < rows:
+        raise DataError(f"{call.node.name}: an index is outside {-rows} to {rows - 1}")
+    return np.take(table, indices, axis=axis)
+
+
 def _pad(call: Call) -> Array:
     a, source = call.attributes, call.operand(0)
     widths = list(zip(a.before, a.after, strict=True))
@@ -422,7 +431,8 @@ def _moving(function: Callable[[Call, list[Array]], Array]) -> Callable[[Call], 
     """A kernel that only moves stored integers: operands and result must share their scale."""
 
     def kernel(call: Call) -> Array:
-        operands = [operand for operand in call.operands if operand is not None]
+        values = [operand for index, operand in enumerate(call.operands) if index not in OPS[call.node.op].indices]
+        operands = [operand for operand in values if operand is not None]
         assert all(_key(operand.quant) == _key(call.tensor.quant) for operand in operands), (
             f"{call.node.name}: operands and result have different scales"
         )
@@ -459,6 +469,7 @@ KERNELS: dict[str, Callable[[Call], Array]] = {
     "resize": _moving(lambda call, _: _resize(call)),
     "concat": _moving(lambda call, values: np.concatenate(values, axis=call.attributes.axis)),
     "slice": _moving(lambda call, _: _slice(call)),
+    "gather": _moving(lambda call, _: _gather(call)),
     "transpose": _moving(lambda call, values: values[0].transpose(call.attributes.permutation)),
     "reshape": _moving(lambda call, values: values[0].reshape(call.attributes.shape)),
     "expand": _moving(lambda call, values: np.broadcast_to(values[0], np.broadcast_shapes(values[0].shape, call.attributes.shape))),

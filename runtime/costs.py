@@ -113,6 +113,8 @@ def cost(instruction: Instruction, target: Target) -> Cost:
     queue = SPEC[instruction.name].queue
     if queue == "mm":
         return matrix_cost(product_of(instruction.name, decoded.tiles, decoded.attributes), target)
+    if instruction.name == "gather":
+        return _gather_cost(decoded.tiles, target)
     if queue in ("ld", "st"):
         return _transfer_cost(decoded.tiles, target)
     if queue == "host":
@@ -128,7 +130,7 @@ def product_of(name: str, tiles: dict[str, Tile], attributes: dict[str, Any]) ->
     pixels, taps = math.prod(tiles["y"].shape[:2]), math.prod(tiles["w"].shape[:2])
     width = DTYPES[tiles["x"].dtype]
     if name == "dwconv":
-        row = Row(tiles["y"].shape[1], tiles["w"].shape[:2], attributes["stride"][1], attributes["dilation"][1])
+        row = Row(tiles["y"].shape[1], (tiles["w"].shape[0], tiles["w"].shape[1]), attributes["stride"][1], attributes["dilation"][1])
         return Product(pixels, taps, 1, tiles["w"].shape[2], width, depthwise=True, row=row)
     groups = attributes["groups"]
     return Product(pixels, taps * tiles["w"].shape[2], tiles["w"].shape[3] // groups, groups, width)
@@ -218,6 +220,15 @@ def _transfer_cost(tiles: dict[str, Tile], target: Target) -> Cost:
     cycles = max(1, math.ceil(burst_bytes(dram, target.dram_burst_bytes) / target.dram_bytes_per_cycle))
     to_dram = size if dram is written else 0
     return Cost(cycles, 0, Work(spm_bytes=moved_bytes(spm), dram_read_bytes=size - to_dram, dram_write_bytes=to_dram))
+
+
+def _gather_cost(tiles: dict[str, Tile], target: Target) -> Cost:
+    """Each row of the table is a transfer of its own; the rows that are not asked for cost nothing."""
+    rows, table = tiles["y"], tiles["x"]
+    row = Tile(table.space, 0, table.dtype, table.shape[1:], table.strides[1:])
+    burst = burst_bytes(row, target.dram_burst_bytes) * rows.shape[0]
+    work = Work(spm_bytes=moved_bytes(rows) + moved_bytes(tiles["i"]), dram_read_bytes=moved_bytes(row) * rows.shape[0])
+    return Cost(max(1, math.ceil(burst / target.dram_bytes_per_cycle)), 0, work)
 
 
 def _host_cost(tiles: dict[str, Tile], target: Target) -> Cost:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 from isa.spec import SPEC
 from runtime.host import bind_give, bind_host, bind_take
-from runtime.kernels_elementwise import bind_copy, bind_elementwise, bind_fill, bind_lut
+from runtime.kernels_elementwise import bind_copy, bind_elementwise, bind_fill, bind_gather, bind_lut
 from runtime.kernels_matrix import bind_conv, bind_dwconv, bind_matmul
 from runtime.kernels_window import bind_avgpool, bind_maxpool, bind_reduce, bind_resize
 from runtime.requantize import bind_requant
 from runtime.site import Site
 
 KERNELS: dict[str, Callable[[Site], Callable[[], None]]] = {
-    "ld": bind_copy, "st": bind_copy,
+    "ld": bind_copy, "st": bind_copy, "gather": bind_gather,
     "conv": bind_conv, "dwconv": bind_dwconv, "matmul": bind_matmul,
     "requant": bind_requant,
     **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "cmp", "select", "cvt", "sqrt"), bind_elementwise),

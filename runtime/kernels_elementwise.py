@@ -257,3 +257,17 @@ def bind_copy(site: Site) -> Callable[[], None]:
     """ld and st: y[...] = x[...]."""
     y, x = collapse([site.views["y"], site.views["x"]])
     return lambda: np.copyto(y, x)
+
+
+def bind_gather(site: Site) -> Callable[[], None]:
+    """gather: y[n, :] = x[i[n], :]; a negative index counts from the end."""
+    y, x, index = (site.views[name] for name in ("y", "x", "i"))
+    rows = len(x)
+
+    def run() -> None:
+        outside = (index < -rows) | (index >= rows)
+        if outside.any():
+            site.fault(f"index {int(index[outside][0])} is outside a table of {rows} rows", f"expected {-rows} to {rows - 1}; check the input data")
+        np.copyto(y, x[index])
+
+    return run

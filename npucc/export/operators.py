@@ -187,6 +187,12 @@ def _slice(call: Call) -> None:
     call.emit("Slice", (call.inputs[0], *(model.constant(list(values), "int64") for values in lists)))
 
 
+def _gather(call: Call) -> None:
+    """The indices arrive as floats (or as the integers of a graph input) and are whole numbers."""
+    table, indices = call.inputs
+    call.emit("Gather", (table, call.model.cast(indices, "int64")), axis=call.attributes.axis)
+
+
 def _end(start: int, size: int, step: int) -> int:
     """The `ends` entry for `size` elements from `start`: one past the last, which backwards may lie before element 0."""
     end = start + (size - 1) * step + (1 if step > 0 else -1)
@@ -239,6 +245,7 @@ EMITTERS: dict[str, Callable[[Call], None]] = {
     "resize": _resize,
     "concat": lambda call: call.emit("Concat", axis=call.attributes.axis),
     "slice": _slice,
+    "gather": _gather,
     "transpose": lambda call: call.emit("Transpose", perm=call.attributes.permutation),
     "reshape": lambda call: call.emit("Reshape", (call.inputs[0], _shape(call.model, call.attributes.shape))),
     "expand": lambda call: call.emit("Expand", (call.inputs[0], _shape(call.model, call.attributes.shape))),

@@ -103,7 +103,9 @@ class _Writer:
         return ("uint8", 128) if self.unsigned and is_activation and quant.dtype == "s8" else (TYPES[quant.dtype], 0)
 
     def _pair(self, value: str, quant: Quant, name: str, *, into: str) -> str:
-        """QuantizeLinear and DequantizeLinear; returns the dequantized value."""
+        """QuantizeLinear and DequantizeLinear; returns the dequantized value. 32-bit whole numbers stay as they are."""
+        if quant.dtype == "s32":
+            return self.model.op("Identity", [value], into=into)
         dtype, shift = self._form(quant, is_activation=True)
         parameters = self._scale_and_zero(quant, dtype, shift, name)
         stored = self.model.op("QuantizeLinear", [value, *parameters], into=self.model.fresh(stored_name(name)))

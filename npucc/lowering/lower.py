@@ -15,6 +15,7 @@ from npucc.graph import Graph, Node
 from npucc.lowering.convolution import lower_conv, lower_conv_transpose
 from npucc.lowering.elementwise import lower_elementwise
 from npucc.lowering.emitter import ConstantPool, Emitter
+from npucc.lowering.gathering import lower_gather
 from npucc.lowering.layers import Group, group_nodes
 from npucc.lowering.movement import lower_concat, lower_pad, lower_resize_nearest, lower_view
 from npucc.lowering.placement import ALIGNMENT, Buffer, Placement, allocate, assign_views, by_benefit, by_size
@@ -58,6 +59,7 @@ LOWERINGS: dict[str, Callable[[Emitter, Group], None]] = {
     "resize": _lower_resize,
     "concat": lower_concat,
     "pad": lower_pad,
+    "gather": lower_gather,
     **dict.fromkeys(("reduce_mean", "reduce_sum", "reduce_max", "reduce_min"), lower_reduce),
     **dict.fromkeys(("slice", "transpose", "reshape", "expand"), lower_view),
     **{record.name: lower_elementwise for record in ops.TABLE if record.elementwise},
@@ -99,7 +101,8 @@ def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fus
     groups = group_nodes(graph, views, fuse=fuse)
     buffers, accesses = lifetimes(graph, views, groups)
     job = _Job(graph, target, views, groups, buffers, progress)
-    movable = by_benefit((b for b in buffers if b.first >= 0 and b.last < len(groups)), accesses)
+    in_dram = {views[node.inputs[0]].buffer for node in graph if node.op == "gather" and node.inputs[0] in views}  # as its instruction has it
+    movable = by_benefit((b for b in buffers if b.first >= 0 and b.last < len(groups) and b.name not in in_dram), accesses)
     best: tuple[int, Lowered] | None = None
     tried: list[dict[str, int]] = []
     for share in shares:

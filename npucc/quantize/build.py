@@ -18,7 +18,7 @@ from npucc.graph import Editor, Graph, Node, Quant, Tensor
 from npucc.ops import OPS
 from npucc.quantize.constants import MatrixConstants, constant_quant, dequantized, finite_constant, output_axis, quantize_matrix, source_of
 from npucc.quantize.options import QuantizeOptions
-from npucc.quantize.scales import BOOLEAN, Scales
+from npucc.quantize.scales import BOOLEAN, INDEX, Scales
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -120,6 +120,8 @@ class _Builder:
             return self._store(name, data.astype(np.uint8), BOOLEAN)
         if OPS[node.op].matrix and index == 2:
             return self._product_bias(node, name)
+        if index in OPS[node.op].indices:
+            return self._store(name, data.astype(np.int32), INDEX)
         values = finite_constant(node, name, data, self.scales.range(result))
         if OPS[node.op].moves_data:
             quant = self.scales.of(self.graph, result)

@@ -18,9 +18,10 @@ from npucc.ops import OPS, Table
 from npucc.quantize.calibrate import Calibration, softmax_axis
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.ranges import Fit, Histogram, Range, activation_quant, choose_range
-from npucc.quantize.share import Groups
+from npucc.quantize.share import Groups, moved_inputs
 from npucc.scalar import Expression
 
+INDEX = Quant("s32", np.asarray(1.0, np.float32), 0)
 BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
 CLIPPING_MUST_PAY = 0.5  # a graph input is clipped only if that at least halves its squared error
 
@@ -54,7 +55,7 @@ def observed_ranges(graph: Graph, calibration: Calibration) -> dict[str, Range]:
 def _moved_constants(graph: Graph, node: Node) -> dict[str, Range]:
     """Ranges that a moving node adds: its constant inputs, and the value it pads with."""
     added = {}
-    for name in node.inputs:
+    for name in moved_inputs(node):
         tensor = graph.tensors[name]
         if tensor.data is not None and tensor.dtype != "bool":
             values = tensor.data[np.isfinite(tensor.data)]
@@ -106,6 +107,11 @@ def _original(graph: Graph, name: str) -> str:
     return node.inputs[0] if node and node.attributes == Table("x") else name
 
 
+def is_index(graph: Graph, name: str) -> bool:
+    """Whether a look-up takes its positions from the tensor."""
+    return any(name == node.inputs[index] for node in graph.users(name) for index in OPS[node.op].indices)
+
+
 def _is_taken_whole(graph: Graph, name: str) -> bool:
     return _is_whole_number(graph, name) or softmax_axis(graph, name) is not None
 
@@ -128,6 +134,8 @@ def _clipping_pays(histogram: Histogram, chosen: Range) -> bool:
 
 def _quant(graph: Graph, names: Sequence[str], covered: Range) -> Quant:
     """In steps of one for integers; 1/n for a softmax, as onnxruntime's kernel assumes; else what covers the range."""
+    if any(is_index(graph, name) for name in names):
+        return INDEX
     if any(_is_whole_number(graph, name) for name in names):
         return whole_steps(names[0], covered)
     quant = activation_quant(covered)

@@ -34,17 +34,22 @@ class Groups:
         return [name for name in list(self.parents) if self.root(name) == root]
 
 
+def moved_inputs(node: Node) -> tuple[str, ...]:
+    """The inputs of a node that moves data whose values the result holds."""
+    return tuple(name for index, name in enumerate(node.inputs) if index not in OPS[node.op].indices)
+
+
 def share_scales(graph: Graph, ranges: Mapping[str, Range], *, ratio: float) -> tuple[Graph, Groups, tuple[str, ...]]:
     """(graph with rescaling nodes, groups, names of the tensors that are rescaled). `ranges`: observed, of the measured tensors."""
     groups = Groups()
     for name in graph.tensors:
         groups.root(name)
     for node in graph:
-        if OPS[node.op].moves_data and len(node.inputs) == 1:
+        if OPS[node.op].moves_data and len(moved_inputs(node)) == 1:
             groups.join(node.inputs[0], node.outputs[0])
     editor, rescaled = Editor(graph), []
     for node in graph:
-        if OPS[node.op].moves_data and len(node.inputs) > 1:
+        if OPS[node.op].moves_data and len(moved_inputs(node)) > 1:
             rescaled += _join_inputs(graph, editor, node, groups, ranges, ratio)
     return editor.freeze(), groups, tuple(rescaled)
 
@@ -82,7 +87,7 @@ def _read_elsewhere(graph: Graph, groups: Groups, name: str, reader: Node) -> bo
         if member in graph.outputs:
             return True
         for user in graph.users(member):
-            moves_within = OPS[user.op].moves_data and groups.root(user.outputs[0]) == root
+            moves_within = OPS[user.op].moves_data and groups.root(user.outputs[0]) == root and member in moved_inputs(user)
             if user.name != reader.name and not moves_within:
                 return True
     return False

@@ -129,16 +129,16 @@ ERRORS = {
     LAYER + "lod %0x0:s8[3], @0x0:s8[3]": "f:5:1: unknown instruction 'lod'\n  hint: did you mean 'ld'?",
     LAYER + "  nop": (
         "f:5:3: unknown instruction 'nop'\n  hint: known: ld, st, conv, dwconv, matmul, requant, add, sub, mul, div, max, min, cmp, select, "
-        "cvt, sqrt, lut, maxpool, avgpool, reduce, resize, fill, loop, end"
+        "cvt, sqrt, lut, maxpool, avgpool, reduce, resize, fill, take, host, give, loop, end"
     ),
-    LAYER + "ld": "f:5:3: the end of the line is out of place\n  hint: expected a tile such as %0x0:s8[16,64]",
+    LAYER + "ld": "f:5:1: ld has 0 operands, expected 2\n  hint: its form is: ld y, x",
     LAYER + "ld %0x0:s8[3]": "f:5:1: ld has 1 operand, expected 2\n  hint: its form is: ld y, x",
     LAYER + "fill %0x0:s8[3], %0x0:s8[3]": "f:5:1: fill has 2 operands, expected 1\n  hint: its form is: fill y",
     LAYER + "matmul $0x0:s32[3,3], %0x0:s8[3,3]": "f:5:1: matmul has 2 operands, expected 3 to 4\n  hint: its form is: matmul y, a, b, c?",
     LAYER + "ld %0x0:s8[3] @0x0:s8[3]": (
         "f:5:15: '@0x0:s8[3]' is out of place\n  hint: expected a comma or an attribute such as pad=1,1,1,1 or the end of the line"
     ),
-    LAYER + "ld %0x0:s7[3], @0x0:s8[3]": "f:5:9: unknown element type 's7'\n  hint: known: s8, u8, s16, s32, s64, f32",
+    LAYER + "ld %0x0:s7[3], @0x0:s8[3]": "f:5:9: unknown element type 's7'\n  hint: known: s8, u8, s16, s32, s64, f32, u16, u32, u64, f16, f64",
     LAYER + "ld @0x0:s8[3], @0x0:s8[3]": "f:5:4: operand y of ld is in dram\n  hint: it must be in % (spm)",
     LAYER + "requant %0x0:s32[3], $0x0:s32[3]": "f:5:9: operand y of requant has element type s32\n  hint: it must be s8 or s16",
     LAYER + "fill %0x0": "f:5:10: '%0x0' lacks its type\n  hint: write %0x0:DTYPE[SIZES], such as %0x0:s8[16,64]",

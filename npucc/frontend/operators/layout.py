@@ -160,22 +160,18 @@ def _crop(node: NodeImport, x: str, before: Sequence[int], after: Sequence[int])
 
 
 def gather(node: NodeImport) -> str:
-    """With constant indices: runs with a constant step become slices, joined by a concat."""
-    if not node.is_constant(1):
-        raise node.refuse(
-            "its indices are computed", hint="look-ups by computed indices (embeddings) run outside the NPU; cut the model after this node"
-        )
+    """Runs of constant indices with a constant step become slices, joined by a concat; computed indices, or many runs, a look-up."""
     shape = node.shape(0)
     axis = node.axis(node.integer("axis", 0), len(shape))
+    if not node.is_constant(1):
+        return node.emit("gather", (node.input(0), node.input(1)), ops.Gather(axis))
     indices = node.constant(1, "indices")
     flat = [int(index) for index in indices.reshape(-1)]
     if not flat or not -shape[axis] <= min(flat) <= max(flat) < shape[axis]:
         raise node.refuse(f"an index is outside 0 to {shape[axis] - 1}, or there is none", hint="check the input shapes")
     runs = _runs([index % shape[axis] for index in flat])
     if len(runs) > MOST_PIECES:
-        raise node.refuse(
-            f"its {len(flat)} indices form {len(runs)} separate runs; supported are up to {MOST_PIECES}", hint="reorder the channels in the model"
-        )
+        return node.emit("gather", (node.input(0), node.new_constant(indices, "indices")), ops.Gather(axis))
     parts = [node.slice(node.input(0), axis, start, count, step) for start, count, step in runs]
     joined = parts[0] if len(parts) == 1 else node.emit("concat", parts, ops.Concat(axis))
     return node.reshape(joined, (*shape[:axis], *indices.shape, *shape[axis + 1 :]))
@@ -228,7 +224,7 @@ TABLE: tuple[Importer, ...] = (
     Importer("Expand", expand, "constant shape"),
     Importer("Tile", tile, "constant repeats"),
     Importer("Pad", pad, "constant pads"),
-    Importer("Gather", gather, "constant indices"),
+    Importer("Gather", gather),
     Importer("DepthToSpace", depth_to_space),
     Importer("SpaceToDepth", space_to_depth),
 )

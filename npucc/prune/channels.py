@@ -1,0 +1,232 @@
+"""Which channels go: an order within each family, how much each costs the outputs, and the cheapest way to the budget.
+
+The one big idea: the order comes from the layers that read a family (what can the remaining channels say in place of the removed one?),
+the amounts come from the network's outputs (measured with each family pruned alone), and both are bought with the cycles they save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npucc.graph import Graph
+from npucc.ops import OPS
+from npucc.prune.options import PruneOptions
+from npucc.prune.price import Price, PriceList
+from npucc.prune.shrink import shrink
+from npucc.prune.sites import Site
+from npucc.prune.slots import FIXED, Slots
+from npucc.prune.solve import damped, eliminate
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Measure = Callable[[Graph], float]
+Progress = Callable[[str, int, int], None]
+
+STEPS = 16  # amounts tried per family, at most
+DEEPEST = 0.25  # of a family's channels always stay
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Channels that lie in the same dimensions. `name`: the first layer that makes them; `makers`, `readers`: names of matrix nodes."""
+
+    name: str
+    labels: Array
+    makers: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A family's labels in the order they go, the counts to consider, and the outputs' error at each, the family pruned alone."""
+
+    family: Family
+    order: Array
+    counts: tuple[int, ...]  # removed, ascending
+    errors: tuple[float, ...]
+
+    def labels(self, level: int) -> Array:
+        """The labels gone at a level; level 0 removes none."""
+        return self.order[: self.counts[level - 1]] if level else self.order[:0]
+
+    def error(self, level: int) -> float:
+        return self.errors[level - 1] if level else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """The graph with its labels, matrix operators and their Gram matrices."""
+
+    graph: Graph
+    slots: Slots
+    sites: Mapping[str, Site]
+    grams: Mapping[str, Array]
+
+    def depth_labels(self, site: Site) -> Array:
+        """int[depth]: the label of each column."""
+        axis = len(self.graph.tensors[site.input].shape) - 1 if site.node.op == "matmul" else 1
+        if site.node.op == "matmul":
+            return self.slots.labels[site.input, axis]
+        return np.repeat(self.slots.labels[site.weights, 1], site.taps)
+
+
+def find_families(graph: Graph, slots: Slots, options: PruneOptions) -> tuple[Family, ...]:
+    """Families that constant weights make and read, none of which is to be left alone."""
+    found = []
+    for labels in slots.families():
+        makers, readers, skipped = [], [], False
+        for node in graph:
+            if not OPS[node.op].matrix:
+                continue
+            made = np.isin(slots.labels[node.outputs[0], len(graph.tensors[node.outputs[0]].shape) - 1 if node.op == "matmul" else 1], labels).any()
+            read = any(np.isin(slots.labels[node.inputs[1], axis], labels).any() for axis in _summed(graph, node.inputs[1], node.op))
+            if (made or read) and graph.tensors[node.inputs[1]].is_constant:
+                makers += [node.name] if made else []
+                readers += [node.name] if read else []
+                skipped = skipped or options.skips(node)
+        if makers and readers and not skipped:
+            found.append(Family(makers[0], labels, tuple(makers), tuple(readers)))
+    return tuple(found)
+
+
+def _summed(graph: Graph, weights: str, op: str) -> tuple[int, ...]:
+    """The dimension of the weights that is summed over."""
+    if op == "matmul":
+        return (len(graph.tensors[weights].shape) - 2,)
+    return (0,) if op == "conv_transpose" else (1,)
+
+
+def mend(statistics: Statistics, removed: Array) -> dict[str, Array]:
+    """New constants, in their old shapes, for every layer that loses inputs: what is left says as well as it can what was there."""
+    values: dict[str, Array] = {}
+    for name, site in statistics.sites.items():
+        gone = np.append(removed[statistics.depth_labels(site)], False)
+        if not gone.any():
+            continue
+        gram, matrix = damped(statistics.grams[name]), site.matrix(statistics.graph)
+        kept = np.flatnonzero(~gone)
+        fitted = np.zeros_like(matrix)
+        fitted[:, kept] = np.linalg.solve(gram[:, kept[:, None], kept], gram[:, kept] @ matrix)
+        weights, bias = site.constants(statistics.graph, fitted)
+        values |= {site.weights: weights, site.bias: bias}
+    return values
+
+
+def order_family(statistics: Statistics, family: Family, criterion: str) -> Array:
+    """The family's labels, the least needed first. The last one stays."""
+    sites = [statistics.sites[name] for name in family.readers if name in statistics.sites]
+    if criterion == "second_order" and sites:
+        parts = [part for site in sites for part in _second_order_parts(statistics, site, family)]
+        grams, matrices, columns, weights = (list(column) for column in zip(*parts, strict=True))
+        return family.labels[eliminate(grams, matrices, columns, weights).order]
+    scores = _scores(statistics, family, sites if criterion == "activation" else [])
+    return family.labels[np.argsort(scores, kind="stable")[:-1]]
+
+
+def _second_order_parts(statistics: Statistics, site: Site, family: Family) -> list[tuple[Array, Array, Array, float]]:
+    """Per group of a site: Gram matrix, weights, columns of each unit, and one over the energy of its answers."""
+    labels, matrix, grams = statistics.depth_labels(site), site.matrix(statistics.graph), statistics.grams[site.node.name]
+    columns = np.stack([np.flatnonzero(labels == label) for label in family.labels])
+    energy = max(float(np.einsum("gko,gkl,glo->", matrix, grams, matrix)), 1e-30)
+    return [(gram, part, columns, 1 / energy) for gram, part in zip(grams, matrix, strict=True)]
+
+
+def _scores(statistics: Statistics, family: Family, sites: Sequence[Site]) -> Array:
+    """Per label: with `sites` what its values weigh in the layers that read it, without the size of all weights that make or read it."""
+    scores = np.zeros(len(family.labels))
+    for site in sites:
+        labels, matrix, grams = statistics.depth_labels(site), site.matrix(statistics.graph), statistics.grams[site.node.name]
+        weights = (np.sqrt(np.einsum("gkk->gk", grams))[:, :, None] * np.abs(matrix)).sum(axis=(0, 2))[:-1]
+        scores += _summed_by_label(labels, weights, family.labels) / max(float(weights.sum()), 1e-30)
+    if not sites:
+        for name in dict.fromkeys((*family.makers, *family.readers)):
+            scores += _magnitudes(statistics, name, family.labels)
+    return scores
+
+
+def _magnitudes(statistics: Statistics, node: str, family: Array) -> Array:
+    """Per label: its share of the absolute values of a node's weights."""
+    weights = statistics.graph.nodes[node].inputs[1]
+    data = statistics.graph.tensors[weights].data
+    assert data is not None
+    scores = np.zeros(len(family))
+    for axis in range(data.ndim):
+        sums = np.abs(data).sum(axis=tuple(i for i in range(data.ndim) if i != axis), dtype=np.float64)
+        scores += _summed_by_label(statistics.slots.labels[weights, axis], sums, family) / max(float(sums.sum()), 1e-30)
+    return scores
+
+
+def _summed_by_label(labels: Array, values: Array, family: Array) -> Array:
+    place = np.searchsorted(family, labels)
+    place = np.where(place < len(family), place, 0)
+    mine = family[place] == labels
+    return np.bincount(place[mine], values[mine], len(family))
+
+
+def draw_curves(
+    statistics: Statistics, families: Sequence[Family], options: PruneOptions, measure: Measure, *, progress: Progress | None = None
+) -> tuple[Curve, ...]:
+    """Prune each family alone by growing amounts (mended, if repair is on) and measure the outputs."""
+    curves = []
+    for index, family in enumerate(families):
+        if progress:
+            progress("sensitivity", index, len(families))
+        order = order_family(statistics, family, options.criterion)
+        counts = _counts(len(family.labels))
+        errors = [_alone(statistics, order[:count], options, measure) for count in counts]
+        curves.append(Curve(family, order, counts, tuple(np.maximum.accumulate(errors).tolist())))
+    return tuple(curves)
+
+
+def _counts(channels: int) -> tuple[int, ...]:
+    """Removed channels to consider: at most STEPS amounts, in whole steps."""
+    most = channels - max(1, round(channels * DEEPEST))
+    step = max(1, -(-channels // (STEPS + 4)))
+    return tuple(range(step, most + 1, step))
+
+
+def _alone(statistics: Statistics, labels: Array, options: PruneOptions, measure: Measure) -> float:
+    removed = np.zeros(statistics.slots.count, bool)
+    removed[labels] = True
+    return measure(cut(statistics, removed, repair=options.repair))
+
+
+def cut(statistics: Statistics, removed: Array, *, repair: bool) -> Graph:
+    """The smaller graph; with `repair`, each layer that lost inputs mended by the dense network's statistics."""
+    return shrink(statistics.graph, statistics.slots, removed, values=mend(statistics, removed) if repair else None)
+
+
+def choose(curves: Sequence[Curve], prices: PriceList, enough: Callable[[Price], bool]) -> Array:
+    """bool[labels]: remove, step by step, where the outputs' error grows least for what it saves, until it is `enough` or nothing is left.
+
+    A step may skip levels that save nothing by themselves (a half-used array column). Saving counts cycles and MACs alike, as shares.
+    """
+    removed = np.zeros(prices.slots.count, bool)
+    levels = [0] * len(curves)
+    now = whole = prices.of(removed)
+    while not enough(now):
+        best: tuple[float, int, int] | None = None
+        for index, curve in enumerate(curves):
+            for level in range(levels[index] + 1, len(curve.counts) + 1):
+                then = prices.of(_with(removed, curve.labels(level)))
+                saved = (now.macs - then.macs) / whole.macs + (now.cycles - then.cycles) / whole.cycles
+                grown = curve.error(level) - curve.error(levels[index])
+                if saved > 0 and (best is None or grown / saved < best[0]):
+                    best = (grown / saved, index, level)
+        if best is None:
+            break
+        _, index, level = best
+        levels[index] = level
+        removed = _with(removed, curves[index].labels(level))
+        now = prices.of(removed)
+    assert not removed[FIXED]
+    return removed
+
+
+def _with(removed: Array, labels: Array) -> Array:
+    result = removed.copy()
+    result[labels] = True
+    return result

@@ -1,0 +1,73 @@
+"""What a graph costs once labels are gone, before it is cut: multiply-accumulates, and cycles by the machine's own equations.
+
+The one big idea: a layer's size is a count of labels that stay, so thousands of ways to prune can be priced without building any of them.
+The cycles leave out transfers that tiling hides or not; the compiled program has the last word.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isa.target import Target
+from npucc import ops
+from npucc.graph import Graph, Node
+from npucc.lowering.cost import dma_cycles, vector_cycles
+from npucc.ops import OPS
+from npucc.prune.shrink import kept_size
+from npucc.prune.slots import Slots
+from runtime.costs import Product, matrix_cost
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    macs: int
+    cycles: float
+
+
+@dataclass(frozen=True, slots=True)
+class PriceList:
+    """Prices of a graph, its labels given."""
+
+    graph: Graph
+    slots: Slots
+    target: Target
+
+    def of(self, removed: Array) -> Price:
+        """The whole graph without the labels where bool[`removed`] is set."""
+        macs, cycles = 0, 0.0
+        for node in self.graph:
+            price = self._node(node, removed)
+            macs, cycles = macs + price.macs, cycles + price.cycles
+        return Price(macs, cycles)
+
+    def _shape(self, tensor: str, removed: Array) -> tuple[int, ...]:
+        return tuple(kept_size(self.slots, removed, tensor, axis) for axis in range(len(self.graph.tensors[tensor].shape)))
+
+    def _node(self, node: Node, removed: Array) -> Price:
+        if OPS[node.op].matrix:
+            product = self._product(node, removed)
+            weights = product.depth * product.outputs * product.groups
+            vector = vector_cycles(self.target, product.pixels * product.outputs * product.groups)
+            cycles = max(matrix_cost(product, self.target).cycles, vector, dma_cycles(self.target, weights, weights))
+            return Price(product.macs, cycles)
+        if OPS[node.op].moves_data:
+            return Price(0, 0.0)
+        return Price(0, vector_cycles(self.target, math.prod(self._shape(node.outputs[0], removed))))
+
+    def _product(self, node: Node, removed: Array) -> Product:
+        result, weights = self._shape(node.outputs[0], removed), self._shape(node.inputs[1], removed)
+        if isinstance(node.attributes, ops.Conv):
+            pixels, taps = result[0] * result[2] * result[3], weights[2] * weights[3]
+            if node.attributes.groups > 1 and weights[1] == 1:
+                return Product(pixels, taps, 1, weights[0], depthwise=True)
+            return Product(pixels, weights[1] * taps, weights[0] // node.attributes.groups, node.attributes.groups)
+        if isinstance(node.attributes, ops.ConvTranspose):
+            pixels = math.prod(self._shape(node.inputs[0], removed)) // max(weights[0], 1)
+            return Product(pixels, weights[0], math.prod(weights[1:]))
+        return Product(result[-2], self._shape(node.inputs[0], removed)[-1], result[-1], math.prod(result[:-2]))

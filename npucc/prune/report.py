@@ -1,0 +1,58 @@
+"""What was pruned, layer by layer: frozen records that become JSON or a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRow:
+    """Channels that stand or fall together. `error`: of the network's outputs (energy of the error over that of the outputs) with this family pruned alone."""
+
+    name: str
+    channels: int
+    kept: int
+    layers: tuple[str, ...]
+    error: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layers": list(self.layers)}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One matrix operator: weights that stay of those that were there, and the relative error of its answers (to those of the dense network,
+    at the outputs that stay) before and after the repair, all layers before it repaired; None where nothing was measured."""
+
+    name: str
+    op: str
+    weights: int
+    kept: int
+    macs: int
+    macs_kept: int
+    error_before: float | None
+    error_after: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """`output_error`: energy of the error over that of the outputs, over calibration samples; `cycles`: estimated (see price.py), or of compiled
+    programs where the budget is cycles; `stopped`: which limit ended the search."""
+
+    macs: int
+    macs_kept: int
+    cycles: float
+    cycles_kept: float
+    output_error: float
+    zero_channels: int
+    families: tuple[FamilyRow, ...]
+    layers: tuple[LayerRow, ...]
+    stopped: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "zero_channels", "stopped")}
+        return {**plain, "families": [row.as_dict() for row in self.families], "layers": [row.as_dict() for row in self.layers]}
