@@ -56,8 +56,8 @@ def may_replace(spec: InstructionSpec, operand: Operand) -> bool:
 
 # ── attributes ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-LOWEST = {"kernel": 1, "stride": 1, "dilation": 1, "groups": 1, "pad": 0, "accumulate": 0, "port": 0, "segment": 0}
-HIGHEST = {"accumulate": 1, "port": 4095, "segment": 4095}
+LOWEST = {"kernel": 1, "stride": 1, "dilation": 1, "groups": 1, "pad": 0, "accumulate": 0, "port": 0, "segment": 0, "multiplier": 0, "shift": 0}
+HIGHEST = {"multiplier": (1 << 31) - 1, "shift": 63, "accumulate": 1, "port": 4095, "segment": 4095}
 
 
 def attribute_remarks(spec: InstructionSpec, instruction: Instruction) -> Iterator[Remark]:
@@ -256,6 +256,22 @@ def bias_or_accumulate(bias: str) -> Rule:
     return rule
 
 
+def requantizes(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+    """`fp32.rne` takes s as f32 and no r; the q31 modes take s and r, both s32, or neither; the attributes of the other kind stay away."""
+    mode, scale, fixed = values["mode"], tiles.get("s"), values["mode"] != "fp32.rne"
+    wanted = "s32" if fixed else "f32"
+    if scale is not None and scale.dtype != wanted:
+        yield f"mode={mode} with operand s of {scale.dtype}", f"give s as {wanted}, or another mode"
+    if fixed and ("s" in tiles) != ("r" in tiles):
+        yield f"mode={mode} with s but without r", "give the multipliers s and the shifts r"
+    if not fixed and "r" in tiles:
+        yield f"mode={mode} with operand r", "only the q31 modes shift"
+    for name in ("scale",) if fixed else ("multiplier", "shift"):
+        default = next(each.default for each in SPEC["requant"].attributes if each.name == name)
+        if values[name] != default:
+            yield f"mode={mode} with {name}={values[name]!r}", "fp32.rne has a scale, the q31 modes a multiplier and a shift"
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "ld": (same_dtype("y", "x"), dma_dimensions),
     "st": (same_dtype("y", "x"), dma_dimensions),
@@ -263,6 +279,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "conv": (channel_groups, windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
     "dwconv": (windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
     "matmul": (holds("za", "a"), holds("zb", "b"), bias_or_accumulate("c")),
+    "requant": (requantizes,),
     "lut": (same_dtype("y", "t"),),
     "maxpool": (same_dtype("y", "x"), windows_fit, windows_not_empty),
     "avgpool": (windows_fit, windows_not_empty),

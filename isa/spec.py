@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from isa.program import DTYPES, Value
+from isa.target import REQUANTIZE
 
 INTEGERS = ("s8", "u8", "s16", "s32")
 ANY = ("s8", "u8", "s16", "s32", "s64", "f32")
@@ -67,6 +68,18 @@ CLAMP = Attribute("clamp", "ints", (-128, 127), "lowest and highest stored value
 ACCUMULATE = Attribute("accumulate", "int", 0, "1: add to what the result tile holds; 0: overwrite")
 QUANT = "scale and zero point of"
 PORT = Attribute("port", "int", 0, "number of the segment's input or output, from 0")
+
+
+REQUANT_NOTE = """The zero point is added after rounding. A target has one of four modes:
+
+- `fp32.rne`: `rint(float32(a) * s[n])`, one float32 product, half to even.
+- `q31.rne`: with the integers m = s[n] (31 bits) and r = r[n] (6 bits), `a * m / 2**r`, half to even.
+- `q31.tosa`: `(a * m + 2**(r-1)) >> r`, TOSA's apply_scale_32 with single rounding (r = 0: no rounding).
+- `q31.tfl`: as TFLite and gemmlowp do it, in two roundings: v = a << max(31 - r, 0), saturated to 32 bits;
+  `h = (v * m + 2**30) >> 31` (SaturatingRoundingDoublingHighMul); h / 2**max(r - 31, 0), half away from zero (RoundingDivideByPOT).
+
+The q31 modes work on exact integers of 64 bits. Of what s and r hold, the low 31 and 6 bits count. TOSA wants 2 <= r <= 62.
+Only `requant` has modes: additions, products and other elementwise steps, pooling, softmax and layer norm are float32 on every target."""
 
 
 def _quant(name: str, of: str) -> Attribute:
@@ -144,10 +157,12 @@ TABLE: tuple[InstructionSpec, ...] = (
     InstructionSpec(
         "requant", "vec",
         (Operand("y", "write", SPM, ("s8", "s16"), "*dn"), Operand("a", "read", ("acc", "spm"), ("s32",), "*dn"),
-         Operand("s", "read", SPM, ("f32",), "n", optional=True)),
-        (Attribute("scale", "float", 1.0, "used for all channels when s is left out"), Attribute("zero", "int", 0, "zero point of y"), CLAMP),
-        "y[..., n] = clamp(rint(float32(a[..., n]) * s[n]) + zero)", "vector",
-        "The target's requantize mode `fp32.rne`: one float32 product, half to even, the zero point added after rounding.",
+         Operand("s", "read", SPM, ("f32", "s32"), "n", optional=True), Operand("r", "read", SPM, ("s32",), "n", optional=True)),
+        (Attribute("mode", "word", "fp32.rne", "how it is rounded", words=REQUANTIZE),
+         Attribute("scale", "float", 1.0, "fp32.rne: for all channels when s is left out"),
+         Attribute("multiplier", "int", 1 << 30, "q31: for all channels when s and r are left out"),
+         Attribute("shift", "int", 30, "q31: for all channels when s and r are left out"), Attribute("zero", "int", 0, "zero point of y"), CLAMP),
+        "y[..., n] = clamp(round(a[..., n] * factor of n) + zero)", "vector", REQUANT_NOTE,
         "requant %0xc000:s8[14,56,64], $0x0:s32[14,56,64], %0x9f000:f32[64] zero=-128",
     ),
     _elementwise(

@@ -17,8 +17,10 @@ else:  # pragma: no cover
 
 TARGETS_FOLDER = Path(__file__).parent / "targets"
 LIMIT = 1 << 48
+#: how sums become stored values, as `requant` spells them out
+REQUANTIZE = ("fp32.rne", "q31.rne", "q31.tosa", "q31.tfl")
 #: fields that are one of a few words
-WORDS = {"family": ("systolic", "mac"), "dataflow": ("ws", "os", "is"), "requantize": ("fp32.rne",)}
+WORDS = {"family": ("systolic", "mac"), "dataflow": ("ws", "os", "is"), "requantize": REQUANTIZE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Target:
     vec_startup: int = 8  # cycles per vector instruction
     clock_hz: float = 1.0e9  # turns cycles into seconds
     host_latency: int = 20_000  # cycles to hand a segment over to the host and back: driver call and interrupt, 20 us at 1 GHz
-    requantize: str = "fp32.rne"  # how requant rounds: one float32 product, half to even
+    requantize: str = "fp32.rne"  # how requant rounds: fp32.rne, q31.rne, q31.tosa or q31.tfl
     pj_mac: float = 0.30  # int8 multiply-accumulate; Horowitz, ISSCC 2014 (45 nm)
     pj_vector: float = 1.0  # one vector element operation: fp32 add 0.9 plus control; Horowitz, ISSCC 2014
     pj_spm_byte: float = 12.5  # 1 MB SRAM; Horowitz, ISSCC 2014

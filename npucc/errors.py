@@ -4,6 +4,7 @@
     ├── ImportModelError   the ONNX model can't be taken
     ├── GraphError         a stage produced a graph that does not verify
     ├── QuantizeError      calibration data or options do not fit the model
+    ├── PruneError         pruning options or data do not fit the model
     ├── CompileError       the network does not fit the target
     └── DataError          input or label data do not fit the model
 
@@ -35,6 +36,10 @@ class GraphError(NpuccError):
 
 class QuantizeError(NpuccError):
     """Calibration data or quantization options that do not fit the model."""
+
+
+class PruneError(NpuccError):
+    """Pruning options or data that do not fit the model."""
 
 
 class CompileError(NpuccError):

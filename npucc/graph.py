@@ -43,6 +43,7 @@ class Tensor:
     """A named value between nodes. `data` makes it a constant: float before quantization, integers after.
 
     `dtype` is the numpy name of the float model's element type. `source` is the name of the ONNX tensor it equals.
+    `wide` asks the quantizer for 16 bits (recurrent state, say); an integer graph has it in `quant`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Tensor:
     data: np.ndarray | None = None
     quant: Quant | None = None
     source: str = ""
+    wide: bool = False
 
     @property
     def is_constant(self) -> bool:

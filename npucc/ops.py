@@ -195,7 +195,8 @@ class Host(Attributes):
 class Operator:
     """One record. Traits: `moves_data`: the result holds only values of the inputs, so input and result share one scale;
     `elementwise`: each result element depends on one element of each (broadcast) input;
-    `fixed_range`: the real range of the result, known without calibration; `indices`: the inputs that are positions, not values."""
+    `fixed_range`: the real range of the result, known without calibration; `indices`: the inputs that are positions, not values;
+    `host`: runs outside the NPU, with any number of results."""
 
     name: str
     attributes: type[Attributes]
@@ -207,6 +208,7 @@ class Operator:
     matrix: bool = False
     fixed_range: tuple[float, float] | None = None
     indices: tuple[int, ...] = ()
+    host: bool = False
 
 
 def _same(_: Attributes, shapes: Sequence[Shape]) -> Shape:
@@ -299,5 +301,6 @@ TABLE: tuple[Operator, ...] = (
     Operator("reshape", Reshape, (1, 1), _reshape, "another shape, same order", moves_data=True),
     Operator("expand", Expand, (1, 1), lambda a, _: a.shape, "broadcast to a shape", moves_data=True),
     Operator("pad", Pad, (1, 1), lambda a, s: tuple(n + b + e for n, b, e in zip(s[0], a.before, a.after, strict=True)), "padding", moves_data=True),
+    Operator("host", Host, (0, 1 << 30), lambda *_: None, "a part of the ONNX model, run by onnxruntime on the host", host=True),
 )
 OPS: dict[str, Operator] = {record.name: record for record in TABLE}

@@ -12,6 +12,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from npucc.errors import GraphError, ImportModelError
 from npucc.frontend.constants import NOT_CONSTANT, Constants
+from npucc.frontend.hosting import NO_TENSORS, Hosting, MustBeHosted, title
 from npucc.frontend.load import default_opset, load_model
 from npucc.frontend.node import Emitted, NodeImport
 from npucc.frontend.operators import OPERATORS
@@ -23,11 +24,25 @@ LARGEST_TENSOR = 1 << 31  # elements
 BOOLEAN_RESULTS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"})
 
 
-def import_model(model: str | Path | ModelProto, *, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Graph:
-    """The model as a float graph of canonical operators, with constants folded. `shapes` binds dynamic inputs. Raises ImportModelError."""
+def import_model(model: str | Path | ModelProto, *, shapes: Mapping[str, tuple[int, ...]] | None = None, host: bool = False) -> Graph:
+    """The model as a float graph of canonical operators, with constants folded. `shapes` binds dynamic inputs. Raises ImportModelError.
+
+    `host`: what has no canonical operator becomes `host` nodes, as few as the graph allows, rather than an error.
+    """
+    forced: dict[str, str] = {}
+    while True:
+        try:
+            return _import_once(model, shapes or {}, forced if host else None)
+        except MustBeHosted as found:
+            if found.nodes.keys() <= forced.keys():
+                raise ImportModelError("the host nodes of this model can't be gathered", node=next(iter(found.nodes))) from None
+            forced |= found.nodes
+
+
+def _import_once(model: str | Path | ModelProto, shapes: Mapping[str, tuple[int, ...]], forced: Mapping[str, str] | None) -> Graph:
     proto, file = load_model(model)
     try:
-        return _Importer(proto, file, shapes or {}).run()
+        return _Importer(proto, file, shapes, forced).run()
     except GraphError as error:
         raise ImportModelError(error.message, file=file, node=error.node, hint=error.hint) from error
     except UnicodeError as error:
@@ -37,12 +52,15 @@ def import_model(model: str | Path | ModelProto, *, shapes: Mapping[str, tuple[i
 class _Importer:
     """The state of one import: the graph so far, what each ONNX tensor is, and the constants."""
 
-    def __init__(self, model: ModelProto, file: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, model: ModelProto, file: str, shapes: Mapping[str, tuple[int, ...]], forced: Mapping[str, str] | None = None) -> None:
+        """`forced`: nodes that must be on the host, with the reason; None: nothing goes there."""
         self.file = file
         self.inputs = bind_inputs(model.graph, shapes, file)
         self.nodes = prepare(model, file)
         self.constants = Constants(model, file)
         self.opset = default_opset(model)
+        self.forced = forced or {}
+        self.hosting = None if forced is None else Hosting(list(model.opset_import), self.constants, file, model.ir_version)
         self.editor = Editor(name=model.graph.name)
         self.outputs = list(model.graph.output)
         self.tensors: dict[str, str] = {}  # ONNX tensor to graph tensor
@@ -56,7 +74,8 @@ class _Importer:
             self._take(node)
         for output in self.outputs:
             self._add_output(output.name, element_type(output))
-        return self.editor.freeze()
+        graph = self.editor.freeze()
+        return self.hosting.gather(graph, self.tensors, self.types) if self.hosting and self.hosting.nodes else graph
 
     def _add_input(self, value: Input) -> None:
         if value.dtype not in NUMBERS:
@@ -71,13 +90,17 @@ class _Importer:
         names = reads(node)
         for name in names:
             if name not in self.tensors and name not in self.constants:
+                self._host_producer(name)
                 raise ImportModelError(
                     f"{node.op_type} reads {name!r}, a second result that is not supported",
                     file=self.file,
                     node=node.name,
                     hint="remove this node from the model",
                 )
-        if node.op_type not in NOT_CONSTANT and all(name in self.constants for name in names):
+        reason = self._host_reason(node, names)
+        if reason:
+            self._to_host(node, reason)
+        elif node.op_type not in NOT_CONSTANT and all(name in self.constants for name in names):
             self.constants.defer(node)
         elif node.op_type in ("Shape", "Size"):
             self.constants.set(node.output[0], self._shape_value(node))
@@ -85,6 +108,29 @@ class _Importer:
             self._take_branch(node)
         else:
             self._import(node)
+
+    def _host_reason(self, node: NodeProto, names: Sequence[str]) -> str:
+        """Why a node must be on the host, known before its import is tried; "" if it need not."""
+        if self.hosting is None:
+            return ""
+        if node.name in self.forced:
+            return self.forced[node.name]
+        if NO_TENSORS.search(node.op_type):
+            return "sequences, optional values and strings exist on the host only"
+        unknown = next((name for name in names if name in self.hosting.open), None)
+        return f"its input {unknown!r} has no fixed shape, or is no tensor" if unknown is not None else ""
+
+    def _host_producer(self, name: str) -> None:
+        """Raise MustBeHosted when a node has this result, but only its first one was imported."""
+        producer = next((node for node in self.nodes if name in node.output), None)
+        if self.hosting is not None and producer is not None and producer.name not in self.forced:
+            raise MustBeHosted({producer.name: f"its result {name!r}, which is not the first, is used"})
+
+    def _to_host(self, proto: NodeProto, reason: str) -> None:
+        assert self.hosting is not None
+        for name, kind in self.hosting.place(proto, reason, self.editor, self.tensors, self.types).items():
+            self.tensors[name] = name
+            self.types[name] = kind.tensor_type.elem_type
 
     def _take_branch(self, node: NodeProto) -> None:
         """An If whose condition is a constant: the nodes of the branch that it picks."""
@@ -108,10 +154,18 @@ class _Importer:
         return np.array(shape[bounds.get("start", 0) : bounds.get("end", len(shape))], np.int64)
 
     def _import(self, proto: NodeProto) -> None:
+        try:
+            self._import_as_canonical(proto)
+        except ImportModelError as error:
+            if self.hosting is None:
+                raise
+            self._to_host(proto, error.message)
+
+    def _import_as_canonical(self, proto: NodeProto) -> None:
         record = OPERATORS.get((proto.domain if proto.domain != "ai.onnx" else "", proto.op_type))
         if record is None:
-            title = f"{proto.domain}.{proto.op_type}" if proto.domain else proto.op_type
-            raise ImportModelError(f"operator {title} is not supported", file=self.file, node=proto.name, hint=_unsupported_hint(proto))
+            message = f"operator {title(proto)} is not supported"
+            raise ImportModelError(message, file=self.file, node=proto.name, hint=_unsupported_hint(proto))
         node = NodeImport(proto, self.opset, self.file, self.editor, self.constants, self.tensors, self.types, self.reserved)
         try:
             results = record.run(node)
@@ -170,6 +224,7 @@ class _Importer:
         if name in self.constants:
             raise ImportModelError(f"output {name!r} is a constant", file=self.file, hint="remove it from the model's outputs")
         if name not in self.tensors:
+            self._host_producer(name)
             raise ImportModelError(
                 f"output {name!r} is made by no node, or is a second result that is not supported",
                 file=self.file,

@@ -229,10 +229,11 @@ def clip_before_move(editor: Editor, node: Node) -> Result:
     return Rewrite((*parts, replace(move, inputs=tuple(tensor.name for tensor in tensors), outputs=node.outputs)), tuple(tensors))
 
 
+_SINGLE = frozenset(name for name, record in ops.OPS.items() if not record.host)  # a host segment may hold random numbers, and has many results
 _MOVING = frozenset({"reshape", "transpose", "slice", "expand", "concat", "pad", "table", "max_pool", "average_pool"})
 LAYOUT_RULES: tuple[Rule, ...] = (
     Rule("nothing-to-do", _MOVING, nothing_to_do, "an operation that changes nothing is dropped"),
-    Rule("computed-already", frozenset(name for name, record in ops.OPS.items() if not record.host), computed_already, "the same operation on the same tensors is done once"),
+    Rule("computed-already", _SINGLE, computed_already, "the same operation on the same tensors is done once"),
     Rule("unit-transpose", frozenset({"transpose"}), unit_transpose, "moving dimensions of size 1 moves no data"),
     Rule("merge-moves", frozenset({"reshape", "transpose"}), merge_moves, "two in a row are one, often none"),
     Rule("sink-below-transpose", frozenset({"transpose"}), sink_below_transpose, "reshapes and transposes meet below, and cancel"),

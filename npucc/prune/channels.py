@@ -206,22 +206,27 @@ def choose(curves: Sequence[Curve], prices: PriceList, enough: Callable[[Price],
     """
     removed = np.zeros(prices.slots.count, bool)
     levels = [0] * len(curves)
+    touched = [prices.touched(curve.family.labels) for curve in curves]
     now = whole = prices.of(removed)
     while not enough(now):
         best: tuple[float, int, int] | None = None
         for index, curve in enumerate(curves):
+            before = prices.part(touched[index], removed)
             for level in range(levels[index] + 1, len(curve.counts) + 1):
-                then = prices.of(_with(removed, curve.labels(level)))
-                saved = (now.macs - then.macs) / whole.macs + (now.cycles - then.cycles) / whole.cycles
+                after = prices.part(touched[index], _with(removed, curve.labels(level)))
+                saved = (before.macs - after.macs) / whole.macs + (before.cycles - after.cycles) / whole.cycles
                 grown = curve.error(level) - curve.error(levels[index])
                 if saved > 0 and (best is None or grown / saved < best[0]):
                     best = (grown / saved, index, level)
         if best is None:
             break
-        _, index, level = best
-        levels[index] = level
-        removed = _with(removed, curves[index].labels(level))
-        now = prices.of(removed)
+        _, index, last = best
+        for level in range(levels[index] + 1, last + 1):  # no further than needed
+            levels[index] = level
+            now = prices.of(_with(removed, curves[index].labels(level)))
+            if enough(now):
+                break
+        removed = _with(removed, curves[index].labels(levels[index]))
     assert not removed[FIXED]
     return removed
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from npucc.graph import Graph, make_graph
+from npucc.graph import Editor, Graph, make_graph
 from npucc.prune.sites import Site
 from npucc.quantize.calibrate import tensor_runner
 
@@ -23,20 +23,20 @@ Feeds = Iterable[Mapping[str, Array]]
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """`gram` XᵀX [groups, depth + 1, depth + 1], `cross` XᵀY [groups, depth + 1, outputs], `energy` of Y less its mean, `power` of Y per output."""
+    """`gram` XᵀX [groups, depth + 1, depth + 1], `cross` XᵀY [groups, depth + 1, outputs], `squares` the sum of Y²."""
 
     gram: Array
     cross: Array
-    energy: float
+    squares: float
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.gram + other.gram, self.cross + other.cross, self.squares + other.squares)
 
     def error(self, matrix: Array) -> float:
-        """Energy of Y − X·matrix over that of Y (without its mean)."""
-        squared = float(np.einsum("gko,gko->", matrix, self.gram @ matrix - 2 * self.cross)) + self._whole
-        return max(squared, 0.0) / max(self.energy, 1e-30)
-
-    @property
-    def _whole(self) -> float:
-        return self.energy + float((self.cross[:, -1] ** 2).sum()) / max(float(self.gram[0, -1, -1]), 1.0)
+        """Energy of Y − X·matrix over that of Y less its mean per output."""
+        left = float((matrix * (self.gram @ matrix - 2 * self.cross)).sum()) + self.squares
+        means = float((self.cross[:, -1] ** 2).sum()) / max(float(self.gram[0, -1, -1]), 1.0)
+        return max(left, 0.0) / max(self.squares - means, 1e-9 * self.squares, 1e-30)
 
 
 def cut_graph(graph: Graph, wanted: Sequence[str]) -> Graph:
@@ -59,43 +59,50 @@ def input_moments(graph: Graph, sites: Mapping[str, Site], feeds: Feeds, *, rows
     return grams
 
 
-def site_moments(now: Graph, site: Site, dense: Graph, whole: Site, kept: Array, feeds: Feeds, *, rows: int, target: Array | None = None) -> Moments:
-    """Moments with X from the graph `now` and Y from the site `whole` of the `dense` graph, at the outputs where bool[groups, outputs] is kept.
+def site_moments(now: Graph, site: Site, dense: Graph, whole: Site, kept: Array, feeds: Feeds, *, rows: int) -> tuple[Moments, Moments]:
+    """Moments with X from the graph `now` and Y from the site `whole` of the `dense` graph, at the outputs where bool[all outputs] is kept.
 
-    `kept` must leave as many outputs in each group as `site` has. `target`: the dense weights as a matrix, if already at hand.
+    Those of the even samples and those of the odd ones, so that one half can judge what the other proposes.
     """
-    matrix = whole.matrix(dense) if target is None else target
+    matrix = whole.matrix(dense)
     see_now, see_dense = (tensor_runner(cut_graph(graph, [at.input]), [at.input]) for graph, at in ((now, site), (dense, whole)))
-    gram = np.zeros((site.groups, site.depth + 1, site.depth + 1))
-    cross = np.zeros((site.groups, site.depth + 1, site.outputs))
-    total = np.zeros((site.groups, site.outputs))
-    squares, count = 0.0, 0
+    sums = (_Sums(site), _Sums(site))
     for seed, feed in enumerate(feeds):
         x = site.columns(see_now(feed)[site.input], rows, seed)
-        wanted = whole.columns(see_dense(feed)[whole.input], rows, seed)
-        y = _answers(wanted, matrix, kept, site.groups)
-        gram += x.transpose(0, 2, 1) @ x
-        cross += x.transpose(0, 2, 1) @ y
-        total += y.sum(axis=1)
-        squares += float((y.astype(np.float64) ** 2).sum())
-        count += x.shape[1]
-    return Moments(gram, cross, squares - float((total**2).sum()) / max(count, 1))
+        y = _answers(whole.columns(see_dense(feed)[whole.input], rows, seed), matrix, kept, site.groups)
+        sums[seed % 2].add(x, y)
+    return sums[0].finish(), sums[1].finish()
+
+
+class _Sums:
+    """Moments in the making."""
+
+    def __init__(self, site: Site) -> None:
+        self.gram = np.zeros((site.groups, site.depth + 1, site.depth + 1))
+        self.cross = np.zeros((site.groups, site.depth + 1, site.outputs))
+        self.squares = 0.0
+
+    def add(self, x: Array, y: Array) -> None:
+        self.gram += x.transpose(0, 2, 1) @ x
+        self.cross += x.transpose(0, 2, 1) @ y
+        self.squares += float((y.astype(np.float64) ** 2).sum())
+
+    def finish(self) -> Moments:
+        return Moments(self.gram, self.cross, self.squares)
 
 
 def _answers(columns: Array, matrix: Array, kept: Array, groups: int) -> Array:
     """[groups, rows, outputs]: what the dense layer answers, at the outputs that stay."""
     answers = columns @ matrix.astype(np.float32)
-    if len(answers) == groups and kept.all():
+    if kept.all():
         return np.asarray(answers)
     rows = answers.shape[1]
-    flat = answers.transpose(0, 2, 1).reshape(-1, rows)[kept.reshape(-1)]
+    flat = answers.transpose(0, 2, 1).reshape(-1, rows)[kept]
     return np.asarray(flat.reshape(groups, -1, rows).transpose(0, 2, 1))
 
 
 def with_constants(graph: Graph, site: Site, matrix: Array) -> Graph:
     """The graph with other weights and bias at a site (constants of their own, if others read the old ones)."""
-    from npucc.graph import Editor
-
     editor = Editor(graph)
     weights, bias = site.constants(graph, matrix)
     node = editor.nodes[site.node.name]

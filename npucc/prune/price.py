@@ -7,7 +7,9 @@ The cycles leave out transfers that tiling hides or not; the compiled program ha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,11 +42,20 @@ class PriceList:
 
     def of(self, removed: Array) -> Price:
         """The whole graph without the labels where bool[`removed`] is set."""
-        macs, cycles = 0, 0.0
-        for node in self.graph:
-            price = self._node(node, removed)
-            macs, cycles = macs + price.macs, cycles + price.cycles
-        return Price(macs, cycles)
+        return self.part(tuple(self.graph), removed)
+
+    def part(self, nodes: Sequence[Node], removed: Array) -> Price:
+        """These nodes only."""
+        prices = [self._node(node, removed) for node in nodes]
+        return Price(sum(price.macs for price in prices), sum(price.cycles for price in prices))
+
+    def touched(self, labels: Array) -> tuple[Node, ...]:
+        """The nodes whose price depends on these labels."""
+        chosen = np.zeros(self.slots.count, bool)
+        chosen[labels] = True
+        sizes = ((name, axis) for name, tensor in self.graph.tensors.items() for axis in range(len(tensor.shape)))
+        hit = {name for name, axis in sizes if chosen[self.slots.labels[name, axis]].any()}
+        return tuple(node for node in self.graph if hit.intersection((*node.inputs, *node.outputs)))
 
     def _shape(self, tensor: str, removed: Array) -> tuple[int, ...]:
         return tuple(kept_size(self.slots, removed, tensor, axis) for axis in range(len(self.graph.tensors[tensor].shape)))
@@ -54,7 +65,7 @@ class PriceList:
             product = self._product(node, removed)
             weights = product.depth * product.outputs * product.groups
             vector = vector_cycles(self.target, product.pixels * product.outputs * product.groups)
-            cycles = max(matrix_cost(product, self.target).cycles, vector, dma_cycles(self.target, weights, weights))
+            cycles = max(_matrix_cycles(product, self.target), vector, dma_cycles(self.target, weights, weights))
             return Price(product.macs, cycles)
         if OPS[node.op].moves_data:
             return Price(0, 0.0)
@@ -71,3 +82,8 @@ class PriceList:
             pixels = math.prod(self._shape(node.inputs[0], removed)) // max(weights[0], 1)
             return Product(pixels, weights[0], math.prod(weights[1:]))
         return Product(result[-2], self._shape(node.inputs[0], removed)[-1], result[-1], math.prod(result[:-2]))
+
+
+@lru_cache(maxsize=1 << 16)
+def _matrix_cycles(product: Product, target: Target) -> int:
+    return matrix_cost(product, target).cycles

@@ -25,10 +25,19 @@ def damped(gram: Array, ridge: float = RIDGE) -> Array:
     return np.asarray(gram + (ridge * np.maximum(level, 1e-12))[..., None, None] * np.diag(extra) + 1e-9 * np.eye(size))
 
 
-def refit(gram: Array, cross: Array, start: Array, *, ridge: float = RIDGE) -> Array:
-    """The matrix W that minimizes |Y − XW|² + ridge·|W − start|²: least squares that stays near `start` (…, k, outputs)."""
+def refit(gram: Array, cross: Array, start: Array, *, mask: Array | None = None, ridge: float = RIDGE) -> Array:
+    """The matrix W that minimizes |Y − XW|² + ridge·|W − start|², for (…, k, outputs); zero where bool[…, k, outputs] `mask` is not set."""
     mended = damped(gram, ridge)
-    return np.asarray(np.linalg.solve(mended, cross + (mended - gram) @ start))
+    wanted = cross + (mended - gram) @ start
+    if mask is None or mask.all():
+        return np.asarray(np.linalg.solve(mended, wanted))
+    result = np.zeros_like(start)
+    for place in np.ndindex(start.shape[:-2]):
+        for output in range(start.shape[-1]):
+            chosen = np.flatnonzero(mask[(*place, slice(None), output)])
+            part = mended[place][np.ix_(chosen, chosen)]
+            result[(*place, chosen, output)] = np.linalg.solve(part, wanted[(*place, chosen, output)])
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +115,4 @@ def sweep_pattern(gram: Array, matrix: Array, *, keep: int, of: int, groups: Arr
             work[row + 1 :] -= factor[row, row + 1 :, None] * error
     result = np.empty_like(mask)
     result[order] = mask
-    return result
-
-
-def refit_pattern(gram: Array, cross: Array, start: Array, mask: Array, *, ridge: float = RIDGE) -> Array:
-    """Least squares per output on the weights that its mask leaves."""
-    mended = damped(gram, ridge)
-    wanted = cross + (mended - gram) @ start
-    result = np.zeros_like(start)
-    for output in range(start.shape[1]):
-        chosen = np.flatnonzero(mask[:, output])
-        result[chosen, output] = np.linalg.solve(mended[np.ix_(chosen, chosen)], wanted[chosen, output])
     return result

@@ -126,7 +126,7 @@ class _Builder:
         if OPS[node.op].moves_data:
             quant = self.scales.of(self.graph, result)
         else:
-            quant = constant_quant(values, wide=any(self._is_wide(other) for other in node.inputs))
+            quant = constant_quant(values, wide=any(self._is_wide(other) for other in (*node.inputs, result)))
         return self._store(name, _integers(values, quant), quant)
 
     def _is_wide(self, name: str) -> bool:

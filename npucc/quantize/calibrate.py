@@ -7,7 +7,7 @@ channel sums at once and are dropped, so that memory holds one sample only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -32,12 +32,13 @@ SOFTMAX_DEPTH = 16.0  # exp(−16) is less than a ten-thousandth of an 8-bit ste
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """`histograms`: of every tensor that is computed (not merely moved) or read in; `means`: per channel, of what matrix operators read;
-    `first`: the first few feeds."""
+    `first`: the first few feeds; `operands`: histograms of what matrix operators read that is merely moved."""
 
     histograms: dict[str, Histogram]
     means: dict[str, Array]
     samples: int
     first: tuple[Mapping[str, Array], ...] = ()
+    operands: dict[str, Histogram] = field(default_factory=dict)
 
 
 def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, keep: int = 0, progress: Progress | None = None) -> Calibration:

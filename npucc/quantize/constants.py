@@ -110,7 +110,7 @@ def finite_constant(node: Node, name: str, data: Array, result: Range) -> Array:
 def constant_quant(values: Array, *, wide: bool = False) -> Quant:
     """For an operand that is no weight: exact for whole numbers that fit and for a single value, else asymmetric over its range.
 
-    `wide`: the other operand is stored in 16 bits, so whole numbers may be, too.
+    `wide`: another operand or the result is stored in 16 bits, so this one may be, too.
     """
     covered = Range(min(float(values.min(initial=0.0)), 0.0), max(float(values.max(initial=0.0)), 0.0))
     if bool((values == np.rint(values)).all()):
@@ -121,4 +121,4 @@ def constant_quant(values: Array, *, wide: bool = False) -> Quant:
     distinct = np.unique(values[values != 0])
     if distinct.size == 1 and abs(float(distinct[0])) > SMALLEST:
         return Quant("s8", np.asarray(abs(distinct[0]) / LARGEST_WEIGHT, np.float32), 0)
-    return activation_quant(covered)
+    return activation_quant(covered, "s16" if wide else "s8")

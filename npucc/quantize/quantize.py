@@ -79,7 +79,8 @@ def quantize(
     samples = _made_up(graph) if feeds is None else feeds
     calibration = calibrate(ordered, samples, limit=options.samples, keep=options.bias_samples, progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
-    scales = choose_scales(shared, groups, calibration, options)
+    shared, wide, calibration = astuple(widen(shared, groups, calibration))
+    scales = choose_scales(shared, groups, calibration, options, wide=wide)
     integer = build(shared, scales, calibration.means, options)
     if options.bias_samples:
         integer = correct_biases(shared, integer, calibration.first, progress=progress)

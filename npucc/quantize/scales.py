@@ -66,14 +66,16 @@ def _moved_constants(graph: Graph, node: Node) -> dict[str, Range]:
     return added
 
 
-def choose_scales(graph: Graph, groups: Groups, calibration: Calibration, options: QuantizeOptions) -> Scales:
-    """A range and a quantization for each group. Raises QuantizeError for integers that do not fit."""
+def choose_scales(
+    graph: Graph, groups: Groups, calibration: Calibration, options: QuantizeOptions, *, wide: frozenset[str] = frozenset()
+) -> Scales:
+    """A range and a quantization for each group; the groups with roots in `wide` get 16 bits. Raises QuantizeError for integers that do not fit."""
     moved = observed_ranges(graph, calibration)
     covered: dict[str, Range] = {}
     quants: dict[str, Quant] = {}
     for root, names in _members(graph, groups).items():
-        covered[root] = _covered(graph, names, calibration, moved, options)
-        quants[root] = _quant(graph, names, covered[root])
+        covered[root] = _covered(graph, names, calibration, moved, options, whole=root in wide)
+        quants[root] = activation_quant(covered[root], "s16") if root in wide else _quant(graph, names, covered[root])
     return Scales(groups, covered, quants)
 
 
@@ -85,7 +87,9 @@ def _members(graph: Graph, groups: Groups) -> dict[str, list[str]]:
     return members
 
 
-def _covered(graph: Graph, names: Sequence[str], calibration: Calibration, moved: Mapping[str, Range], options: QuantizeOptions) -> Range:
+def _covered(
+    graph: Graph, names: Sequence[str], calibration: Calibration, moved: Mapping[str, Range], options: QuantizeOptions, *, whole: bool = False
+) -> Range:
     histogram, extra = Histogram(), Range()
     for name in names:
         source = name if name in calibration.histograms else _original(graph, name)
@@ -93,7 +97,7 @@ def _covered(graph: Graph, names: Sequence[str], calibration: Calibration, moved
             histogram.merge(calibration.histograms[source])
         elif name in moved:
             extra = extra.joined(moved[name])
-    if any(_is_taken_whole(graph, name) for name in names):
+    if whole or any(_is_taken_whole(graph, name) for name in names):
         return histogram.observed.joined(extra)
     chosen = choose_range(histogram, options, function=_next_function(graph, names))
     if any(name in graph.inputs for name in names) and not _clipping_pays(histogram, chosen):

@@ -65,6 +65,8 @@ def _value(draw: Any, attribute: Attribute) -> Any:
         return draw(st.integers(0, 7))
     if attribute.kind == "word":
         return draw(st.sampled_from(attribute.words))
+    if attribute.name in ("multiplier", "shift"):
+        return draw(st.sampled_from([attribute.default, 0, 31]))
     if attribute.kind == "quant":
         return (draw(st.floats(2.0**-20, 2.0**20, width=32)), draw(small))
     if attribute.name == "value":
@@ -112,10 +114,12 @@ def _shape(dims: str, sizes: dict[str, Any]) -> tuple[int, ...]:
 
 def _dtypes(draw: Any, spec: InstructionSpec, values: dict[str, Any]) -> dict[str, str]:
     dtypes = {operand.name: draw(st.sampled_from(operand.dtypes)) for operand in spec.operands}
-    if spec.name in ("ld", "st", "maxpool"):
+    if spec.name in ("ld", "st", "gather", "maxpool"):
         dtypes["x"] = dtypes["y"]
     if spec.name == "lut":
         dtypes["t"] = dtypes["y"]
+    if spec.name == "requant":
+        dtypes["s"] = "f32" if values["mode"] == "fp32.rne" else "s32"
     if spec.name == "reduce":
         if values["op"] in ("sum", "sumsq"):
             dtypes["y"] = draw(st.sampled_from(["s32", "s64"]))

@@ -22,7 +22,7 @@ class Net:
 
     def quant(self, scale: float | None = None, zero: int | None = None) -> Quant:
         scale = scale if scale is not None else float(self.random.uniform(0.02, 0.1))
-        return Quant("s8", np.float32(scale), zero if zero is not None else int(self.random.integers(-20, 20)))  # type: ignore[arg-type]
+        return Quant("s8", np.float32(scale), zero if zero is not None else int(self.random.integers(-20, 20)))
 
     def tensor(self, name: str, shape: tuple[int, ...], quant: Quant, data: np.ndarray | None = None, dtype: str = "float32") -> str:
         return self.editor.add_tensor(Tensor(name, shape, dtype, data, quant))
@@ -92,9 +92,9 @@ def transposed(net: Net) -> Graph:
     x = net.input(1, 5, 4, 6)
     w = net.weights((5, 7, 2, 2), 1)
     a = net.op("conv_transpose", [x, w, net.bias(x, w, 7)], ops.ConvTranspose((2, 2)))
-    w2 = net.tensor(net.editor.fresh("w"), (5, 3, 3, 4), Quant("s8", np.float32(0.002)), net.random.integers(-127, 128, (5, 3, 3, 4)).astype(np.int8))  # type: ignore[arg-type]
+    w2 = net.tensor(net.editor.fresh("w"), (5, 3, 3, 4), Quant("s8", np.float32(0.002)), net.random.integers(-127, 128, (5, 3, 3, 4)).astype(np.int8))
     b = net.op("conv_transpose", [x, w2], ops.ConvTranspose((3, 2), (1, 0, 1, 1), (1, 2), output_padding=(2, 1), clamp=(0.0, 100.0)))
-    w3 = net.tensor(net.editor.fresh("w"), (5, 2, 1, 1), Quant("s8", np.float32(0.01)), net.random.integers(-127, 128, (5, 2, 1, 1)).astype(np.int8))  # type: ignore[arg-type]
+    w3 = net.tensor(net.editor.fresh("w"), (5, 2, 1, 1), Quant("s8", np.float32(0.01)), net.random.integers(-127, 128, (5, 2, 1, 1)).astype(np.int8))
     return net.graph(a, b, net.op("conv_transpose", [x, w3], ops.ConvTranspose((3, 3))))
 
 
@@ -107,7 +107,7 @@ def elementwise(net: Net) -> Graph:
     d = net.op("div", [c, net.constant((1, 9, 1, 1))], ops.Binary())
     e = net.op("max", [d, net.op("min", [a, x], ops.Binary())], ops.Binary())
     f = net.op("table", [e], ops.Table(("tanh", "x")))
-    boolean = Quant("u8", np.float32(1.0))  # type: ignore[arg-type]
+    boolean = Quant("u8", np.float32(1.0))
     g = net.op("compare", [f, x], ops.Compare("gt"), quant=boolean)
     return net.graph(net.op("where", [g, f, y]), net.op("add", [net.constant((5, 6)), x], ops.Binary()), g)
 
@@ -187,7 +187,7 @@ def residual(net: Net) -> Graph:
 
 def sixteen_bits(net: Net) -> Graph:
     """int16 activations among int8 ones, through every operator that takes them."""
-    wide = Quant("s16", np.float32(0.0003))  # type: ignore[arg-type]
+    wide = Quant("s16", np.float32(0.0003))
     x = net.input(1, 6, 9, 8, quant=wide)
     narrow = net.op("table", [net.input(1, 6, 9, 8)], ops.Table(("tanh", "x")), quant=wide)
     a = net.op("add", [x, narrow], ops.Binary((0.0, 5.0)), quant=wide)
@@ -209,5 +209,18 @@ def sixteen_bits(net: Net) -> Graph:
 
 GRAPHS: dict[str, Callable[[Net], Graph]] = {
     build.__name__: build
-    for build in (convolutions, grouped, transposed, elementwise, matrices, windows, reductions, normalization, movement, resizing, residual, sixteen_bits)
+    for build in (
+        convolutions,
+        grouped,
+        transposed,
+        elementwise,
+        matrices,
+        windows,
+        reductions,
+        normalization,
+        movement,
+        resizing,
+        residual,
+        sixteen_bits,
+    )
 }

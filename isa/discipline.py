@@ -1,0 +1,149 @@
+"""What a legal program may do but has no reason to: the marks of an address that is wrong within its memory.
+
+The one big idea: each write makes a *value*, bytes that belong together. Someone reads a value before it is gone; when part of it is
+overwritten, the rest is not read any more (a `fill` is a background and may be); one operand does not mix values of different make
+(loaded, computed, constant; element types). Constants are loaded in whole blocks, and all of them are.
+
+The rules of `isa.check` let such programs pass, for they give the same bytes in every order, and by hand one may write a line buffer whose rows
+are replaced one by one. The compiler's programs keep the discipline, so a wrong address in one of them shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from isa.finding import Finding, finding
+from isa.order import Access, Step, dynamic_steps
+from isa.program import DTYPES, QUEUES, Instruction, Program, Tile, address_at
+from isa.tokens import print_address, print_place
+
+PADDING = 64  # constants that nobody loads are taken to be padding up to here, in bytes
+INPUT, BACKGROUND = "input", "fill"
+
+Numbers = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class _Value:
+    """What one write made: by whom, of which make, how many bytes of it are left, and whether any were read."""
+
+    instruction: Instruction | None
+    make: tuple[str, ...]
+    left: int
+    read: bool = False
+    broken: bool = False
+
+
+def suspicions(program: Program) -> list[Finding]:
+    """Signs of wrong addresses, each line once. Expects a program that `findings` passes. Takes four bytes per byte of its memories."""
+    walk = _Walk(program)
+    for step, iterations in dynamic_steps(program):
+        walk.advance(step, iterations)
+    walk.finish()
+    return walk.found
+
+
+class _Walk:
+    def __init__(self, program: Program):
+        self.program = program
+        sizes = {"dram": program.dram_bytes, "spm": program.target.spm_bytes, "acc": program.target.acc_bytes}
+        self.owners = {space: np.zeros(size, np.int32) for space, size in sizes.items()}  # number of the value that each byte belongs to
+        self.values = [_Value(None, (), 0)]  # number 0: nobody's
+        self.blocks: dict[tuple[int, int], Instruction] = {}  # constants as they are loaded
+        self.found: list[Finding] = []
+        self.reported: set[tuple[str, int]] = set()
+        for record in program.inputs:
+            self.write(record.tile, record.tile.address, None, (INPUT,))
+
+    def advance(self, step: Step, iterations: tuple[int, ...]) -> None:
+        """One instruction: what it reads, then what it writes."""
+        constant = False
+        for access in step.accesses:
+            address = address_at(access.tile, iterations) if access.tile.steps else access.tile.address
+            if access.reads and self.holds_constants(access.tile, address):
+                constant = True
+                block = (address + access.footprint.low, address + access.footprint.high)
+                self.blocks.setdefault(block, step.instruction)
+            elif access.reads:
+                self.read(access, address, step.instruction)
+        for access in step.accesses:
+            if access.writes:
+                address = address_at(access.tile, iterations) if access.tile.steps else access.tile.address
+                queue = BACKGROUND if step.instruction.name == "fill" else QUEUES[step.queue]
+                self.write(access.tile, address, step.instruction, (queue, access.tile.dtype, "constant" if constant else ""))
+
+    def holds_constants(self, tile: Tile, address: int) -> bool:
+        first = self.program.constants_address
+        return tile.space == "dram" and first <= address < first + self.program.constants_bytes
+
+    def read(self, access: Access, address: int, instruction: Instruction) -> None:
+        numbers = [number for number in np.unique(_bytes_of(self.owners[access.tile.space], access.tile, address)).tolist() if number]
+        place = print_place(access.tile)
+        values = [self.values[number] for number in numbers]
+        makes = {value.make for value in values if value.make[0] != BACKGROUND}
+        if len(makes) > 1:
+            told = " and ".join(sorted(" ".join(filter(None, make)) for make in makes))
+            self.report("mix", instruction, f"{instruction.name} reads {place} across bytes that were made differently ({told})")
+        for value in values:
+            value.read = True
+            if value.broken and value.make[0] != BACKGROUND:
+                self.report(
+                    "rest", instruction, f"{instruction.name} reads {place}, which holds the rest of an older value that was partly overwritten"
+                )
+
+    def write(self, tile: Tile, address: int, instruction: Instruction | None, make: tuple[str, ...]) -> None:
+        view = _bytes_of(self.owners[tile.space], tile, address)
+        for number, count in zip(*(each.tolist() for each in np.unique(view, return_counts=True)), strict=True):
+            old = self.values[number]
+            old.left -= count
+            old.broken = True
+            if old.left == 0:
+                self.require_read(old)
+        view[...] = len(self.values)
+        self.values.append(_Value(instruction, make, view.size))
+
+    def require_read(self, value: _Value) -> None:
+        if value.instruction is not None and not value.read:
+            place = print_place(value.instruction.tiles[0])
+            self.report("unread", value.instruction, f"{value.instruction.name} writes {place}, but nobody reads it")
+
+    def finish(self) -> None:
+        """At the end: results count as read, everything else must have been."""
+        for record in (*self.program.outputs, *self.program.tensors):
+            for number in np.unique(_bytes_of(self.owners[record.tile.space], record.tile, record.tile.address)).tolist():
+                self.values[number].read = True
+        for value in self.values:
+            if value.left > 0:
+                self.require_read(value)
+        for message, instruction in _block_remarks(self.program, self.blocks):
+            self.report("constants", instruction, message)
+
+    def report(self, rule: str, instruction: Instruction, message: str) -> None:
+        if (rule, id(instruction)) not in self.reported:
+            self.reported.add((rule, id(instruction)))
+            self.found.append(finding(instruction, message, "compare the address and the strides with those of the neighbouring lines"))
+
+
+def _bytes_of(owners: Numbers, tile: Tile, address: int) -> Numbers:
+    """The entries of a tile's bytes, as a view [*shape, bytes per element]; what a stride of 0 repeats stands there once."""
+    shape = tuple(size if stride else 1 for size, stride in zip(tile.shape, tile.strides, strict=True))
+    strides = tuple(stride * owners.itemsize for stride in (*tile.strides, 1))
+    return np.lib.stride_tricks.as_strided(owners[address:], (*shape, DTYPES[tile.dtype]), strides)
+
+
+def _block_remarks(program: Program, blocks: dict[tuple[int, int], Instruction]) -> Iterator[tuple[str, Instruction]]:
+    """Blocks of constants that overlap in part, and constants between blocks that nobody loads."""
+    end, last = program.constants_address, None
+    for (low, high), instruction in sorted(blocks.items(), key=lambda item: item[0]):
+        if low < end:
+            yield f"{instruction.name} loads constants from {print_address(low)}, in the middle of a block that another line loads", instruction
+        if low >= end + PADDING:
+            yield f"nobody loads the constants from {print_address(end)} to {print_address(low)}, just before those that this line loads", instruction
+        end, last = max(end, high), instruction
+    stop = program.constants_address + program.constants_bytes
+    if last is not None and stop >= end + PADDING:
+        yield f"nobody loads the constants from {print_address(end)} to {print_address(stop)}, just after those that this line loads", last

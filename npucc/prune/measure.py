@@ -1,0 +1,65 @@
+"""How far the outputs are from those of the dense network, on calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from npucc.evaluate import score_rows
+from npucc.graph import Graph
+from npucc.prune.moments import cut_graph
+from npucc.quantize.calibrate import tensor_runner
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def watched(graph: Graph) -> tuple[str, ...]:
+    """The outputs; in place of a softmax its scores, which tell more than probabilities near 0 and 1."""
+    names = []
+    for name in graph.outputs:
+        node = graph.producer(name)
+        names.append(node.inputs[0] if node is not None and node.op == "softmax" else name)
+    return tuple(dict.fromkeys(names))
+
+
+class OutputMeter:
+    """Holds the dense network's outputs for some samples; `error` and `disagreement` of other graphs against them."""
+
+    def __init__(self, dense: Graph, feeds: Sequence[Mapping[str, Array]]) -> None:
+        self.feeds = feeds
+        self.names = watched(dense)
+        self.wanted = list(map(self._run(dense), feeds))
+
+    def _run(self, graph: Graph) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+        return tensor_runner(cut_graph(graph, self.names), self.names)
+
+    def error(self, graph: Graph) -> float:
+        """Energy of the error over that of the outputs less their mean, averaged over the outputs."""
+        run = self._run(graph)
+        found = [run(feed) for feed in self.feeds]
+        return float(np.mean([self._relative(name, found) for name in self.names]))
+
+    def _relative(self, name: str, found: Sequence[Mapping[str, Array]]) -> float:
+        wanted = np.stack([values[name] for values in self.wanted]).astype(np.float64)
+        have = np.stack([values[name] for values in found]).astype(np.float64)
+        usable = np.isfinite(wanted) & np.isfinite(have)
+        spread = ((wanted - wanted.mean(axis=0))[usable] ** 2).sum() if len(wanted) > 1 else (wanted[usable] ** 2).sum()
+        return float(((have - wanted)[usable] ** 2).sum() / max(spread, 1e-12))
+
+    def disagreement(self, graph: Graph) -> float:
+        """Points (hundredths of the rows) in which the largest score is another one, in the first output that has scores."""
+        run = self._run(graph)
+        rows = other = 0
+        for feed, wanted in zip(self.feeds, self.wanted, strict=True):
+            found = run(feed)
+            for name in self.names:
+                scores = score_rows(wanted[name])
+                if scores is not None:
+                    have = score_rows(found[name])
+                    assert have is not None
+                    rows += len(scores)
+                    other += int((scores.argmax(axis=1) != have.argmax(axis=1)).sum())
+                    break
+        return 100.0 * other / rows if rows else 0.0

@@ -1,0 +1,140 @@
+"""Which activations are stored in 16 bits.
+
+The one big idea: 16 bits are nearly free where the vector engine reads a tensor, and double the price of a matrix product. So what adds up
+over a whole network (the residual stream into a layer normalization, attention scores, recurrent state) keeps 16 bits, and matrix
+operators read a copy of it in 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from npucc.graph import Editor, Graph, Node
+from npucc.ops import OPS, Table
+from npucc.quantize.calibrate import Calibration
+from npucc.quantize.ranges import Histogram
+from npucc.quantize.share import Groups
+
+
+@dataclass(frozen=True, slots=True)
+class Widened:
+    """The graph with its 8-bit copies, the roots of the groups that get 16 bits, and the calibration with the copies in it."""
+
+    graph: Graph
+    wide: frozenset[str]
+    calibration: Calibration
+
+
+def widen(graph: Graph, groups: Groups, calibration: Calibration) -> Widened:
+    """Choose what is stored in 16 bits and put 8-bit copies before the matrix operators that read it. `groups` gains the copies."""
+    wide = wide_roots(graph, groups)
+    copies: dict[str, str] = {}
+    editor = Editor(graph)
+    for node in graph:
+        for name in dict.fromkeys(_matrix_operands(graph, node)):
+            if groups.root(name) not in wide:
+                continue
+            if name not in copies:
+                copies[name] = _copy(editor, groups, node, name)
+            current = editor.nodes[node.name]
+            editor.add_node(replace(current, inputs=tuple(copies[name] if each == name else each for each in current.inputs)))
+    return Widened(editor.freeze(), frozenset(wide), _with_copies(calibration, groups, copies))
+
+
+def wide_roots(graph: Graph, groups: Groups) -> set[str]:
+    """The roots of the groups that keep 16 bits."""
+    members: dict[str, list[str]] = {}
+    for name in graph.tensors:
+        members.setdefault(groups.root(name), []).append(name)
+    chosen: set[str] = set()
+    for name, follow in _starts(graph):
+        _mark(graph, groups, members, name, follow, chosen)
+    if chosen:
+        chosen |= {groups.root(name) for name in graph.outputs}
+    return {root for root in chosen if not any(_is_whole(graph, name) for name in members[root]) and not _is_softmax(graph, members[root])}
+
+
+SUMS = frozenset({"add", "sub"})
+SCORES = frozenset({"add", "sub", "mul", "div", "where", "max", "min", "table"})
+
+
+def _starts(graph: Graph) -> Iterator[tuple[str, frozenset[str]]]:
+    """(tensor, operators through which what it is made of is followed) of everything that keeps 16 bits by itself."""
+    for node in graph:
+        if node.op == "layer_norm":
+            yield node.inputs[0], SUMS
+        elif node.op == "softmax" and _feeds_product(graph, node.outputs[0]):
+            yield node.inputs[0], SCORES
+    for name, tensor in graph.tensors.items():
+        if tensor.wide:
+            yield name, frozenset()
+
+
+def _feeds_product(graph: Graph, name: str, depth: int = 8) -> bool:
+    """Whether a product of two activations reads the tensor, moved or not: then a softmax is attention, and no classifier's last layer."""
+    for user in graph.users(name):
+        if user.op == "matmul" and not any(graph.tensors[each].is_constant for each in user.inputs[:2]):
+            return True
+        if depth and OPS[user.op].moves_data and _feeds_product(graph, user.outputs[0], depth - 1):
+            return True
+    return False
+
+
+def _mark(graph: Graph, groups: Groups, members: Mapping[str, list[str]], name: str, follow: frozenset[str], chosen: set[str]) -> None:
+    """Mark the tensor's group, and back through the given operators the groups of their operands."""
+    waiting, seen = [groups.root(name)], set()
+    while waiting:
+        root = waiting.pop()
+        if root in seen:
+            continue
+        seen.add(root)
+        chosen.add(root)
+        for producer in filter(None, map(graph.producer, members[root])):
+            if producer.op in follow:
+                waiting += [groups.root(each) for each in producer.inputs if not graph.tensors[each].is_constant and graph.tensors[each].dtype != "bool"]
+
+
+def _is_whole(graph: Graph, name: str) -> bool:
+    return np.dtype(graph.tensors[name].dtype).kind in "iub"
+
+
+def _is_softmax(graph: Graph, names: list[str]) -> bool:
+    """Probabilities have a scale of their own and need no more than 8 bits."""
+    return any(node.op == "softmax" for node in map(graph.producer, names) if node)
+
+
+def _matrix_operands(graph: Graph, node: Node) -> list[str]:
+    return [name for name in node.inputs[:2] if not graph.tensors[name].is_constant] if OPS[node.op].matrix else []
+
+
+def _copy(editor: Editor, groups: Groups, reader: Node, name: str) -> str:
+    copy = editor.fresh(f"{name}/s8")
+    editor.add_tensor(replace(editor.tensors[name], name=copy, source="", wide=False))
+    editor.add_node(Node(editor.fresh(f"{copy}:table"), "table", (name,), (copy,), Table("x"), reader.sources), at=reader.name)
+    groups.root(copy)
+    return copy
+
+
+def _with_copies(calibration: Calibration, groups: Groups, copies: Mapping[str, str]) -> Calibration:
+    """The copies take the values that their originals were seen with."""
+    histograms, means = dict(calibration.histograms), dict(calibration.means)
+    for name, copy in copies.items():
+        histograms[copy] = _histogram(calibration, groups, name)
+        if name in means:
+            means[copy] = means[name]
+    return replace(calibration, histograms=histograms, means=means)
+
+
+def _histogram(calibration: Calibration, groups: Groups, name: str) -> Histogram:
+    """Of the tensor itself, else of all its group."""
+    for known in (calibration.histograms, calibration.operands):
+        if name in known:
+            return known[name]
+    merged = Histogram()
+    for member in groups.members(name):
+        if member in calibration.histograms:
+            merged.merge(calibration.histograms[member])
+    return merged

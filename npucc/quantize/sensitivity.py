@@ -1,0 +1,210 @@
+"""What each scale costs the outputs: 8 bits in one group of tensors alone, all else exact.
+
+The one big idea: the float model gets a switch behind every tensor that has a scale. Off, the tensor passes as it is; on, it is rounded
+to 8 bits. One run per group tells what that group's rounding adds to the error of every output; for small errors these add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from npucc import reference
+from npucc.export import to_onnx
+from npucc.graph import Editor, Graph, Quant
+from npucc.ops import OPS
+from npucc.quantize.calibrate import THREADS, Progress, measured, tensor_runner
+from npucc.quantize.scales import Scales
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Outputs = dict[str, Array]
+
+SAMPLES = 8  # at most so many are measured with
+WORK = 2.5e11  # multiply-accumulates to spend on all runs together; one run of each group is made in any case
+OVERHEAD = 30  # of an element that is written, in multiply-accumulates
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Error energy over signal energy, per row: a row is one output in one sample, `outputs` names the output of each.
+
+    `groups`: what 8 bits in that group alone cause, by the group's root. `weights`: what the stored weights alone cause.
+    """
+
+    outputs: tuple[str, ...]
+    groups: Mapping[str, Array]
+    weights: Array
+
+
+def measure(
+    graph: Graph, integer: Graph, scales: Scales, feeds: Sequence[Mapping[str, Array]], roots: Iterable[str], *, progress: Progress | None = None
+) -> Sensitivity:
+    """Run the float graph with each group of `roots` in 8 bits. `integer`: the same graph in integers, for its weights."""
+    chosen = tuple(roots)
+    samples = _spread(feeds, affordable_samples(graph, len(chosen)))
+    exact = tensor_runner(graph, graph.outputs)
+    wanted = [exact(feed) for feed in samples]
+    rows = [(name, index) for index, outputs in enumerate(wanted) for name in graph.outputs if _has_signal(outputs[name])]
+
+    def ratios(found: Sequence[Outputs]) -> Array:
+        return np.array([_ratio(found[index][name], wanted[index][name]) for name, index in rows])
+
+    stored = tensor_runner(_with_stored_weights(graph, integer), graph.outputs)
+    weights = ratios([stored(feed) for feed in samples])
+    run = _switched_runner(graph, scales, chosen)
+    noise = {}
+    for done, root in enumerate(chosen, start=1):
+        noise[root] = ratios([run(feed, root) for feed in samples])
+        if progress:
+            progress("sensitivity", done, len(chosen))
+    return Sensitivity(tuple(name for name, _ in rows), noise, weights)
+
+
+def affordable_samples(graph: Graph, groups: int) -> int:
+    """How many samples to measure with: as many as the work allows, at least one. Depends on the graph only."""
+    once = sum(_work(graph, name) for name in graph.nodes)
+    return int(np.clip(WORK / max(once * groups, 1), 1, SAMPLES))
+
+
+def multiply_accumulates(graph: Graph, name: str) -> int:
+    """Of a node with the trait `matrix`; 0 of any other."""
+    node = graph.nodes[name]
+    if not OPS[node.op].matrix:
+        return 0
+    result, weights = graph.tensors[node.outputs[0]], graph.tensors[node.inputs[1]]
+    if node.op == "matmul":
+        return int(np.prod(result.shape)) * graph.tensors[node.inputs[0]].shape[-1]
+    places = graph.tensors[node.inputs[0]] if node.op == "conv_transpose" else result
+    return int(np.prod(places.shape[2:])) * places.shape[0] * int(np.prod(weights.shape))
+
+
+def _work(graph: Graph, name: str) -> int:
+    elements = int(np.prod(graph.tensors[graph.nodes[name].outputs[0]].shape))
+    return multiply_accumulates(graph, name) + OVERHEAD * elements
+
+
+def _spread(feeds: Sequence[Mapping[str, Array]], count: int) -> list[Mapping[str, Array]]:
+    count = min(count, len(feeds))
+    return [feeds[index * len(feeds) // count] for index in range(count)]
+
+
+def _has_signal(output: Array) -> bool:
+    return output.dtype != bool and bool(np.any(_finite(output)))
+
+
+def _finite(values: Array) -> Array:
+    return np.asarray(np.where(np.isfinite(values), values, 0).astype(np.float64))
+
+
+def _ratio(found: Array, wanted: Array) -> float:
+    exact = _finite(wanted)
+    error = _finite(found) - exact
+    return float(np.sum(error * error) / np.sum(exact * exact))
+
+
+def _with_stored_weights(graph: Graph, integer: Graph) -> Graph:
+    """The float graph with the weights and biases that the integer graph has."""
+    editor = Editor(graph)
+    for node in graph:
+        stored = integer.nodes[node.name]
+        if not OPS[node.op].matrix or not integer.tensors[stored.inputs[1]].is_constant:
+            continue
+        constants = [_as_float(editor, integer, name) for name in stored.inputs[1:] if name]
+        editor.add_node(replace(node, inputs=(node.inputs[0], *constants)))
+    return editor.freeze()
+
+
+def _as_float(editor: Editor, integer: Graph, name: str) -> str:
+    tensor = integer.tensors[name]
+    assert tensor.data is not None
+    return editor.constant(f"{name}/rounded", reference.to_real(tensor, tensor.data).astype(np.float32))
+
+
+# ---- the model with switches
+
+
+def _switched_runner(graph: Graph, scales: Scales, roots: Sequence[str]) -> Callable[[Mapping[str, Array], str], Outputs]:
+    """A function from a feed and the root of the group to round to the outputs."""
+    model = to_onnx(graph)
+    switches = {root: f"switch/{index}" for index, root in enumerate(roots)}
+    for root, switch in switches.items():
+        _add_switch(model, switch, scales.quants[root])
+    taken: dict[str, str] = {}
+    for name in measured(graph):
+        root = scales.groups.root(name)
+        if root in switches and graph.tensors[name].dtype == "float32":
+            taken[name] = switches[root]
+    _insert(model, taken, set(graph.inputs))
+    session = _session(model)
+
+    def run(feed: Mapping[str, Array], root: str) -> Outputs:
+        names = list(graph.outputs)
+        values = session.run(names, {**feed, switches[root]: np.array(True)})
+        return dict(zip(names, values, strict=True))
+
+    return run
+
+
+def _add_switch(model: onnx.ModelProto, switch: str, quant: Quant) -> None:
+    """An input that is false unless fed, and the scale behind it."""
+    body = model.graph
+    body.input.append(helper.make_tensor_value_info(switch, TensorProto.BOOL, ()))
+    body.initializer.append(numpy_helper.from_array(np.array(False), switch))
+    body.initializer.append(numpy_helper.from_array(np.asarray(quant.scale, np.float32), f"{switch}/scale"))
+    body.initializer.append(numpy_helper.from_array(np.asarray(quant.zero, np.int8), f"{switch}/zero"))
+
+
+def _insert(model: onnx.ModelProto, switches: Mapping[str, str], inputs: set[str]) -> None:
+    """Behind each tensor its switch: whoever read the tensor reads the switched value; a computed one hands its name to that."""
+    inner: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name in switches and name in inputs:
+                node.input[index] = _behind(name)
+        for index, name in enumerate(node.output):
+            if name in switches:
+                node.output[index] = _before(name)
+    inner += [_switch_node(name, _behind(name), switch) for name, switch in switches.items() if name in inputs]
+    for node in model.graph.node:
+        inner.append(node)
+        inner += [_switch_node(_before(name), name, switches[name]) for name in map(_name_of, node.output) if name in switches]
+    del model.graph.node[:]
+    model.graph.node.extend(inner)
+
+
+def _behind(name: str) -> str:
+    return f"{name}/switched"
+
+
+def _before(name: str) -> str:
+    return f"{name}/before switch"
+
+
+def _name_of(name: str) -> str:
+    return name.removesuffix("/before switch")
+
+
+def _switch_node(source: str, result: str, switch: str) -> onnx.NodeProto:
+    stored, rounded, same = (f"{result}/{switch}/{what}" for what in ("stored", "rounded", "same"))
+    parameters = [f"{switch}/scale", f"{switch}/zero"]
+    quantize = helper.make_node("QuantizeLinear", [source, *parameters], [stored])
+    dequantize = helper.make_node("DequantizeLinear", [stored, *parameters], [rounded])
+    on = helper.make_graph([quantize, dequantize], "on", [], [helper.make_tensor_value_info(rounded, TensorProto.FLOAT, None)])
+    off = helper.make_graph(
+        [helper.make_node("Identity", [source], [same])], "off", [], [helper.make_tensor_value_info(same, TensorProto.FLOAT, None)]
+    )
+    return helper.make_node("If", [switch], [result], then_branch=on, else_branch=off)
+
+
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
