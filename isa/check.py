@@ -15,7 +15,7 @@ from isa.finding import Finding, finding
 from isa.geometry import footprint, overlaps, writes_twice
 from isa.order import order_findings
 from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES, Event, Instruction, Loop, Program, TensorRecord, Tile, address_at
-from isa.shapes import Remark, may_replace, shape_remarks
+from isa.shapes import Remark, attribute_values, may_replace, shape_remarks
 from isa.signature import operand_count_fault, operand_fault
 from isa.spec import SPEC, Operand
 from isa.text import MAXIMUM_DYNAMIC
@@ -119,7 +119,16 @@ def _instruction_remarks(program: Program, instruction: Instruction, counts: tup
         if remarks:
             return
     yield from shape_remarks(instruction)
+    yield from _mode_remarks(program, instruction)
     yield from _in_place_remarks(instruction, counts)
+
+
+def _mode_remarks(program: Program, instruction: Instruction) -> Iterator[Remark]:
+    """The vector engine rounds in one way."""
+    if instruction.name == "requant":
+        mode, known = attribute_values(instruction)["mode"], program.target.requantize
+        if mode != known:
+            yield f"mode={mode}, but the target has {known}", f"write mode={known}, or choose a target with requantize={mode}"
 
 
 def _signature_remarks(program: Program, instruction: Instruction, counts: tuple[int, ...]) -> Iterator[Remark]:  # noqa: ARG001

@@ -91,9 +91,7 @@ class _Walk:
         for value in values:
             value.read = True
             if value.broken and value.make[0] != BACKGROUND:
-                self.report(
-                    "rest", instruction, f"{instruction.name} reads {place}, which holds the rest of an older value that was partly overwritten"
-                )
+                self.report("rest", instruction, f"{instruction.name} reads {place}, where the rest of a partly overwritten value is left")
 
     def write(self, tile: Tile, address: int, instruction: Instruction | None, make: tuple[str, ...]) -> None:
         view = _bytes_of(self.owners[tile.space], tile, address)

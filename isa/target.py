@@ -62,7 +62,8 @@ class Target:
         for field in ("rows", "cols", "depth", "spm_bytes", "acc_bytes", "alignment", "dram_bytes", "vec_lanes", "dram_burst_bytes"):
             if not 1 <= getattr(self, field) < LIMIT:
                 raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be at least 1, and below 2**48")
-        for field in ("pipeline_depth", "dram_latency", "vec_startup", "host_latency", "pj_mac", "pj_vector", "pj_spm_byte", "pj_acc_byte", "pj_dram_byte"):
+        energies = ("pj_mac", "pj_vector", "pj_spm_byte", "pj_acc_byte", "pj_dram_byte")
+        for field in ("pipeline_depth", "dram_latency", "vec_startup", "host_latency", *energies):
             if not 0 <= getattr(self, field) < LIMIT:
                 raise TargetError(f"{field} is {getattr(self, field)}", hint="it cannot be negative, nan or 2**48 and above")
         for field in ("dram_bytes_per_cycle", "clock_hz"):

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from npucc.compiler import compile, stages, steps
-    from npucc.errors import CompileError, DataError, GraphError, ImportModelError, NpuccError, QuantizeError
+    from npucc.errors import CompileError, DataError, GraphError, ImportModelError, NpuccError, PruneError, QuantizeError
     from npucc.package import Package, Result, load
 
 __all__ = [
-    "CompileError", "DataError", "GraphError", "ImportModelError", "NpuccError", "Package", "QuantizeError", "Result",
+    "CompileError", "DataError", "GraphError", "ImportModelError", "NpuccError", "Package", "PruneError", "QuantizeError", "Result",
     "compile", "load", "stages", "steps",
 ]  # fmt: skip
 

@@ -29,6 +29,64 @@ def mean_multiplier(source: Quant, result: Quant, count: int) -> float:
     return float(F32(source.scale) / F32(F32(result.scale) * F32(count)))
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Factor:
+    """What sums are multiplied by when they are requantized, in one of the target's modes (`isa.spec`, requant)."""
+
+    mode: str
+    scale: np.ndarray  # fp32.rne: float32 factors; q31: int32 multipliers, 0 or from 2^30 to below 2^31
+    shift: np.ndarray  # q31: int32 right shifts, 2 to 62; fp32.rne: 0
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int32 [1 or 2, outputs]: the bits of the float32 factors; or multipliers and shifts."""
+        scale = np.ascontiguousarray(self.scale).view(np.int32)
+        return np.stack([scale] if self.mode == "fp32.rne" else [scale, self.shift])
+
+    @property
+    def attributes(self) -> dict[str, float | int]:
+        """Of a single factor, as requant's attributes."""
+        if self.mode == "fp32.rne":
+            return {"scale": float(self.scale)}
+        return {"multiplier": int(self.scale), "shift": int(self.shift)}
+
+    def spread(self, count: int) -> Factor:
+        """One for each of `count` outputs."""
+        return Factor(self.mode, np.broadcast_to(self.scale, (count,)), np.broadcast_to(self.shift, (count,)))
+
+
+def product_factor(left: Quant, right: Quant, result: Quant, mode: str) -> Factor:
+    """From an accumulator of left·right to the result's steps, per channel if right is. q31: of s_l·s_r/s_y in float64."""
+    if mode == "fp32.rne":
+        return _float_factor(multiplier(left, right, result))
+    return fixed_point(np.float64(left.scale) * np.asarray(right.scale, np.float64) / np.float64(result.scale), mode)
+
+
+def mean_factor(source: Quant, result: Quant, count: int, mode: str) -> Factor:
+    """From a sum of `count` values to the result's steps. q31: of s_x/(s_y·count) in float64."""
+    if mode == "fp32.rne":
+        return _float_factor(np.asarray(mean_multiplier(source, result, count), F32))
+    return fixed_point(np.asarray(np.float64(source.scale) / (np.float64(result.scale) * count)), mode)
+
+
+def _float_factor(scale: np.ndarray) -> Factor:
+    return Factor("fp32.rne", scale, np.zeros(scale.shape, np.int32))
+
+
+def fixed_point(real: np.ndarray, mode: str) -> Factor:
+    """real = scale · 2^-shift with a multiplier of 31 bits, as TFLite's QuantizeMultiplier chooses it.
+
+    Factors below 2^-32 become 0 (every product of 32 bits rounds to 0 anyway), those from 2^29 the largest.
+    """
+    fraction, exponent = np.frexp(np.asarray(real, np.float64))
+    scaled = np.floor(fraction * 2.0**31 + 0.5).astype(np.int64)  # positive: half away from zero, as std::round
+    carry = scaled == 1 << 31
+    scaled, shift = np.where(carry, 1 << 30, scaled), 31 - exponent - carry
+    scaled, shift = np.where(shift > 62, 0, scaled), np.where(shift > 62, 31, shift)
+    scaled, shift = np.where(shift < 2, (1 << 31) - 1, scaled), np.maximum(shift, 2)
+    return Factor(mode, scaled.astype(np.int32), shift.astype(np.int32))
+
+
 def ratio(source: Quant, result: Quant) -> float:
     """f32(s_x / s_y)."""
     return float(F32(source.scale) / F32(result.scale))

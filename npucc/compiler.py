@@ -1,8 +1,8 @@
 """The whole compiler on one page: ONNX model in, package out, every stage in order, stop at any of them.
 
-    import ──▶ passes … ──▶ quantize ──▶ lower ──▶ check
-    Graph      Graph        Graph        Program   Program
-    (float)    (fused)      (integer)
+    import ──▶ passes … ──▶ prune ──▶ quantize ──▶ lower ──▶ check
+    Graph      Graph        Graph     Graph        Program   Program
+    (float)    (fused)      (fused)   (integer)
 
 The one big idea: `steps` is a generator. It yields the value after each stage, so whoever wants to look between two stages
 (`--dump-after`, a test, a notebook) takes the steps one by one, and `compile` simply takes the last.
@@ -22,7 +22,7 @@ import numpy as np
 from isa import Program, format_program
 from isa import check as check_program
 from isa.target import Target, load_target
-from npucc.errors import CompileError, QuantizeError
+from npucc.errors import CompileError, PruneError, QuantizeError
 from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
 from npucc.package import Package, Refused
@@ -31,8 +31,11 @@ from npucc.signature import ports_of_model
 if TYPE_CHECKING:
     import onnx
 
+    from npucc.prune import PruneOptions, PruneReport
     from npucc.quantize import QuantizeOptions
 
+#: `quant`: no quantization at all
+FLOAT_MODE = "none"
 Progress = Callable[[str, int, int], None]
 Feeds = Iterable[Mapping[str, Any]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -68,6 +71,7 @@ def stages() -> tuple[StageName, ...]:
     return (
         StageName("import", "the ONNX graph in the compiler's own operators, constants folded"),
         *(StageName(stage.name, stage.why) for stage in passes.STAGES),
+        StageName("prune", "what --prune asks for: fewer channels, fewer weights, the rest refitted; without it nothing is done"),
         StageName("quantize", "scales from calibration; from here on every tensor is integers"),
         StageName("lower", "tiles, memory, instructions and events"),
         StageName("check", "bounds, dtypes, capacity, events and races of the finished program"),
@@ -80,17 +84,20 @@ def compile(
     *,
     calibration: str | Path | Feeds | None = None,
     shapes: Shapes | None = None,
-    prune: str | None = None,
+    prune: str | PruneOptions | None = None,
     quant: str | QuantizeOptions | None = None,
+    host: bool = True,
     progress: Progress | None = None,
 ) -> Package:
     """Compile an ONNX model for a target.
 
     `calibration`: feeds of representative inputs (`{name: array}`, each of the model's input shape), or DATA as the command
     line takes it. Without it, scales come from made-up inputs and the package says so. `shapes` binds open input sizes.
-    `quant`: "key=value,…" of QuantizeOptions. Raises NpuccError or IsaError.
+    `prune`: "channels=30%", "2:4", … (see npucc.prune.options). `quant`: "key=value,…" of QuantizeOptions, or "none":
+    float mode, in which onnxruntime runs the whole model. What the NPU can't run is run by onnxruntime as host segments, which
+    `host=False` forbids. Raises NpuccError or IsaError.
     """
-    (last,) = deque(steps(model, target, calibration=calibration, shapes=shapes, prune=prune, quant=quant, progress=progress), maxlen=1)
+    (last,) = deque(steps(model, target, calibration=calibration, shapes=shapes, prune=prune, quant=quant, host=host, progress=progress), maxlen=1)
     assert isinstance(last.value, Package)
     return last.value
 
@@ -101,22 +108,28 @@ def steps(
     *,
     calibration: str | Path | Feeds | None = None,
     shapes: Shapes | None = None,
-    prune: str | None = None,
+    prune: str | PruneOptions | None = None,
     quant: str | QuantizeOptions | None = None,
+    host: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[Step]:
     """The stages of `compile`, one Step each; the last one holds the Package."""
     from npucc import frontend, lowering, passes
     from npucc.quantize import quantize
 
-    refuse_pruning(prune)
-    options = quantize_options(quant)
+    if quant == FLOAT_MODE:
+        yield from _float_steps(model, load_target(target), calibration, shapes or {}, host=host)
+        return
+    options, pruning = quantize_options(quant), prune_options(prune)
+    if pruning and calibration is None:
+        raise PruneError("pruning needs calibration data", hint="give --calibration DATA (calibration= in Python): some hundred typical inputs")
     chip = load_target(target)
     report = progress or _no_progress
 
     report("import", 0, 1)
     feeds, shapes = bind_shapes(model, calibration, shapes or {})
-    graph = frontend.import_model(model, shapes=shapes)
+    graph = frontend.import_model(model, shapes=shapes, host=True)
+    refuse_host(graph, host=host)
     yield Step("import", graph)
 
     refused: tuple[Refused, ...] = ()
@@ -127,6 +140,12 @@ def steps(
         refused += here
         yield Step(stage.name, graph, here)
 
+    pruned: PruneReport | None = None
+    if pruning and feeds is not None:
+        feeds = _repeatable(feeds, max(pruning.samples, options.samples))
+        graph, pruned = _pruned(graph, feeds, chip, pruning, progress)
+    yield Step("prune", graph)
+
     quantized = quantize(graph, feeds, options=options, progress=progress)
     yield Step("quantize", quantized.graph)
 
@@ -136,22 +155,66 @@ def steps(
 
     report("check", 0, 1)
     check_program(lowered.program)
-    package = Package.create(lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused)
+    package = Package.create(
+        lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused, pruned=pruned
+    )
     yield Step("check", package)
+
+
+def _float_steps(
+    model: str | Path | onnx.ModelProto, chip: Target, calibration: str | Path | Feeds | None, shapes: Shapes, *, host: bool
+) -> Iterator[Step]:
+    """The stages in float mode: there is nothing to rewrite or quantize."""
+    from npucc import frontend, lowering
+
+    feeds, shapes = bind_shapes(model, calibration, shapes)
+    graph = frontend.import_whole(model, shapes=shapes, sample=next(iter(feeds), None) if feeds is not None else None)
+    refuse_host(graph, host=host)
+    yield from (Step(stage.name, graph) for stage in stages()[:-2])
+    lowered = lowering.lower(graph, chip)
+    yield Step("lower", lowered.program)
+    check_program(lowered.program)
+    yield Step("check", Package.create(lowered.program, lowered.constants, graph=graph, synthetic=False))
+
+
+def refuse_host(graph: Graph, *, host: bool) -> None:
+    """Raise CompileError for the first node that needs the host, when there is none."""
+    from npucc.segments import attributes_of, host_nodes
+
+    needed = [entry for node in host_nodes(graph) for entry in attributes_of(node).nodes]
+    if needed and not host:
+        name, operator, reason = needed[0]
+        others = f" ({len(needed) - 1} more nodes too)" if needed[1:] else ""
+        raise CompileError(
+            f"{operator} needs the host: {reason}{others}", node=name, hint="leave out --no-host (host=False in Python), or change the model"
+        )
 
 
 def float_graph(model: str | Path | onnx.ModelProto, shapes: Shapes) -> Graph:
     """The graph that `quantize` gets: the float model after all passes. Raises ImportModelError."""
-    before = [stage.name for stage in stages()].index("quantize")
+    before = [stage.name for stage in stages()].index("prune")
     (last,) = deque(itertools.islice(steps(model, shapes=shapes), before), maxlen=1)
     assert isinstance(last.value, Graph)
     return last.value
 
 
-def refuse_pruning(spec: str | None) -> None:
-    """Pruning is not there yet; say so rather than ignore it. Raises CompileError."""
-    if spec:
-        raise CompileError(f"pruning ({spec!r}) is not available yet", hint="leave out --prune (prune= in Python)")
+def prune_options(spec: str | PruneOptions | None) -> PruneOptions | None:
+    """`channels=30%`, `2:4`, … as PruneOptions; None for no pruning. Raises PruneError."""
+    from npucc.prune import PruneOptions
+
+    return PruneOptions.parse(spec) if isinstance(spec, str) else spec
+
+
+def _pruned(graph: Graph, feeds: Feeds, chip: Target, options: PruneOptions, progress: Progress | None) -> tuple[Graph, PruneReport]:
+    from npucc.prune import prune
+
+    result = prune(graph, feeds, target=chip, options=options, progress=progress)
+    return result.graph, result.report
+
+
+def _repeatable(feeds: Feeds, most: int) -> Feeds:
+    """Feeds that can be gone through twice; of an iterator the first `most` are kept."""
+    return list(itertools.islice(feeds, most)) if iter(feeds) is feeds else feeds
 
 
 def quantize_options(spec: str | QuantizeOptions | None) -> QuantizeOptions:

@@ -6,6 +6,7 @@ what is derived (the graph, the machine) is made when it is first asked for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     import onnx
 
     from npucc.graph import Graph
+    from npucc.prune import PruneReport
+    from npucc.segments import HostNode
+    from runtime.host import HostEngine
     from runtime.machine import Machine
     from runtime.report import LayerReport, Report
 
@@ -92,17 +96,23 @@ class Package:
     file: str = ""
 
     @staticmethod
-    def create(program: Program, constants: bytes, *, graph: Graph, synthetic: bool, refused: Iterable[Refused] = ()) -> Package:
+    def create(
+        program: Program, constants: bytes, *, graph: Graph, synthetic: bool, refused: Iterable[Refused] = (), pruned: PruneReport | None = None
+    ) -> Package:
         """The package of a finished compilation."""
-        from npucc import serialize
+        from npucc import segments, serialize
 
         text, blob = serialize.to_bytes(graph)
+        models = [segments.attributes_of(node) for node in segments.host_nodes(graph)]
+        members = {segments.MEMBER.format(number): each.model for number, each in enumerate(models)}
         manifest = {
+            "host": [[name, operator, number, reason] for number, each in enumerate(models) for name, operator, reason in each.nodes],
             "tool": f"npucc {_own_version()}",
             "calibration": SYNTHETIC if synthetic else FROM_DATA,
             "refused": [[each.stage, each.reason] for each in refused],
+            **({"pruned": pruned.as_dict()} if pruned else {}),
         }
-        return Package(isa.Package(program, constants, manifest, {serialize.JSON_NAME: text, serialize.BIN_NAME: blob}))
+        return Package(isa.Package(program, constants, manifest, {serialize.JSON_NAME: text, serialize.BIN_NAME: blob, **members}))
 
     def save(self, path: str | Path) -> None:
         """Write the `.npu` file whole or not at all; the same package gives the same bytes. Raises PackageError."""
@@ -134,11 +144,36 @@ class Package:
         return found if found in (SYNTHETIC, FROM_DATA) else UNKNOWN
 
     @property
+    def pruned(self) -> dict[str, Any] | None:
+        """What pruning removed, layer by layer (see npucc.prune.PruneReport.as_dict); None for a network that was not pruned."""
+        found = self.contents.manifest.get("pruned")
+        return found if isinstance(found, dict) else None
+
+    @property
     def refused(self) -> tuple[Refused, ...]:
         """Rewrites that did not apply while compiling, with their reasons."""
         entries = self.contents.manifest.get("refused")
         pairs = [entry for entry in entries if isinstance(entry, list) and len(entry) == 2] if isinstance(entries, list) else []
         return tuple(Refused(str(stage), str(reason)) for stage, reason in pairs)
+
+    @property
+    def host_nodes(self) -> tuple[HostNode, ...]:
+        """The ONNX nodes that onnxruntime runs, each with its segment and the reason."""
+        from npucc.segments import HostNode
+
+        entries = self.contents.manifest.get("host")
+        rows = [row for row in entries if isinstance(row, list) and len(row) == 4] if isinstance(entries, list) else []
+        return tuple(HostNode(str(row[0]), str(row[1]), row[2], str(row[3])) for row in rows if isinstance(row[2], int))
+
+    @property
+    def onnx_nodes(self) -> int:
+        """How many ONNX nodes the program does the work of, on the NPU and on the host; those that cost nothing are not counted."""
+        return len({name for layer in self.program.layers for name in layer.nodes})
+
+    @property
+    def host_cycles(self) -> int:
+        """Cycles of an inference in which only the host works or is waited for."""
+        return sum(layer.cycles for layer in self.report.layers if layer.op == "host")
 
     @cached_property
     def graph(self) -> Graph:
@@ -158,7 +193,15 @@ class Package:
         """The NPU with this program loaded and decoded; made once, run often."""
         from runtime.machine import Machine
 
-        return Machine(self.contents)
+        return Machine(self.contents, host=self._engine())
+
+    def _engine(self) -> HostEngine | None:
+        """onnxruntime with the package's host segments; None when it has none."""
+        from npucc import segments
+
+        names = itertools.takewhile(self.contents.members.__contains__, map(segments.MEMBER.format, itertools.count()))
+        models = tuple(self.contents.members[name] for name in names)
+        return segments.Engine(models) if models else None
 
     @cached_property
     def report(self) -> Report:

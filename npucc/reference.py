@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from npucc import arithmetic
+from npucc import arithmetic, segments
 from npucc.arithmetic import F32, RANGES, clamp_bounds
 from npucc.errors import DataError
 from npucc.graph import Graph, Node, Quant, Tensor
@@ -20,20 +20,20 @@ from npucc.ops import OPS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-STORAGE = {"s8": np.int8, "u8": np.uint8, "s16": np.int16, "s32": np.int32}
+STORAGE = {stored: np.dtype(name) for name, stored in segments.RAW.items() if name != "bool"}
 
 
-def run(graph: Graph, inputs: Mapping[str, Array], *, keep: Iterable[str] | None = None) -> dict[str, Array]:
+def run(graph: Graph, inputs: Mapping[str, Array], *, keep: Iterable[str] | None = None, requantize: str = "fp32.rne") -> dict[str, Array]:
     """Stored integers of every tensor (or of those in `keep`) for the ONNX inputs given as arrays in the graph's shapes.
 
-    Raises DataError for a missing input or a wrong shape.
+    `requantize` is the target's mode. Raises DataError for a missing input or a wrong shape.
     """
     stored = {name: store_input(graph.tensors[name], inputs) for name in graph.inputs}
     wanted = set(graph.tensors if keep is None else keep)
     last_use = {name: node.name for node in graph for name in node.inputs}
     kept = {name: value for name, value in stored.items() if name in wanted}
     for node in graph:
-        result = run_node(graph, node, stored)
+        result = run_node(graph, node, stored, requantize=requantize)
         stored |= result
         kept |= {name: value for name, value in result.items() if name in wanted}
         for name in {*node.inputs, *node.outputs}:
@@ -42,23 +42,36 @@ def run(graph: Graph, inputs: Mapping[str, Array], *, keep: Iterable[str] | None
     return kept
 
 
-def run_outputs(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def run_outputs(graph: Graph, inputs: Mapping[str, Array], *, requantize: str = "fp32.rne") -> dict[str, Array]:
     """The graph's outputs as the real numbers that they stand for, float32 (bool stays bool), in graph order."""
-    stored = run(graph, inputs, keep=graph.outputs)
+    stored = run(graph, inputs, keep=graph.outputs, requantize=requantize)
     return {name: to_real(graph.tensors[name], stored[name]) for name in graph.outputs}
 
 
-def run_node(graph: Graph, node: Node, stored: Mapping[str, Array]) -> dict[str, Array]:
+def run_node(graph: Graph, node: Node, stored: Mapping[str, Array], *, requantize: str = "fp32.rne") -> dict[str, Array]:
     """{result: stored integers} of one node, given the stored integers of the tensors that it reads."""
-    call = _call(graph, node, stored)
+    if OPS[node.op].host:
+        return _run_host(graph, node, stored)
+    call = _call(graph, node, stored, requantize)
     tensor, value = call.tensor, KERNELS[node.op](call)
     assert value.shape == tensor.shape, f"{node.name}: {value.shape} is not {tensor.shape}"
     return {tensor.name: value.astype(STORAGE[tensor.quant.dtype] if tensor.quant else value.dtype)}
 
 
-def _call(graph: Graph, node: Node, stored: Mapping[str, Array]) -> Call:
+def _run_host(graph: Graph, node: Node, stored: Mapping[str, Array]) -> dict[str, Array]:
+    """The segment in onnxruntime, on what its inputs stand for; integers that a float stands for are rounded."""
+    inputs = []
+    for name, dtype in zip(node.inputs, segments.input_types(node), strict=True):
+        tensor = graph.tensors[name]
+        real = tensor.data if tensor.data is not None else to_real(tensor, stored[name])
+        inputs.append((np.rint(real) if real.dtype.kind == "f" and np.dtype(dtype).kind in "iu" else real).astype(dtype))
+    results = segments.run(segments.attributes_of(node).model, inputs)
+    return {name: to_stored(graph.tensors[name], value) for name, value in zip(node.outputs, results, strict=True)}
+
+
+def _call(graph: Graph, node: Node, stored: Mapping[str, Array], requantize: str = "fp32.rne") -> Call:
     operands = tuple(_operand(graph.tensors[name], stored) if name else None for name in node.inputs)
-    return Call(node, operands, graph.tensors[node.outputs[0]])
+    return Call(node, operands, graph.tensors[node.outputs[0]], requantize)
 
 
 def store_input(tensor: Tensor, inputs: Mapping[str, Array]) -> Array:
@@ -75,7 +88,9 @@ def to_stored(tensor: Tensor, real: Array) -> Array:
     """Real numbers as the tensor stores them."""
     if tensor.quant is None:
         return real
-    if tensor.quant.dtype == "u8":
+    if segments.is_raw(tensor.quant):
+        return (np.rint(real) if real.dtype.kind == "f" and tensor.quant.dtype[0] != "f" else real).astype(STORAGE[tensor.quant.dtype])
+    if tensor.quant.dtype == "u8" and tensor.dtype != "uint8":
         return np.asarray(real != 0, np.uint8)
     return arithmetic.quantize(real, tensor.quant).astype(STORAGE[tensor.quant.dtype])
 
@@ -84,6 +99,8 @@ def to_real(tensor: Tensor, stored: Array) -> Array:
     """What the stored integers stand for, float32 (a boolean tensor: bool)."""
     if tensor.quant is None:
         return stored
+    if segments.is_raw(tensor.quant) and tensor.dtype != "bool":
+        return stored.astype(tensor.dtype)
     return stored.astype(bool) if tensor.dtype == "bool" else _real(stored.astype(np.int64), tensor.quant)
 
 
@@ -129,6 +146,7 @@ class Call:
     node: Node
     operands: tuple[Operand | None, ...]
     tensor: Tensor
+    requantize: str = "fp32.rne"
 
     @property
     def attributes(self) -> Any:
@@ -162,6 +180,40 @@ class Call:
         """clamp(rint(float32(total) · factor) + zero)."""
         return self.clamp(np.rint(total.astype(F32) * np.asarray(factor, F32)).astype(np.float64) + self.quant.zero)
 
+    def rescaled(self, total: Array, factor: arithmetic.Factor, arrange: Callable[[Array], Array] = np.asarray) -> Array:
+        """clamp(round(total · factor) + zero) in the factor's mode; `arrange` brings per-channel numbers to the channels' axis."""
+        if factor.mode == "fp32.rne":
+            return self.requantized(total, arrange(factor.scale))
+        multiplier, shift = (arrange(part.astype(np.int64)) for part in (factor.scale, factor.shift))
+        return self.clamp(ROUND[factor.mode](total.astype(np.int64), multiplier, shift) + self.quant.zero)
+
+
+def _nearest_even(total: Array, multiplier: Array, shift: Array) -> Array:
+    """q31.rne: total · multiplier / 2^shift, half to even; shift ≥ 2."""
+    product = total * multiplier
+    below = product >> shift
+    rest, half = product - (below << shift), np.int64(1) << (shift - 1)
+    return np.asarray(below + ((rest > half) | ((rest == half) & (below & 1 == 1))))
+
+
+def _tosa(total: Array, multiplier: Array, shift: Array) -> Array:
+    """q31.tosa: apply_scale_32, rounded once, half up."""
+    return np.asarray((total * multiplier + (np.int64(1) << (shift - 1))) >> shift)
+
+
+def _tfl(total: Array, multiplier: Array, shift: Array) -> Array:
+    """q31.tfl: SaturatingRoundingDoublingHighMul, then RoundingDivideByPOT, as gemmlowp has them; the left shift saturates."""
+    widened = np.clip(total << np.maximum(31 - shift, 0), *RANGES["s32"])
+    product = widened * multiplier
+    nudged = product + np.where(product >= 0, 1 << 30, 1 - (1 << 30))
+    high = np.where(nudged >= 0, nudged >> 31, -(-nudged >> 31))  # division that truncates
+    mask = (np.int64(1) << np.maximum(shift - 31, 0)) - 1
+    return np.asarray((high >> np.maximum(shift - 31, 0)) + ((high & mask) > (mask >> 1) + (high < 0)))
+
+
+#: mode → total, multiplier, shift (int64) → rounded (int64)
+ROUND: dict[str, Callable[[Array, Array, Array], Array]] = {"q31.rne": _nearest_even, "q31.tosa": _tosa, "q31.tfl": _tfl}
+
 
 def wrap(value: Array) -> Array:
     """The value modulo 2^32 as a signed 32-bit number (int64 array)."""
@@ -176,9 +228,9 @@ def sums(graph: Graph, node: Node, stored: Mapping[str, Array]) -> Array:
     return SUMS[node.op](_call(graph, node, stored))
 
 
-def from_sums(graph: Graph, node: Node, stored: Mapping[str, Array], total: Array) -> dict[str, Array]:
+def from_sums(graph: Graph, node: Node, stored: Mapping[str, Array], total: Array, *, requantize: str = "fp32.rne") -> dict[str, Array]:
     """What `run_node` gives, from sums that are known: {result: stored integers}."""
-    call = _call(graph, node, stored)
+    call = _call(graph, node, stored, requantize)
     return {call.tensor.name: FINISH[node.op](call, total).astype(STORAGE[call.quant.dtype])}
 
 
@@ -196,7 +248,11 @@ def _conv_sums(call: Call) -> Array:
 
 
 def _conv_finish(call: Call, total: Array) -> Array:
-    return call.requantized(total, _channels(arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant)))
+    return call.rescaled(total, _product_factor(call), _channels)
+
+
+def _product_factor(call: Call) -> arithmetic.Factor:
+    return arithmetic.product_factor(call.operand(0).scaled, call.operand(1).scaled, call.quant, call.requantize)
 
 
 def _positions(start: int, stride: int, count: int) -> slice:
@@ -240,7 +296,7 @@ def _matmul_sums(call: Call) -> Array:
 
 
 def _matmul_finish(call: Call, total: Array) -> Array:
-    return call.requantized(total, arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant))
+    return call.rescaled(total, _product_factor(call))
 
 
 def _matrix(call: Call) -> Array:
@@ -353,13 +409,13 @@ def _average_pool(call: Call) -> Array:
 def _reduce_mean(call: Call) -> Array:
     source, axes = call.operand(0), call.attributes.axes
     count = int(np.prod([source.stored.shape[axis] for axis in axes]))
-    return call.requantized(source.steps.sum(axis=axes, keepdims=True), arithmetic.mean_multiplier(source.scaled, call.quant, count))
+    return call.rescaled(source.steps.sum(axis=axes, keepdims=True), arithmetic.mean_factor(source.scaled, call.quant, count, call.requantize))
 
 
 def _reduce_sum(call: Call) -> Array:
     source = call.operand(0)
     total = source.steps.sum(axis=call.attributes.axes, keepdims=True)
-    return call.requantized(total, arithmetic.ratio(source.scaled, call.quant))
+    return call.rescaled(total, arithmetic.mean_factor(source.scaled, call.quant, 1, call.requantize))
 
 
 def _softmax(call: Call) -> Array:
@@ -475,5 +531,5 @@ KERNELS: dict[str, Callable[[Call], Array]] = {
     "expand": _moving(lambda call, values: np.broadcast_to(values[0], np.broadcast_shapes(values[0].shape, call.attributes.shape))),
     "pad": _moving(lambda call, _: _pad(call)),
 }
-assert KERNELS.keys() == OPS.keys()
+assert KERNELS.keys() == {name for name, record in OPS.items() if not record.host}
 assert SUMS.keys() == {name for name, record in OPS.items() if record.matrix}

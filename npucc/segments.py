@@ -113,7 +113,7 @@ def session(model: bytes) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001  onnxruntime raises many kinds
-        raise RuntimeFault(f"onnxruntime refuses a host segment: {first_line(error)}", hint="the package is damaged; compile the model again") from None
+        raise RuntimeFault(f"onnxruntime refuses a host segment: {first_line(error)}", hint="the model or package is damaged") from None
 
 
 def run(model: bytes, inputs: Sequence[Array]) -> list[Array]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from isa.errors import PackageError
+from isa.program import DTYPES
 from npucc.errors import GraphError
 from npucc.graph import Graph, Node, Quant, Tensor, make_graph
 from npucc.ops import OPS, Attributes
@@ -22,7 +23,7 @@ VERSION = 1
 JSON_NAME, BIN_NAME = "graph.json", "graph.bin"
 
 _DTYPES = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64")
-_STORED = ("s8", "u8", "s16", "s32", "s64", "f32")
+_STORED = tuple(DTYPES)
 _ALIGNMENT = 8
 _MAX_DEPTH = 200  # nesting of an expression
 _MAX_RANK = 16
@@ -34,7 +35,7 @@ def to_bytes(graph: Graph) -> tuple[bytes, bytes]:
     tensors = [_tensor_record(tensor, blob) for tensor in graph.tensors.values()]
     record = {
         "version": VERSION, "name": graph.name, "inputs": list(graph.inputs), "outputs": list(graph.outputs),
-        "tensors": tensors, "nodes": [_node_record(node) for node in graph],
+        "tensors": tensors, "nodes": [_node_record(node, blob) for node in graph],
     }  # fmt: skip
     return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(), bytes(blob)
 
@@ -47,7 +48,7 @@ def from_bytes(text: bytes, blob: bytes, *, file: str = "") -> Graph:
             found = record.get("version") if isinstance(record, dict) else type(record).__name__
             raise _MalformedError(f"version is {found!r}, expected {VERSION}")
         tensors = [_tensor(entry, blob) for entry in _items(record, "tensors", dict)]
-        nodes = [_node(entry) for entry in _items(record, "nodes", dict)]
+        nodes = [_node(entry, blob) for entry in _items(record, "nodes", dict)]
         _refuse_duplicates("tensor", [tensor.name for tensor in tensors])
         _refuse_duplicates("node", [node.name for node in nodes])
         known = {tensor.name: tensor for tensor in tensors}
@@ -111,10 +112,10 @@ def _append(array: np.ndarray[Any, Any], blob: bytearray) -> dict[str, Any]:
     return {"dtype": array.dtype.name, "shape": list(array.shape), "offset": offset}
 
 
-def _node_record(node: Node) -> dict[str, Any]:
+def _node_record(node: Node, blob: bytearray) -> dict[str, Any]:
     record: dict[str, Any] = {"name": node.name, "op": node.op, "inputs": list(node.inputs), "outputs": list(node.outputs)}
     attributes = {
-        field.name: _plain(getattr(node.attributes, field.name))
+        field.name: _plain(getattr(node.attributes, field.name), blob)
         for field in dataclasses.fields(node.attributes)
         if getattr(node.attributes, field.name) != field.default
     }
@@ -125,10 +126,12 @@ def _node_record(node: Node) -> dict[str, Any]:
     return record
 
 
-def _plain(value: Any) -> Any:
-    """A Python value as JSON: tuples become lists, numbers that JSON lacks become {"float": "inf"}."""
+def _plain(value: Any, blob: bytearray | None = None) -> Any:
+    """A Python value as JSON: tuples become lists, numbers that JSON lacks {"float": "inf"}, bytes a place in the constants."""
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, blob) for item in value]
+    if isinstance(value, bytes) and blob is not None:
+        return {"bytes": _append(np.frombuffer(value, np.uint8), blob)}
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, int | np.integer):
@@ -218,22 +221,23 @@ def _quant(record: dict[str, Any], shape: tuple[int, ...], blob: bytes) -> Quant
     return Quant(_word(record, "dtype", _STORED), scale, _get(record, "zero", int, 0), axis)
 
 
-def _node(record: dict[str, Any]) -> Node:
+def _node(record: dict[str, Any], blob: bytes) -> Node:
     name, op = _get(record, "name", str), _word(record, "op", tuple(OPS))
-    attributes = _attributes(OPS[op].attributes, _get(record, "attributes", dict, {}), name)
+    attributes = _attributes(OPS[op].attributes, _get(record, "attributes", dict, {}), name, blob)
     inputs, outputs, sources = (tuple(_items(record, key, str)) for key in ("inputs", "outputs", "sources"))
     if not outputs:
         raise _MalformedError(f"node {name!r} has no output")
     return Node(name, op, inputs, outputs, attributes, sources)
 
 
-def _attributes(kind: type[Attributes], record: dict[str, Any], node: str) -> Attributes:
+def _attributes(kind: type[Attributes], record: dict[str, Any], node: str, blob: bytes) -> Attributes:
     known = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for key, stored in record.items():
         if key not in known:
             raise _MalformedError(f"node {node!r} has unknown attribute {key!r}")
-        value = _value(stored)
+        is_place = isinstance(stored, dict) and list(stored) == ["bytes"] and isinstance(stored["bytes"], dict)
+        value = _array(stored["bytes"], blob).tobytes() if is_place else _value(stored)
         if not _is_like(value, known[key].default, str(known[key].type)):
             raise _MalformedError(f"node {node!r}: attribute {key} is {_short(value)}, expected {known[key].type}")
         values[key] = value

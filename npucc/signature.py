@@ -19,7 +19,7 @@ def ports_of_model(model: str | Path | onnx.ModelProto) -> dict[str, Port | None
     from npucc.frontend.load import load_model
     from npucc.frontend.prepare import numpy_name
 
-    proto, _ = load_model(model)
+    proto, _ = load_model(model, any_opset=True)  # who imports the model looks at its opset
     stored = {tensor.name for tensor in proto.graph.initializer} | {tensor.values.name for tensor in proto.graph.sparse_initializer}
     ports: dict[str, Port | None] = {}
     for value in proto.graph.input:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from npucc.segments import HostNode
+
+SHOWN_HOST_NODES = 20
 CYCLE_PARTS = ("ideal", "underuse", "fill", "dma_stall", "sync_stall")
 WIDE_HEADERS = ("layer", "op", "cycles", "%", "ideal", "under-use", "fill", "DMA stall", "sync stall", "MACs", "DRAM", "energy")
 NARROW_HEADERS = ("layer", "op", "cycles", "%", "ideal", "under", "fill", "DMA", "sync")
@@ -61,6 +65,18 @@ def totals(report: Mapping[str, Any], *, clock_hz: float) -> list[tuple[str, str
     ]
 
 
+def host(nodes: Sequence[HostNode], *, onnx_nodes: int, cycles: int, total: int) -> Table:
+    """The nodes that do not run on the NPU, in order, and why; at most SHOWN_HOST_NODES of them."""
+    segments = len({node.segment for node in nodes})
+    title = (
+        f"on the host: {len(nodes)} of {onnx_nodes} ONNX nodes, in {segments} segment{'s' * (segments != 1)}, "
+        f"{cycles / max(total, 1):.1%} of the cycles (transfers and latency; the host's own time is not modelled)"
+    )
+    rows = [(node.name, node.operator, str(node.segment), node.reason) for node in nodes[:SHOWN_HOST_NODES]]
+    rows += [("…", f"{len(nodes) - SHOWN_HOST_NODES} more", "", "")] if len(nodes) > SHOWN_HOST_NODES else []
+    return grid(title, ("node", "operator", "segment", "why"), rows, left=4)
+
+
 def _shares(components: Mapping[str, float]) -> str:
     total = sum(components.values()) or 1.0
     return ", ".join(f"{name} {value / total:.0%}" for name, value in components.items())
@@ -95,6 +111,21 @@ def _narrow_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
     cycles = max(int(layer["cycles"]), 1)
     parts = (f"{layer[part] / cycles:.0%}" for part in CYCLE_PARTS)
     return (layer["name"], layer["op"], f"{int(layer['cycles']):,}", f"{100 * layer['cycles'] / total:.1f}", *parts)
+
+
+def pruning(report: Mapping[str, Any]) -> Table:
+    """What pruning removed, layer by layer, and how well the rest was refitted."""
+    rows = (
+        (row["name"], row["op"], f"{row['weights']:,}", f"{row['kept']:,}", f"{row['macs']:,}", f"{row['macs_kept']:,}", *_errors(row))
+        for row in report["layers"]
+    )
+    headers = ("layer", "op", "weights", "kept", "MACs", "kept", "error", "repaired")
+    total = ("total", "", "", "", f"{report['macs']:,}", f"{report['macs_kept']:,}", "", f"{report['output_error']:.2%}")
+    return grid("pruned: error of each layer's result before and after the repair; the last line is the network's output", headers, rows, left=2, footer=total)
+
+
+def _errors(row: Mapping[str, Any]) -> list[str]:
+    return ["" if row[key] is None else f"{row[key]:.2%}" for key in ("error_before", "error_after")]
 
 
 def size(count: float) -> str:

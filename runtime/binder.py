@@ -28,7 +28,7 @@ from runtime.stream import Step
 #: bytes of decoded weights and tables that a machine keeps; beyond them, weights are decoded at each execution
 LARGEST_MEMO = 1 << 30
 #: operands that programs load from their constants: weights and right-hand sides, scales, tables
-CONSTANT_OPERANDS = ("w", "b", "s", "t")
+CONSTANT_OPERANDS = ("w", "b", "s", "r", "t")
 #: bytes kept per byte of a constant operand: itself, and as float32
 DECODED_SIZE = 5
 #: results whose every element depends only on the elements of the operands at the same place: they may be computed in place

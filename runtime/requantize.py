@@ -2,7 +2,7 @@
 
 The one big idea: each step is one IEEE-754 single-precision operation, rounded once, in a fixed order; so the same integers
 come out on every machine. `rint` rounds half to even; the zero point is added after rounding; clipping happens in float,
-before the narrow cast, so that no cast is ever out of range.
+before the narrow cast, so that no cast is ever out of range. The q31 modes of requant work on exact 64-bit integers instead.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def _wide(rounded: Array, zero: int, dtype: str, low: int, high: int) -> Array:
 
 
 def bind_requant(site: Site) -> Callable[[], None]:
-    """y[..., n] = clamp(rint(float32(a[..., n]) * s[n]) + zero)."""
+    """y[..., n] = clamp(round(a[..., n] * factor of n) + zero)."""
+    if site.attributes["mode"] != "fp32.rne":
+        return _requant_by_integers(site)
     a, y = site.views["a"], site.views["y"]
     quant = (int(site.attributes["zero"]), tuple(site.attributes["clamp"]))
     if "s" not in site.views:
@@ -136,3 +138,59 @@ def _requant(site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], 
 
     fixed = "s" not in site.views or "s" in site.constants
     return run if fixed and np.isfinite(work[0][2]).all() else run_guarded
+
+
+# ---- the q31 modes ----------------------------------------------------------------------------------------------------
+
+
+def nearest_even(values: Array, multiplier: Array, shift: Array) -> Array:
+    """values * multiplier / 2**shift, half to even. |values| <= 2**31, 0 <= multiplier < 2**31, 0 <= shift <= 63; all int64."""
+    product = values * multiplier
+    inexact = (shift > 0).astype(np.int64)
+    odd = (product >> shift) & inexact
+    rounded: Array = (product + (half_step(shift) - inexact) + odd) >> shift
+    return rounded
+
+
+def tosa(values: Array, multiplier: Array, shift: Array) -> Array:
+    """apply_scale_32 with single rounding: (values * multiplier + 2**(shift-1)) >> shift."""
+    scaled: Array = (values * multiplier + half_step(shift)) >> shift
+    return scaled
+
+
+def tfl(values: Array, multiplier: Array, shift: Array) -> Array:
+    """MultiplyByQuantizedMultiplier: a saturated left shift, the rounded high half of the doubled product, a rounded division by 2**n.
+
+    The published division of (product + nudge) by 2**31, which truncates, equals (product + 2**30) >> 31 for both signs.
+    """
+    wide, narrow = np.maximum(31 - shift, 0), np.maximum(shift - 31, 0)
+    high = (np.clip(values << wide, -(1 << 31), (1 << 31) - 1) * multiplier + (1 << 30)) >> 31
+    away = (high < 0) & (narrow > 0)
+    divided: Array = (high + half_step(narrow) - away) >> narrow
+    return divided
+
+
+def half_step(shift: Array) -> Array:
+    """2**(shift-1), and 0 where there is no shift."""
+    half: Array = np.left_shift(shift > 0, np.maximum(shift - 1, 0), dtype=np.int64)
+    return half
+
+
+ROUND: dict[str, Callable[[Array, Array, Array], Array]] = {"q31.rne": nearest_even, "q31.tosa": tosa, "q31.tfl": tfl}
+
+
+def _requant_by_integers(site: Site) -> Callable[[], None]:
+    rescale, zero = ROUND[site.attributes["mode"]], int(site.attributes["zero"])
+    views, y = site.views, site.views["y"]
+    low, high = bounds(NAMES[y.dtype], tuple(site.attributes["clamp"]))
+    a, y = collapse([views["a"].reshape(1, *views["a"].shape), y.reshape(1, *y.shape)], keep=1)
+    work = pieces([a, y])
+    factors = [views.get("s", np.asarray(site.attributes["multiplier"])), views.get("r", np.asarray(site.attributes["shift"]))]
+
+    def run() -> None:
+        multiplier, shift = (factor.astype(np.int64) & mask for factor, mask in zip(factors, (0x7FFFFFFF, 63), strict=True))
+        for part, result in work:
+            values = rescale(part.astype(np.int64), multiplier, shift)
+            np.copyto(result, np.clip(values + zero, low, high), casting="unsafe")
+
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -42,10 +43,13 @@ def compile_model(
     shape: Annotated[
         list[str] | None, typer.Option("--shape", metavar="x=1,3,224,224", help="Bind an input's open sizes; repeat per input.", show_default=False)
     ] = None,
-    prune: Annotated[str | None, typer.Option("--prune", metavar="SPEC", help="Not available yet; refused.", show_default=False)] = None,
+    prune: Annotated[str | None, typer.Option("--prune", metavar="SPEC", help="Remove channels or weights: `channels=30%`, `2:4`, `cycles=0.7,drop=0.5`; `help` explains.", show_default=False)] = None,
     quant: Annotated[
-        str | None, typer.Option("--quant", metavar="SPEC", help="Quantization options: key=value,key=value; `help` lists them.", show_default=False)
+        str | None, typer.Option("--quant", metavar="SPEC", help="Quantization options: key=value,key=value (`help` lists them), or none: all in float, on the host.", show_default=False)
     ] = None,
+    host: Annotated[
+        bool, typer.Option("--host/--no-host", help="Let onnxruntime run, as host segments, what the NPU can't; --no-host makes it an error.")
+    ] = True,
     dump_after: Annotated[
         str | None, typer.Option("--dump-after", metavar="STAGE", help="Print the value after a stage.", show_default=False)
     ] = None,
@@ -60,6 +64,7 @@ def compile_model(
     chip, bound = options.target(target), options.shapes(shape)
     options.existing(calibration, "--calibration")
     options.quant(quant)
+    options.prune(prune)
     options.writable(output)
     _known_stage(dump_after)
     path = output or Path(f"{model.name.removesuffix('.onnx')}.npu")
@@ -67,7 +72,7 @@ def compile_model(
         raise typer.BadParameter(f"{str(path)!r} is the model itself", param_hint="'-o'")
     dump, package = None, None
     with terminal.progress() as progress:
-        for step in compiler.steps(model, chip, calibration=calibration, shapes=bound, prune=prune, quant=quant, progress=progress):
+        for step in compiler.steps(model, chip, calibration=calibration, shapes=bound, prune=prune, quant=quant, host=host, progress=progress):
             if step.stage == dump_after:
                 dump = step.text()
                 if output is None:
@@ -103,6 +108,8 @@ def _show_package(package: Package, path: Path, *, stage: str | None, dump: str 
         terminal.warn(SYNTHETIC_WARNING)
     if json:
         extra = {} if dump is None else {"stage": stage, "dump": dump}
+        extra |= {"host_nodes": [asdict(node) for node in package.host_nodes], "host_cycles": package.host_cycles}
+        extra |= {} if package.pruned is None else {"pruned": package.pruned}
         terminal.show_json(
             {"output": str(path), "bytes": path.stat().st_size, "target": target.name, "calibration": package.calibration, **report, **extra}
         )
@@ -114,3 +121,7 @@ def _show_package(package: Package, path: Path, *, stage: str | None, dump: str 
     )
     rows = [("wrote", f"{path} ({tables.size(path.stat().st_size)})"), ("target", f"{target.name} ({target.description})"), ("program", layers)]
     terminal.show(tables.facts([*rows, *tables.totals(report, clock_hz=target.clock_hz)]))
+    if package.host_nodes:
+        terminal.show("", tables.host(package.host_nodes, onnx_nodes=package.onnx_nodes, cycles=package.host_cycles, total=package.report.cycles))
+    if package.pruned is not None:
+        terminal.show("", tables.pruning(package.pruned))

@@ -96,6 +96,9 @@ def _layers(package: Package, reference: Path, dataset: Dataset, samples: int, p
     except CompileError as error:
         terminal.warn(f"no errors per layer: {error.message}")
         return ()
+    if package.pruned is not None:
+        terminal.warn("no errors per layer: the network was pruned, so its layers have no counterpart in the reference model")
+        return ()
     original = float_graph(reference, {name: graph.tensors[name].shape for name in graph.inputs})
     return evaluation.layer_errors(graph, evaluation.float_runner(original), itertools.islice(dataset, samples), progress=progress)
 

@@ -37,7 +37,7 @@ def target(name: str) -> Target:
 
 def quant(spec: str | None) -> str | None:
     """`--quant`, refused here when it does not parse: wrong usage, not the model's fault. `help` lists the keys."""
-    from npucc.compiler import quantize_options
+    from npucc.compiler import FLOAT_MODE, quantize_options
     from npucc.errors import QuantizeError
     from npucc.quantize import QuantizeOptions
 
@@ -45,10 +45,30 @@ def quant(spec: str | None) -> str | None:
         for field in dataclasses.fields(QuantizeOptions):
             typer.echo(f"{field.name}={field.default}\n    {field.metadata.get('meaning', '')}")
         raise typer.Exit
+    if spec == FLOAT_MODE:
+        return spec
     try:
         quantize_options(spec)
     except QuantizeError as error:
         raise typer.BadParameter(str(error), param_hint="'--quant'") from None
+    return spec
+
+
+def prune(spec: str | None) -> str | None:
+    """`--prune`, refused here when it does not parse. `help` explains it."""
+    if spec is None:
+        return None
+    from npucc.compiler import prune_options
+    from npucc.errors import PruneError
+    from npucc.prune import options
+
+    if spec == "help":
+        typer.echo(options.__doc__)
+        raise typer.Exit
+    try:
+        prune_options(spec)
+    except PruneError as error:
+        raise typer.BadParameter(str(error), param_hint="'--prune'") from None
     return spec
 
 

@@ -16,7 +16,7 @@ from npucc.graph import Graph, Tensor
 
 OPSET = 17
 OPSET_INT16 = 21  # the first whose QuantizeLinear writes int16
-IR_VERSIONS = {OPSET: 8, OPSET_INT16: 10}
+IR_VERSION, IR_VERSION_INT16 = 8, 10  # of models up to the opset before OPSET_INT16, and from there on
 REDUCE_AXES_INPUT = 18  # from this opset on ReduceMean, ReduceMax and ReduceMin take their axes as an input
 
 
@@ -28,6 +28,7 @@ class Model:
         self.taken = set(taken)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
+        self.domains: dict[str, int] = {"": opset}
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def op(self, kind: str, inputs: Sequence[str], *, into: str = "", **attributes: Any) -> str:
@@ -69,8 +70,8 @@ class Model:
         inputs = [_value_info(graph.tensors[name]) for name in graph.inputs]
         outputs = [_value_info(graph.tensors[name]) for name in graph.outputs]
         body = helper.make_graph(self.nodes, graph.name or "graph", inputs, outputs, self.constants)
-        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", self.opset)], producer_name="npucc")
-        model.ir_version = IR_VERSIONS[self.opset]
+        model = helper.make_model(body, opset_imports=[helper.make_opsetid(*each) for each in self.domains.items()], producer_name="npucc")
+        model.ir_version = IR_VERSION if self.opset < OPSET_INT16 else IR_VERSION_INT16
         onnx.checker.check_model(model)
         return model
 

@@ -14,8 +14,10 @@ import numpy as np
 from npucc.arithmetic import RANGES, clamp_bounds
 from npucc.export.model import Model
 from npucc.export.operators import FLOAT, clip, emit
+from npucc.export.segment import emit_segment
 from npucc.graph import Graph, Node, Quant, Tensor
 from npucc.ops import OPS
+from npucc.segments import is_raw
 
 TYPES = {"s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32"}
 WEIGHTS, BIAS = 1, 2  # input positions of the operators with the trait `matrix`
@@ -50,13 +52,16 @@ class _Writer:
 
     def take_input(self, tensor: Tensor) -> None:
         """A graph input arrives as it is in the ONNX model and is quantized first."""
-        if tensor.quant is None or tensor.dtype == "bool":
+        if tensor.quant is None or tensor.dtype == "bool" or is_raw(tensor.quant):
             return
         value = tensor.name if tensor.dtype == FLOAT else self.model.cast(tensor.name, FLOAT)
         self.real[tensor.name] = self._pair(value, tensor.quant, tensor.name, into="")
 
     def write(self, node: Node) -> None:
         """One node: its float meaning, quantized; then its clamp where saturation does not give it already."""
+        if OPS[node.op].host:
+            self._write_segment(node)
+            return
         result = self.graph.tensors[node.outputs[0]]
         inputs = tuple(self._read(node, index) for index in range(len(node.inputs)))
         if result.quant is None or result.dtype == "bool":
@@ -68,6 +73,26 @@ class _Writer:
         if clamp is not None and clamp_bounds(clamp, result.quant) != RANGES[result.quant.dtype]:
             raw = self._clamped(raw, clamp, result.quant, result.name)
         self._pair(raw, result.quant, result.name, into=result.name)
+
+    def _write_segment(self, node: Node) -> None:
+        """A host segment between its quantized tensors; those that only the host touches go in and out as they are."""
+        values = [(self._read(node, index), self._outer_type(name)) for index, name in enumerate(node.inputs)]
+        outer = {name: self._outer_type(name) for name in node.outputs}
+        paired = [name for name in node.outputs if outer[name] == FLOAT and not is_raw(self.graph.quant(name))]
+        into = {name: self.model.fresh(f"{name}/raw") if name in paired else name for name in node.outputs}
+        emit_segment(self.model, node, values, [(into[name], outer[name]) for name in node.outputs])
+        for name in paired:
+            dtype = self.graph.tensors[name].dtype
+            self.real[name] = self._pair(into[name], self.graph.quant(name), name, into=name if dtype == FLOAT else "")
+            if dtype != FLOAT:
+                self.model.cast(self.real[name], dtype, into=name)
+
+    def _outer_type(self, name: str) -> str:
+        """The element type that a tensor has between two nodes."""
+        tensor = self.graph.tensors[name]
+        if tensor.data is not None and tensor.quant is None:
+            return str(tensor.data.dtype)
+        return tensor.dtype if tensor.dtype == "bool" or is_raw(self.graph.quant(name)) else FLOAT
 
     def _clamped(self, value: str, clamp: tuple[float, float], quant: Quant, name: str) -> str:
         """Quantized, then clipped on the same scale: exactly the integer clamp, and the operator itself still runs in integers."""

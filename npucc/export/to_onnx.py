@@ -11,7 +11,9 @@ import onnx
 from npucc.export.model import OPSET, OPSET_INT16, Model
 from npucc.export.operators import clip, emit
 from npucc.export.quantized import emit_quantized
+from npucc.export.segment import emit_segment, newest_opset
 from npucc.graph import Graph, Node
+from npucc.ops import OPS
 
 
 def to_onnx(graph: Graph, *, unsigned: bool = True) -> onnx.ModelProto:
@@ -22,7 +24,8 @@ def to_onnx(graph: Graph, *, unsigned: bool = True) -> onnx.ModelProto:
     want them; onnxruntime is then exact with `session.qdqisint8allowed=1` instead.
     """
     quants = [tensor.quant for tensor in graph.tensors.values() if tensor.quant is not None]
-    model = Model(OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET, taken=graph.tensors)
+    opset = OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET
+    model = Model(max(opset, newest_opset(graph)), taken=graph.tensors)
     if quants:
         emit_quantized(graph, model, unsigned=unsigned)
     else:
@@ -40,6 +43,10 @@ def _emit_float(graph: Graph, model: Model) -> None:
 
 def _emit_float_node(graph: Graph, model: Model, node: Node) -> None:
     """The node and its clamp, into the result's own name."""
+    if OPS[node.op].host:
+        types = {name: graph.tensors[name].dtype for name in (*node.inputs, *node.outputs)}
+        emit_segment(model, node, [(name, types[name]) for name in node.inputs], [(name, types[name]) for name in node.outputs])
+        return
     result, clamp = node.outputs[0], getattr(node.attributes, "clamp", None)
     if clamp is None:
         emit(model, graph, node, node.inputs, result)

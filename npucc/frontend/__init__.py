@@ -7,5 +7,6 @@ operators of `npucc.ops`, which say themselves what shape comes out.
 
 from npucc.frontend.importer import import_model
 from npucc.frontend.operators import OPERATORS, supported_operators
+from npucc.frontend.whole import import_whole
 
-__all__ = ["OPERATORS", "import_model", "supported_operators"]
+__all__ = ["OPERATORS", "import_model", "import_whole", "supported_operators"]

@@ -7,7 +7,7 @@ those that no NPU node separates become one segment. Levels along the graph (hos
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -20,9 +20,10 @@ from npucc.errors import ImportModelError
 from npucc.frontend.constants import SMALL, Constants
 from npucc.frontend.prepare import FLOATS, numpy_name, reads
 from npucc.graph import Editor, Graph, Node, Tensor
-from npucc.ops import OPS, Host
+from npucc.ops import Host
 from npucc.segments import RAW, first_line
 
+BETWEEN = "it lies between host nodes that exchange a tensor without a fixed shape"
 OPEN = "object"  # element type of a tensor that exists within a segment only
 #: results that are no tensors, or hold none: never folded into constants
 NO_TENSORS = re.compile(r"Sequence|Optional|String|Regex|LabelEncoder|Tokenizer")
@@ -116,8 +117,8 @@ class Hosting:
         of_graph: dict[str, list[str]] = {}
         for onnx_name, name in tensors.items():
             of_graph.setdefault(name, []).append(onnx_name)
-        for number, members in enumerate(groups):
-            self._merge(graph, editor, members, number, of_graph, types)
+        for members in groups:
+            self._merge(graph, editor, members, of_graph, types)
         return editor.freeze()
 
     def _groups(self, graph: Graph) -> list[list[str]]:
@@ -130,7 +131,7 @@ class Hosting:
         quotient = nx.DiGraph()
         quotient.add_nodes_from(bundles[name] for name in graph.nodes)
         quotient.add_edges_from((bundles[a], bundles[b]) for a, b in graph.topology.edges if bundles[a] != bundles[b])
-        self._refuse_cycles(graph, bundles, quotient)
+        self._refuse_cycles(graph, quotient)
         levels: dict[str, int] = {}
         for name in nx.topological_sort(quotient):
             own = name in self.nodes
@@ -142,19 +143,17 @@ class Hosting:
                 groups.setdefault(levels[bundles[node.name]], []).append(node.name)
         return [groups[level] for level in sorted(groups)]
 
-    def _refuse_cycles(self, graph: Graph, bundles: nx.utils.UnionFind, quotient: nx.DiGraph) -> None:
+    def _refuse_cycles(self, graph: Graph, quotient: nx.DiGraph) -> None:
         """NPU nodes between two host nodes that must be in one segment go to the host, too."""
-        forced = {}
+        forced: dict[str, str] = {}
         for component in nx.strongly_connected_components(quotient):
             if len(component) > 1:
-                between = (graph.nodes[name] for name in component if name not in self.nodes)
-                forced |= {source: "it lies between host nodes that exchange a tensor without a fixed shape" for node in between for source in node.sources}
+                between = [graph.nodes[name] for name in component if name not in self.nodes]
+                forced |= {source: BETWEEN for node in between for source in node.sources}
         if forced:
             raise MustBeHosted(forced)
 
-    def _merge(
-        self, graph: Graph, editor: Editor, members: list[str], number: int, of_graph: Mapping[str, list[str]], types: Mapping[str, int]
-    ) -> None:
+    def _merge(self, graph: Graph, editor: Editor, members: list[str], of_graph: Mapping[str, list[str]], types: Mapping[str, int]) -> None:
         """Put one host node in the place of the members."""
         inside = set(members)
         made = {name: graph.producers[name] for member in members for name in graph.nodes[member].outputs}

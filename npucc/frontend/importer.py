@@ -18,7 +18,7 @@ from npucc.frontend.node import Emitted, NodeImport
 from npucc.frontend.operators import OPERATORS
 from npucc.frontend.prepare import NUMBERS, Input, bind_inputs, element_type, numpy_name, prepare, reads, type_name
 from npucc.graph import Editor, Graph, Node, Tensor
-from npucc.ops import Table
+from npucc.ops import Reshape, Table
 
 LARGEST_TENSOR = 1 << 31  # elements
 BOOLEAN_RESULTS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"})
@@ -211,7 +211,7 @@ class _Importer:
                 hint="check the input shapes",
             )
         source = output if emitted.output in renamed else ""
-        self.editor.add_tensor(Tensor(output, emitted.shape, emitted.dtype, source=source))
+        self.editor.add_tensor(Tensor(output, emitted.shape, emitted.dtype, source=source, wide=emitted.wide))
         inputs = tuple(renamed.get(name, name) for name in emitted.inputs)
         name = node.name if index == len(node.emitted) - 1 else f"{node.name}/{emitted.op}"
         self.editor.add_node(Node(self._fresh_node(name), emitted.op, inputs, (output,), emitted.attributes, (node.name,)))
@@ -251,7 +251,9 @@ class _Importer:
 
     def _copy(self, tensor: Tensor, name: str) -> None:
         self.editor.add_tensor(replace(tensor, name=name, source=name))
-        self.editor.add_node(Node(self._fresh_node(name), "table", (tensor.name,), (name,), Table("x"), (name,)))
+        whole = np.dtype(tensor.dtype).kind in "iu"  # moved, as no table holds every integer
+        operation = ("reshape", Reshape(tensor.shape)) if whole else ("table", Table("x"))
+        self.editor.add_node(Node(self._fresh_node(name), operation[0], (tensor.name,), (name,), operation[1], (name,)))
 
 
 def _unsupported_hint(node: NodeProto) -> str:

@@ -17,18 +17,21 @@ LARGEST_FILE = 2**31 - 1  # protobuf's own limit
 OLDEST_OPSET = 7
 
 
-def load_model(model: str | Path | ModelProto) -> tuple[ModelProto, str]:
-    """(a private copy of the model with external data read in, the file name for messages). Raises ImportModelError."""
+def load_model(model: str | Path | ModelProto, *, any_opset: bool = False) -> tuple[ModelProto, str]:
+    """(a private copy of the model with external data read in, the file name for messages). Raises ImportModelError.
+
+    `any_opset`: nothing but onnxruntime will read its operators.
+    """
     if isinstance(model, ModelProto):
         copy = ModelProto()
         copy.CopyFrom(model)
         _read_external_data(copy, None, "")
-        _check_header(copy, "")
+        _check_header(copy, "", any_opset=any_opset)
         return copy, ""
     path = Path(model)
     file = str(path)
     proto = _parse(_read(path), file)
-    _check_header(proto, file)
+    _check_header(proto, file, any_opset=any_opset)
     _read_external_data(proto, path.parent, file)
     return proto, file
 
@@ -60,14 +63,14 @@ def _parse(content: bytes, file: str) -> ModelProto:
     return proto
 
 
-def _check_header(model: ModelProto, file: str) -> None:
+def _check_header(model: ModelProto, file: str, *, any_opset: bool) -> None:
     if not model.HasField("graph") or not model.ir_version:
         raise ImportModelError("this is not an ONNX model (it has no graph and no IR version)", file=file, hint="export or download the model again")
     if not model.graph.output:
         raise ImportModelError("the model's graph has no outputs", file=file, hint="export the model again with its outputs")
     opset = default_opset(model)
     newest = onnx.defs.onnx_opset_version()
-    if not OLDEST_OPSET <= opset <= newest:
+    if not any_opset and not OLDEST_OPSET <= opset <= newest:
         raise ImportModelError(
             f"the model uses ONNX opset {opset}; supported are {OLDEST_OPSET} to {newest}",
             file=file,

@@ -32,6 +32,7 @@ class Emitted:
     attributes: Attributes
     shape: tuple[int, ...]
     dtype: str
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +177,8 @@ class NodeImport:
             name = f"{stem}.{number}"
         return name
 
-    def emit(self, op: str, inputs: Sequence[str], attributes: Attributes, *, dtype: str = "") -> str:
-        """Add a canonical node; its result's name."""
+    def emit(self, op: str, inputs: Sequence[str], attributes: Attributes, *, dtype: str = "", wide: bool = False) -> str:
+        """Add a canonical node; its result's name. `wide`: the result shall have 16 bits."""
         shapes = [self.shape_of(name) if name else None for name in inputs]
         shape = OPS[op].shape(attributes, shapes)
         assert shape is not None
@@ -188,7 +189,7 @@ class NodeImport:
             )
         output = self._fresh(f"{next(filter(None, self.outputs))}/{op}")
         self._local[output] = (sizes, dtype or (self.dtype_of(inputs[0]) if OPS[op].moves_data else "float32"))
-        self.emitted.append(Emitted(op, tuple(inputs), output, attributes, sizes, self._local[output][1]))
+        self.emitted.append(Emitted(op, tuple(inputs), output, attributes, sizes, self._local[output][1], wide))
         return output
 
     def new_constant(self, value: ArrayLike, stem: str) -> str:

@@ -23,12 +23,12 @@ def lower_conv(emitter: Emitter, group: Group) -> None:
     node = group.anchor
     attributes = node.attributes
     assert isinstance(attributes, ops.Conv)
-    weights, bias, multiplier, zero = integer_weights(
+    weights, bias, factors, zero = integer_weights(
         emitter, node, np.ascontiguousarray(_data(emitter, node.inputs[1]).transpose(2, 3, 1, 0)), axis=3
     )
     _, _, height, width = emitter.graph.tensors[node.outputs[0]].shape
     problem = Convolution(
-        emitter.placement.views[node.inputs[0]], zero, weights, bias, multiplier, attributes.strides, attributes.dilations,
+        emitter.placement.views[node.inputs[0]], zero, weights, bias, factors, attributes.strides, attributes.dilations,
         attributes.pads[:2], attributes.groups, (height, width),
     )  # fmt: skip
     lower_convolutions(emitter, group, split_groups(problem))
@@ -42,7 +42,7 @@ def lower_conv_transpose(emitter: Emitter, group: Group) -> None:
     data = _data(emitter, node.inputs[1])  # [C, N/g, kh, kw]
     per_group = data.shape[0] // attributes.groups
     blocks = [data[g * per_group : (g + 1) * per_group].transpose(2, 3, 0, 1) for g in range(attributes.groups)]
-    weights, bias, multiplier, zero = integer_weights(
+    weights, bias, factors, zero = integer_weights(
         emitter, node, dilate(np.concatenate(blocks, axis=3), attributes.dilations), axis=3, fold_zero=False
     )
     _, _, *extent = emitter.graph.tensors[node.outputs[0]].shape
@@ -55,7 +55,7 @@ def lower_conv_transpose(emitter: Emitter, group: Group) -> None:
             zero=zero,
             weights=kernel,
             bias=wrap(bias - zero * kernel.astype(np.int64).sum(axis=(0, 1, 2))),
-            multiplier=multiplier,
+            factors=factors,
             strides=(1, 1),
             dilations=(1, 1),
             pads=(kernel.shape[0] - 1 - rows[1], kernel.shape[1] - 1 - columns[1]),
@@ -100,7 +100,7 @@ def _data(emitter: Emitter, name: str) -> np.ndarray:
 def integer_weights(
     emitter: Emitter, node: Node, weights: np.ndarray, *, axis: int, fold_zero: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(weights, bias with the input's zero point folded in, multiplier per output channel, zero point) of a matrix node."""
+    """(weights, bias with the input's zero point folded in, factors [1 or 2, outputs] as `arithmetic.Factor` has them, zero point) of a matrix node."""
     graph = emitter.graph
     source, result = graph.quant(node.inputs[0]), graph.quant(node.outputs[0])
     count = weights.shape[axis]
@@ -112,8 +112,8 @@ def integer_weights(
     if fold_zero:
         others = tuple(d for d in range(weights.ndim) if d != axis)
         bias = bias - source.zero * weights.astype(np.int64).sum(axis=others)
-    multiplier = np.broadcast_to(arithmetic.multiplier(source, graph.quant(node.inputs[1]), result), (count,)).astype(np.float32)
-    return weights, wrap(bias) if fold_zero else bias, multiplier, source.zero
+    factor = arithmetic.product_factor(source, graph.quant(node.inputs[1]), result, emitter.target.requantize)
+    return weights, wrap(bias) if fold_zero else bias, factor.spread(count).rows, source.zero
 
 
 def split_groups(problem: Convolution) -> list[Convolution]:
@@ -130,7 +130,7 @@ def split_groups(problem: Convolution) -> list[Convolution]:
         parts.append(
             replace(
                 problem, x=window, weights=problem.weights[..., own], bias=problem.bias[own],
-                multiplier=problem.multiplier[own], groups=1, first_output=g * per_group,
+                factors=problem.factors[:, own], groups=1, first_output=g * per_group,
             )
         )  # fmt: skip
     return parts

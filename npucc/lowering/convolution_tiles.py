@@ -18,7 +18,7 @@ from npucc.errors import CompileError
 from runtime.costs import Row
 from npucc.lowering import cost
 from npucc.lowering.elementwise import Box, Chain
-from npucc.lowering.emitter import Emitter, Ring, aligned, parameter_block, spm_tile, windows
+from npucc.lowering.emitter import Emitter, Ring, aligned, factor_tiles, parameter_block, spm_tile, windows
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
@@ -32,7 +32,7 @@ class Convolution:
     zero: int
     weights: np.ndarray  # int8 [kh, kw, channels per group, output channels]
     bias: np.ndarray  # int32 [output channels], the input's zero point folded in
-    multiplier: np.ndarray  # float32 [output channels]
+    factors: np.ndarray  # int32 [1 or 2, output channels], the rows of `arithmetic.Factor`
     strides: tuple[int, int]
     dilations: tuple[int, int]
     pads: tuple[int, int]  # top, left (below and right: whatever the result size asks for)
@@ -165,7 +165,7 @@ class _Lowering:
         return {
             "x": 0 if self.resident else problem.reach(0, plan.rows) * problem.reach(1, plan.columns) * plan.channels * DTYPES[problem.x.dtype],
             "w": kh * kw * per_group * plan.outputs,
-            "p": 8 * plan.outputs,
+            "p": 4 * (1 + len(problem.factors)) * plan.outputs,
             "y": pixels * plan.outputs * DTYPES[self.result.dtype],
             "e": self.chain.bytes_per_slot(box) + 64 * len(self.chain.operands()),
         }
@@ -274,17 +274,17 @@ class _Lowering:
         window = box.of(self.view, self.shape)
         in_place = emitter.result_tile(window, None) if emitter.tile(window).space == "spm" else None
         working = in_place if in_place is not None and not self.chain.nodes else spm_tile(self.y_ring.next(), self.result.dtype, window.shape)
-        scale = Tile("spm", parameters.address + 4 * count, "f32", (count,), (4,))
+        mode = emitter.target.requantize
         sums = Tile.dense("acc", accumulator.address, "s32", (rows * columns, count)) if working.is_dense else accumulator
-        emitter.issue("requant", flat_pixels(working), sums, scale, zero=self.result.zero, clamp=self.bounds)
+        emitter.issue("requant", flat_pixels(working), sums, *factor_tiles(parameters, mode), mode=mode, zero=self.result.zero, clamp=self.bounds)
         finished = self.chain.apply(box, working, self.y_ring, in_place) if self.chain.nodes else working
         emitter.store(window, finished)
 
     def _parameters(self, start: int, count: int) -> Tile:
-        """Bias (int32) and multiplier (float32 bits) of a tile's output channels."""
+        """Bias and factors of a tile's output channels."""
         if start not in self.parameters:
             self.parameters[start] = parameter_block(
-                self.emitter, self.problem.bias[start : start + count], self.problem.multiplier[start : start + count]
+                self.emitter, self.problem.bias[start : start + count], self.problem.factors[:, start : start + count]
             )
         return self.emitter.load_once("p", start, self.parameters[start], self.p_ring)
 

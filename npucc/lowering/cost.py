@@ -21,13 +21,13 @@ def depthwise_cycles(target: Target, pixels: int, row: Row, channels: int) -> in
     return matrix_cost(Product(pixels, row.kernel[0] * row.kernel[1], 1, channels, depthwise=True, row=row), target).cycles
 
 
-def dma_cycles(target: Target, size: int, run: int) -> float:
+def dma_cycles(target: Target, size: int, run: int) -> int:
     """Cycles on the DRAM channel for `size` bytes in contiguous runs of `run` bytes."""
     if size == 0:
-        return 0.0
+        return 0
     run = max(min(run, size), 1)
     burst = target.dram_burst_bytes
-    return math.ceil(size / run) * math.ceil(run / burst) * burst / target.dram_bytes_per_cycle
+    return max(1, math.ceil(math.ceil(size / run) * math.ceil(run / burst) * burst / target.dram_bytes_per_cycle))
 
 
 def vector_cycles(target: Target, elements: int) -> float:

@@ -212,6 +212,13 @@ def windows(total: int, tile: int) -> list[tuple[int, int]]:
     return [(start, min(tile, total - start)) for start in range(0, total, tile)]
 
 
-def parameter_block(emitter: Emitter, bias: np.ndarray, multiplier: np.ndarray) -> View:
-    """int32 [2, outputs]: the biases, then the bits of the float32 multipliers, so that one load brings both."""
-    return emitter.constant(np.stack([bias, np.ascontiguousarray(multiplier).view(np.int32)]), "s32")
+def parameter_block(emitter: Emitter, bias: np.ndarray, factors: np.ndarray) -> View:
+    """int32 [2 or 3, outputs]: the biases, then the rows of `arithmetic.Factor`, so that one load brings all."""
+    return emitter.constant(np.concatenate([bias.astype(np.int32)[None], factors]), "s32")
+
+
+def factor_tiles(parameters: Tile, mode: str) -> tuple[Tile, ...]:
+    """The operands of requant in a parameter block: float32 factors; or multipliers and shifts."""
+    rows, count = parameters.shape
+    dtype = "f32" if mode == "fp32.rne" else "s32"
+    return tuple(Tile("spm", parameters.address + 4 * count * row, dtype, (count,), (4,)) for row in range(1, rows))

@@ -33,6 +33,11 @@ class Group:
         return self.nodes[-1].outputs[0]
 
     @property
+    def results(self) -> tuple[str, ...]:
+        """Everything that leaves the layer."""
+        return self.nodes[-1].outputs
+
+    @property
     def sources(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(source for node in self.nodes for source in node.sources))
 

@@ -16,6 +16,7 @@ from npucc.lowering.convolution import lower_conv, lower_conv_transpose
 from npucc.lowering.elementwise import lower_elementwise
 from npucc.lowering.emitter import ConstantPool, Emitter
 from npucc.lowering.gathering import lower_gather
+from npucc.lowering.hosting import host_buffers, lower_host
 from npucc.lowering.layers import Group, group_nodes
 from npucc.lowering.movement import lower_concat, lower_pad, lower_resize_nearest, lower_view
 from npucc.lowering.placement import ALIGNMENT, Buffer, Placement, allocate, assign_views, by_benefit, by_size
@@ -60,6 +61,7 @@ LOWERINGS: dict[str, Callable[[Emitter, Group], None]] = {
     "concat": lower_concat,
     "pad": lower_pad,
     "gather": lower_gather,
+    "host": lower_host,
     **dict.fromkeys(("reduce_mean", "reduce_sum", "reduce_max", "reduce_min"), lower_reduce),
     **dict.fromkeys(("slice", "transpose", "reshape", "expand"), lower_view),
     **{record.name: lower_elementwise for record in ops.TABLE if record.elementwise},
@@ -102,6 +104,7 @@ def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fus
     buffers, accesses = lifetimes(graph, views, groups)
     job = _Job(graph, target, views, groups, buffers, progress)
     in_dram = {views[node.inputs[0]].buffer for node in graph if node.op == "gather" and node.inputs[0] in views}  # as its instruction has it
+    in_dram |= host_buffers(graph, views)
     movable = by_benefit((b for b in buffers if b.first >= 0 and b.last < len(groups) and b.name not in in_dram), accesses)
     best: tuple[int, Lowered] | None = None
     tried: list[dict[str, int]] = []
@@ -208,7 +211,8 @@ def lifetimes(graph: Graph, views: Mapping[str, View], groups: Sequence[Group]) 
             for tensor in node.inputs:
                 if tensor in views:
                     touch(tensor, index)
-        touch(group.result, index)
+        for tensor in group.results:
+            touch(tensor, index)
     for name in graph.outputs:
         touch(name, len(groups))
     for name, view in views.items():
@@ -256,4 +260,4 @@ def record(graph: Graph, placement: Placement, name: str, layer: str = "") -> Te
 
 def _tensor_records(graph: Graph, placement: Placement, groups: Sequence[Group]) -> tuple[TensorRecord, ...]:
     """Every layer's result, readable when the layer is complete."""
-    return tuple(replace(record(graph, placement, group.result), layer=group.anchor.name) for group in groups)
+    return tuple(replace(record(graph, placement, name), layer=group.anchor.name) for group in groups for name in group.results)

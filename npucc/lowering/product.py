@@ -18,7 +18,7 @@ from npucc.errors import CompileError
 from npucc.lowering import cost
 from npucc.lowering.convolution import integer_weights
 from npucc.lowering.elementwise import Box, Chain, operand_view
-from npucc.lowering.emitter import Emitter, aligned, parameter_block, spm_tile, windows
+from npucc.lowering.emitter import Emitter, aligned, factor_tiles, parameter_block, spm_tile, windows
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
@@ -58,7 +58,7 @@ class _Lowering:
             self.weights = data
             folded = [integer_weights(emitter, node, data[index], axis=1) for index in np.ndindex(self.right_batches)]
             self.biases = {index: part[1] for index, part in zip(np.ndindex(self.right_batches), folded, strict=True)}
-            self.multiplier = folded[0][2]
+            self.factors = folded[0][2]
             self.zeros = (0, 0)
         else:
             self.right = self._batched(operand_view(emitter, node.inputs[1]))
@@ -67,8 +67,8 @@ class _Lowering:
                 bias = graph.tensors[node.inputs[2]].data
                 assert bias is not None
                 self.biases = {(): bias.astype(np.int32).reshape(-1)}
-            factor = arithmetic.multiplier(self.source, graph.quant(node.inputs[1]), self.result)
-            self.multiplier = np.full(self.shape[-1], factor, np.float32)
+            factor = arithmetic.product_factor(self.source, graph.quant(node.inputs[1]), self.result, emitter.target.requantize)
+            self.factors = factor.spread(self.shape[-1]).rows
             self.zeros = (self.source.zero, graph.quant(node.inputs[1]).zero)
         self.rows, self.depth, self.columns = self.shape[-2], self.left.shape[-1], self.shape[-1]
         self._merge_batches()
@@ -123,7 +123,7 @@ class _Lowering:
         return {
             "a": 0 if self.emitter.tile(self.left).space == "spm" else plan.rows * plan.depth * DTYPES[self.left.dtype],
             "b": 0 if self.weights is None and self.emitter.tile(self.right).space == "spm" else plan.depth * plan.columns,
-            "p": 8 * plan.columns,
+            "p": 4 * (1 + len(self.factors)) * plan.columns,
             "y": plan.rows * plan.columns * DTYPES[self.result.dtype],
             "e": self.chain.bytes_per_slot(box) + 64 * len(self.chain.operands()),
         }
@@ -185,8 +185,8 @@ class _Lowering:
         window = box.of(self.view, self.shape)
         in_place = emitter.result_tile(window, None) if emitter.tile(window).space == "spm" else None
         working = in_place if in_place is not None and not self.chain.nodes else spm_tile(self.rings["y"].next(), self.result.dtype, window.shape)
-        scale = Tile("spm", parameters.address + 4 * columns[1], "f32", (columns[1],), (4,))
-        emitter.issue("requant", _matrix(working), accumulator, scale, zero=self.result.zero, clamp=self.bounds)
+        mode = emitter.target.requantize
+        emitter.issue("requant", _matrix(working), accumulator, *factor_tiles(parameters, mode), mode=mode, zero=self.result.zero, clamp=self.bounds)
         finished = self.chain.apply(box, working, self.rings["y"], in_place) if self.chain.nodes else working
         emitter.store(window, finished)
 
@@ -216,7 +216,7 @@ class _Lowering:
         key = ("p", self._right_batch(batch) if self.weights is not None else (), columns)
         if key not in self.blocks:
             span = slice(columns[0], sum(columns))
-            self.blocks[key] = parameter_block(self.emitter, self.biases[key[1]][span], self.multiplier[span])
+            self.blocks[key] = parameter_block(self.emitter, self.biases[key[1]][span], self.factors[:, span])
         return self.emitter.load_once("p", key, self.blocks[key], self.rings["p"])
 
 

@@ -48,8 +48,8 @@ def lower_reduce(emitter: Emitter, group: Group) -> None:
             started = any(inner.starts[d] > 0 for d in axes)
             emitter.issue("reduce", *_squeezed(part, tile), op="sum" if sums else kind, zero=source.zero if sums else 0, accumulate=int(started))
         if sums:
-            scale = arithmetic.mean_multiplier(source, result, count if kind == "mean" else 1)
-            emitter.vector("requant", target, partial, scale=scale, zero=result.zero)
+            factor = arithmetic.mean_factor(source, result, count if kind == "mean" else 1, emitter.target.requantize)
+            emitter.vector("requant", target, partial, mode=factor.mode, **factor.attributes, zero=result.zero)
         emitter.store(out_window, target)
 
 

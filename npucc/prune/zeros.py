@@ -77,7 +77,9 @@ def _zero_labels(graph: Graph, slots: Slots) -> dict[str, Array]:
         if tensor.data is not None:
             zeros[name] = _constant_zeros(tensor.data, slots, name)
     for node in graph:
-        (result,) = node.outputs
+        if len(node.outputs) > 1:
+            continue
+        result = node.outputs[0]
         found = _node_zeros(graph, slots, node, zeros)
         zeros[result] = found & slots.of(result, len(graph.tensors[result].shape))
     return zeros

@@ -115,6 +115,8 @@ class _Builder:
         """A constant operand stored as an activation is: on the shared scale where data moves, on its own otherwise."""
         if node.op == "layer_norm" and index:
             return name  # gamma and beta stay float32
+        if OPS[node.op].host:
+            return name
         data, result = self._data(name), node.outputs[0]
         if self.graph.tensors[name].dtype == "bool":
             return self._store(name, data.astype(np.uint8), BOOLEAN)

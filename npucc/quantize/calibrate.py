@@ -21,6 +21,7 @@ from npucc.feeds import Port, check_feed
 from npucc.graph import Graph, Node
 from npucc.ops import OPS
 from npucc.quantize.ranges import Histogram
+from npucc.segments import untouched
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
@@ -47,7 +48,8 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
     axes = channel_axes(graph)
     sums = {name: np.zeros(graph.tensors[name].shape[axis]) for name, axis in axes.items()}
     scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
-    run = tensor_runner(graph, sorted({*histograms, *axes}))
+    operands = {name: Histogram() for name in moved_operands(graph) if name not in histograms}
+    run = tensor_runner(graph, sorted({*histograms, *axes, *operands}))
     total, count = _total(feeds, limit), 0
     first: list[Mapping[str, Array]] = []
     for feed in _checked(graph, islice(feeds, limit)):
@@ -57,19 +59,28 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
                 sums[name] += _channel_means(value, axes[name])
             if name in histograms:
                 histograms[name].add(_near_the_top(value, scores[name]) if name in scores else value)
+            if name in operands:
+                operands[name].add(value)
         first += [feed] if count < keep else []
         count += 1
         if progress:
             progress("calibrate", count, total)
     if not count:
         raise QuantizeError("there are no calibration samples", hint="give at least one feed {input name: array}, or None for made-up inputs")
-    return Calibration(histograms, {name: value / count for name, value in sums.items()}, count, tuple(first))
+    return Calibration(histograms, {name: value / count for name, value in sums.items()}, count, tuple(first), operands)
 
 
 def measured(graph: Graph) -> tuple[str, ...]:
-    """Tensors whose values are counted: inputs, and results of operators that compute."""
+    """Tensors whose values are counted: inputs, and results of operators that compute, but for what only the host touches."""
     computed = (name for node in graph if not OPS[node.op].moves_data for name in node.outputs)
-    return tuple(name for name in (*graph.inputs, *computed) if graph.tensors[name].dtype != "bool")
+    raw = untouched(graph)
+    return tuple(name for name in (*graph.inputs, *computed) if graph.tensors[name].dtype != "bool" and name not in raw)
+
+
+def moved_operands(graph: Graph) -> tuple[str, ...]:
+    """What a matrix operator reads that another only moved (a part of a state vector, say)."""
+    moved = {name for node in graph if OPS[node.op].moves_data for name in node.outputs}
+    return tuple(dict.fromkeys(name for node in graph if OPS[node.op].matrix for name in node.inputs[:2] if name in moved))
 
 
 def channel_axes(graph: Graph) -> dict[str, int]:

@@ -17,6 +17,7 @@ from npucc.ops import OPS, Table
 from npucc.quantize.calibrate import Calibration
 from npucc.quantize.ranges import Histogram
 from npucc.quantize.share import Groups
+from npucc.scalar import Expression
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,10 @@ def wide_roots(graph: Graph, groups: Groups) -> set[str]:
     return {root for root in chosen if not any(_is_whole(graph, name) for name in members[root]) and not _is_softmax(graph, members[root])}
 
 
+STEEP = frozenset({"sqrt", "log", "reciprocal"})
 SUMS = frozenset({"add", "sub"})
+PRODUCTS = frozenset({"add", "mul"})
+MEANS = frozenset({"reduce_sum", "mul", "table"})
 SCORES = frozenset({"add", "sub", "mul", "div", "where", "max", "min", "table"})
 
 
@@ -68,9 +72,23 @@ def _starts(graph: Graph) -> Iterator[tuple[str, frozenset[str]]]:
             yield node.inputs[0], SUMS
         elif node.op == "softmax" and _feeds_product(graph, node.outputs[0]):
             yield node.inputs[0], SCORES
+        elif node.op == "div" and not any(graph.tensors[name].is_constant for name in node.inputs):
+            yield node.inputs[0], MEANS
+            yield node.inputs[1], MEANS
+        elif isinstance(node.attributes, Table) and _is_steep_at_zero(node.attributes.expression):
+            yield node.inputs[0], SCORES
     for name, tensor in graph.tensors.items():
         if tensor.wide:
-            yield name, frozenset()
+            yield name, PRODUCTS
+
+
+def _is_steep_at_zero(expression: Expression) -> bool:
+    """Whether a root, logarithm or reciprocal is taken of x itself, possibly shifted or scaled: small values then matter as much as large."""
+    if not isinstance(expression, tuple):
+        return False
+    function, *arguments = expression
+    root = function == "pow" and arguments[0] == "x" and isinstance(arguments[1], float) and arguments[1] < 1
+    return root or (function in STEEP and arguments[0] == "x") or any(map(_is_steep_at_zero, arguments))
 
 
 def _feeds_product(graph: Graph, name: str, depth: int = 8) -> bool:

@@ -20,6 +20,7 @@ from npucc.quantize.calibrate import Calibration, calibrate, measured
 from npucc.quantize.constants import source_of
 from npucc.quantize.correct import correct_biases
 from npucc.quantize.options import QuantizeOptions
+from npucc.quantize.precision import widen
 from npucc.quantize.scales import Scales, choose_scales, observed_ranges
 from npucc.quantize.share import share_scales
 
@@ -79,8 +80,9 @@ def quantize(
     samples = _made_up(graph) if feeds is None else feeds
     calibration = calibrate(ordered, samples, limit=options.samples, keep=options.bias_samples, progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
-    shared, wide, calibration = astuple(widen(shared, groups, calibration))
-    scales = choose_scales(shared, groups, calibration, options, wide=wide)
+    widened = widen(shared, groups, calibration)
+    shared, calibration = widened.graph, widened.calibration
+    scales = choose_scales(shared, groups, calibration, options, wide=widened.wide)
     integer = build(shared, scales, calibration.means, options)
     if options.bias_samples:
         integer = correct_biases(shared, integer, calibration.first, progress=progress)

@@ -7,7 +7,7 @@ scores, integers), and some scales must have a certain form.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,11 +15,13 @@ from npucc.arithmetic import RANGES
 from npucc.errors import QuantizeError
 from npucc.graph import Graph, Node, Quant
 from npucc.ops import OPS, Table
+from npucc.quantize.bounds import known_ranges
 from npucc.quantize.calibrate import Calibration, softmax_axis
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.ranges import Fit, Histogram, Range, activation_quant, choose_range
 from npucc.quantize.share import Groups, moved_inputs
 from npucc.scalar import Expression
+from npucc.segments import raw_quant, untouched
 
 INDEX = Quant("s32", np.asarray(1.0, np.float32), 0)
 BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
@@ -33,10 +35,13 @@ class Scales:
     groups: Groups
     covered: Mapping[str, Range]
     quants: Mapping[str, Quant]
+    raw: Mapping[str, Quant] = field(default_factory=dict)  # what only the host touches
 
     def of(self, graph: Graph, tensor: str) -> Quant:
         """The quantization of an activation of the graph."""
-        return BOOLEAN if graph.tensors[tensor].dtype == "bool" else self.quants[self.groups.root(tensor)]
+        if graph.tensors[tensor].dtype == "bool":
+            return BOOLEAN
+        return self.raw[tensor] if tensor in self.raw else self.quants[self.groups.root(tensor)]
 
     def range(self, tensor: str) -> Range:
         """The range that the tensor's group covers."""
@@ -71,12 +76,18 @@ def choose_scales(
 ) -> Scales:
     """A range and a quantization for each group; the groups with roots in `wide` get 16 bits. Raises QuantizeError for integers that do not fit."""
     moved = observed_ranges(graph, calibration)
+    implied = known_ranges(graph, moved)
     covered: dict[str, Range] = {}
     quants: dict[str, Quant] = {}
+    raw = {name: quant for name in untouched(graph) if (quant := raw_quant(graph.tensors[name].dtype)) is not None}
     for root, names in _members(graph, groups).items():
+        if all(name in raw for name in names):
+            continue
         covered[root] = _covered(graph, names, calibration, moved, options, whole=root in wide)
+        for name in names:
+            covered[root] = covered[root].joined(implied.get(name, Range()))
         quants[root] = activation_quant(covered[root], "s16") if root in wide else _quant(graph, names, covered[root])
-    return Scales(groups, covered, quants)
+    return Scales(groups, covered, quants, raw)
 
 
 def _members(graph: Graph, groups: Groups) -> dict[str, list[str]]:

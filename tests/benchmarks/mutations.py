@@ -5,7 +5,8 @@
 The one big idea: a mutant is caught, or it is run: in line order and in random legal orders, and its output bytes are compared with
 those of the program it was made from. Bytes that depend on the order mean that the checker is wrong. Bytes that are the same mean
 that the mistake was none; for events and for independent neighbours that is proved, since a race-free program computes what its
-lines compute in the order of the text. What remains is another program, legal and the same in every order, that computes something else.
+lines compute in the order of the text. What remains is another program, legal and the same in every order, that computes something else;
+some of these have marks of a wrong address (`isa.discipline`), which a compiled program never has: they are suspected.
 
 A program's loops are written out first, so a mistake happens in one execution of one line.
 """
@@ -24,14 +25,16 @@ import numpy as np
 
 import npucc
 from isa import SPEC, Event, Instruction, Layer, Package, Program, Tile, address_at, findings, unroll
+from isa.discipline import suspicions
 from isa.geometry import footprint, overlaps
 from isa.program import DTYPES
 from npucc import demo
 from runtime import Machine, RuntimeFault
 from runtime.boundary import to_real
 
-CAUGHT, PROVED, SAME, OTHER, FAULT, UNSTABLE = "caught", "harmless", "same bytes", "other bytes", "refused at load", "DEPENDS ON ORDER"
-VERDICTS = (CAUGHT, PROVED, SAME, OTHER, FAULT, UNSTABLE)
+CAUGHT, SUSPECTED, PROVED, SAME, FAULT = "caught", "suspected", "harmless", "same bytes", "refused at load"
+OTHER, UNSTABLE = "other bytes", "DEPENDS ON ORDER"
+VERDICTS = (CAUGHT, SUSPECTED, PROVED, SAME, FAULT, OTHER, UNSTABLE)
 Bytes = dict[str, bytes]
 Channel = tuple[str, str, int]
 
@@ -51,7 +54,7 @@ class Mutant:
 class Judged:
     mutant: Mutant
     verdict: str
-    remark: str  # the checker's first, if any
+    remark: str  # the first finding or suspicion, if any
 
 
 # ── mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -268,7 +271,7 @@ class Judge:
         return Judge(package.constants, inputs, output_bytes(Machine(package), inputs), orders)
 
     def judge(self, mutant: Mutant) -> Judged:
-        """Check the mutant; run it if the checker finds nothing."""
+        """Check the mutant; run it if the checker finds nothing; look for marks of a wrong address if its bytes differ."""
         found = findings(mutant.program)
         if found:
             return Judged(mutant, CAUGHT, found[0].message)
@@ -282,7 +285,9 @@ class Judge:
         if any(each != plain for each in shuffled):
             return Judged(mutant, UNSTABLE, "")
         if plain != self.expected:
-            return Judged(mutant, UNSTABLE if mutant.keeps_values else OTHER, "")
+            suspected = suspicions(mutant.program)
+            verdict = UNSTABLE if mutant.keeps_values else SUSPECTED if suspected else OTHER
+            return Judged(mutant, verdict, suspected[0].message if suspected else "")
         return Judged(mutant, PROVED if mutant.keeps_values else SAME, "")
 
 
@@ -300,8 +305,8 @@ def table(judged: Sequence[Judged]) -> str:
     counts: dict[str, Counter[str]] = {}
     for each in judged:
         counts.setdefault(each.mutant.kind, Counter())[each.verdict] += 1
-    used = [verdict for verdict in VERDICTS if any(count[verdict] for count in counts.values()) or verdict in (CAUGHT, PROVED, UNSTABLE)]
-    rows = [("mistake", "mutants", *used, "caught or no mistake")]
+    used = [verdict for verdict in VERDICTS if any(count[verdict] for count in counts.values()) or verdict in (CAUGHT, PROVED, OTHER, UNSTABLE)]
+    rows = [("mistake", "mutants", *used, "found or no mistake")]
     total: Counter[str] = Counter()
     for kind, count in counts.items():
         total += count
@@ -315,7 +320,7 @@ def table(judged: Sequence[Judged]) -> str:
 
 
 def _cells(count: Counter[str], used: Sequence[str]) -> list[str]:
-    good = count[CAUGHT] + count[PROVED] + count[SAME] + count[FAULT]
+    good = count.total() - count[OTHER] - count[UNSTABLE]
     return [str(count.total()), *(str(count[verdict]) for verdict in used), f"{100 * good / count.total():.1f} %"]
 
 

@@ -128,16 +128,27 @@ def _dtypes(draw: Any, spec: InstructionSpec, values: dict[str, Any]) -> dict[st
     return dtypes
 
 
+def _takes(draw: Any, spec: InstructionSpec, name: str, before: int, values: dict[str, Any]) -> bool:
+    """Whether to give an optional operand; the q31 modes of requant take both of theirs or neither."""
+    if (spec.name, name) == ("requant", "r"):
+        return bool(values["mode"] != "fp32.rne" and before > 2)
+    return bool(draw(st.booleans()))
+
+
 @st.composite
 def instructions(draw: Any, spec: InstructionSpec | None = None) -> Instruction:
     """One legal instruction without events; its tiles do not overlap. DRAM that is read lies in the constants, what is written above."""
     spec = spec or draw(st.sampled_from(TABLE))
     allocator = Allocator()
     values = {attribute.name: _value(draw, attribute) for attribute in spec.attributes}
+    if spec.name == "requant":
+        defaults = {attribute.name: attribute.default for attribute in spec.attributes}
+        unused = ("multiplier", "shift") if values["mode"] == "fp32.rne" else ("scale",)
+        values |= {name: defaults[name] for name in unused}
     sizes, dtypes = _sizes(draw, spec, values), _dtypes(draw, spec, values)
-    chosen = []
+    chosen: list[Tile] = []
     for operand in spec.operands:
-        if operand.optional and (values.get("accumulate") or draw(st.booleans())):
+        if operand.optional and (values.get("accumulate") or not _takes(draw, spec, operand.name, len(chosen), values)):
             break
         if operand.role != "read" and operand.spaces == ("dram",):
             allocator.free["dram"] = CONSTANTS
@@ -169,7 +180,8 @@ def surround(instruction: Instruction) -> Program:
         matrix = max(index for index, each in enumerate(prelude) if each.name == "matmul")
         prelude[matrix] = replace(prelude[matrix], signals=(Event("vec", 0),))
         instruction = replace(instruction, waits=(Event("mm", 0),))
-    return program_of((*prelude, instruction))
+    mode = dict(instruction.attributes).get("mode", "fp32.rne")
+    return program_of((*prelude, instruction), target=replace(TARGET, requantize=str(mode)))
 
 
 def _fill_accumulators(low: int, high: int) -> list[Instruction]:

@@ -137,7 +137,7 @@ FAULTS = {
     "other input": (["run", "shapes.npu", "--input", "other.npz"], "other.npz: there is no array 'image'; the file holds 'picture'"),
     "not a number": (["run", "shapes.npu", "--input", "nan.npz", "-o", "out.npz"], "nan.npz, sample 0: input 'image' is nan at [0, 0, 0, 0]"),
     "other shape": (["compile", MODEL, "--shape", "image=1,3,64,64"], "shape (1, 3, 64, 64) does not fit input 'image'"),
-    "pruning": (["compile", MODEL, "--prune", "2:4"], "pruning ('2:4') is not available yet"),
+    "pruning": (["compile", MODEL, "--prune", "2:4"], "pruning needs calibration data"),
     "junk reference": (
         ["eval", "shapes.npu", "--reference", "junk.onnx", "--data", SAMPLES],
         "junk.onnx: onnxruntime can't load the reference model",

@@ -22,6 +22,7 @@ TARGETS = {
     "cube": load_target("cube"),
     "tiny": load_target("tiny"),
     "7x5": replace(EDGE, name="7x5", rows=7, cols=5, spm_bytes=12001, acc_bytes=1000),
+    **{mode: replace(EDGE, name=mode, requantize=mode) for mode in ("q31.rne", "q31.tosa", "q31.tfl")},
     "starved": replace(EDGE, name="starved", rows=3, cols=2, spm_bytes=2048, acc_bytes=256, dataflow="os", shadow_weights=False),
 }
 
@@ -40,7 +41,7 @@ def test_the_machine_equals_the_integer_reference(name: str, target: Target) -> 
             lower(graph, target)
         return
     feeds = inputs_for(graph)
-    expected = reference.run(graph, feeds)
+    expected = reference.run(graph, feeds, requantize=target.requantize)
     for share in (0.0, 0.6):
         lowered = lower(graph, target, shares=(share,))
         result = Machine(lowered.program, lowered.constants).run(feeds, dump=True)

@@ -156,9 +156,9 @@ def test_steps_are_the_stages_in_order() -> None:
     assert all(stage.why for stage in npucc.stages())
 
 
-def test_pruning_is_refused_not_ignored() -> None:
-    with pytest.raises(npucc.CompileError, match="pruning \\('30%'\\) is not available yet"):
-        npucc.compile(demo.MODEL, prune="30%")
+def test_pruning_without_data_is_refused_not_ignored() -> None:
+    with pytest.raises(npucc.PruneError, match="pruning needs calibration data"):
+        npucc.compile(demo.MODEL, prune="channels=30%")
 
 
 def test_a_package_without_a_graph(demo_package: npucc.Package) -> None:

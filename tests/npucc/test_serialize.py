@@ -71,14 +71,15 @@ def test_every_operators_attributes_survive(record: Any) -> None:
     """With each attribute away from its default."""
     from npucc import serialize
 
-    other = {int: 3, float: 0.25, bool: True, str: "linear", tuple: (1, 2), type(None): (-math.inf, 6.0)}
+    other = {int: 3, float: 0.25, bool: True, str: "linear", tuple: (1, 2), type(None): (-math.inf, 6.0), bytes: b"abc"}
     values = {}
     for name, field in record.attributes.__dataclass_fields__.items():
         default = field.default
         values[name] = tuple(type(v)(v + 1) for v in default) if isinstance(default, tuple) and default else other[type(default)]
     attributes: Attributes = record.attributes(**values)
-    stored = json.loads(json.dumps(serialize._node_record(Node("n", record.name, (), ("y",), attributes))))
-    assert serialize._node(stored).attributes == attributes
+    blob = bytearray()
+    stored = json.loads(json.dumps(serialize._node_record(Node("n", record.name, (), ("y",), attributes), blob)))
+    assert serialize._node(stored, bytes(blob)).attributes == attributes
 
 
 def damaged(change: Any) -> str:

@@ -5,10 +5,10 @@ canonical nodes.
 """
 
 from npucc.frontend.node import Importer
-from npucc.frontend.operators import elementwise, layout, matrix, normalization, pooling, reduction, resize
+from npucc.frontend.operators import elementwise, layout, matrix, normalization, pooling, recurrent, reduction, resize
 
 TABLE: tuple[Importer, ...] = (
-    *matrix.TABLE, *elementwise.TABLE, *pooling.TABLE, *reduction.TABLE, *normalization.TABLE, *layout.TABLE, *resize.TABLE,
+    *matrix.TABLE, *elementwise.TABLE, *pooling.TABLE, *reduction.TABLE, *normalization.TABLE, *layout.TABLE, *resize.TABLE, *recurrent.TABLE,
 )  # fmt: skip
 OPERATORS: dict[tuple[str, str], Importer] = {(record.domain, record.name): record for record in TABLE}
 

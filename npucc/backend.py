@@ -1,0 +1,100 @@
+"""npucc as an ONNX backend: `onnx.backend.base.Backend`, in float mode.
+
+    rep = npucc.backend.prepare(model)
+    outputs = rep.run([x])
+
+The one big idea: a model is compiled when its inputs are seen, so that open sizes, and sizes that depend on data, are those of the inputs.
+The program is kept, and made anew only for inputs of other shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper
+from onnx.backend.base import Backend, BackendRep, Device, DeviceType, namedtupledict
+
+from npucc import compiler
+from npucc.compiler import FLOAT_MODE
+from npucc.package import Package
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class NpuBackendRep(BackendRep):  # type: ignore[misc]
+    """A model, and the package it was compiled to for the inputs seen last."""
+
+    def __init__(self, model: ModelProto, *, target: str = "edge", quant: str = FLOAT_MODE) -> None:
+        stored = {tensor.name for tensor in model.graph.initializer}
+        self.model, self.target, self.quant = model, target, quant
+        self.names = [value.name for value in model.graph.input if value.name not in stored]
+        self.package: Package | None = None
+        self._key: Any = None
+
+    def run(self, inputs: Any, **_: Any) -> tuple[Any, ...]:
+        """The outputs, in order and by name. `inputs`: arrays in order, {name: array}, or one array. Raises NpuccError, RuntimeFault."""
+        feed = self._feed(inputs)
+        key = tuple((name, value.shape, value.dtype.str) for name, value in feed.items())
+        if self.package is None or key != self._key:
+            shapes = {name: value.shape for name, value in feed.items() if value.shape}
+            self.package = compiler.compile(self.model, self.target, calibration=[feed], shapes=shapes, quant=self.quant)
+            self._key = key
+        outputs = self.package.machine.run(feed).outputs
+        return namedtupledict("Outputs", list(outputs))(*outputs.values())  # type: ignore[no-any-return]
+
+    def _feed(self, inputs: Any) -> dict[str, Array]:
+        if isinstance(inputs, Mapping):
+            return {name: np.asarray(value) for name, value in inputs.items()}
+        arrays = inputs if isinstance(inputs, Sequence) else [inputs]
+        return {name: np.asarray(value) for name, value in zip(self.names, arrays, strict=False)}
+
+
+class NpuBackend(Backend):  # type: ignore[misc]
+    """Every model that onnxruntime runs, if its inputs and outputs are tensors of numbers."""
+
+    @classmethod
+    def prepare(cls, model: ModelProto, device: str = "CPU", **options: Any) -> NpuBackendRep:
+        """A model ready to run. `options`: target, quant as for `npucc.compile` (default: float mode)."""
+        super().prepare(model, device, **options)
+        return NpuBackendRep(model, **options)
+
+    @classmethod
+    def run_model(cls, model: ModelProto, inputs: Any, device: str = "CPU", **options: Any) -> tuple[Any, ...]:
+        """Prepare and run."""
+        return cls.prepare(model, device, **options).run(inputs)
+
+    @classmethod
+    def run_node(
+        cls, node: NodeProto, inputs: Any, device: str = "CPU", outputs_info: Sequence[tuple[Any, tuple[int, ...]]] | None = None, **options: Any
+    ) -> tuple[Any, ...]:
+        """One node alone; `outputs_info`: (numpy type, shape) per output, found by onnxruntime when left out."""
+        super().run_node(node, inputs, device, outputs_info, **options)
+        arrays = [np.asarray(value) for value in inputs]
+        ports = [_port(name, value.dtype, value.shape) for name, value in zip(filter(None, node.input), arrays, strict=True)]
+        names = [name for name in node.output if name]
+        if outputs_info is None:
+            results = [onnx.ValueInfoProto(name=name) for name in names]
+        else:
+            results = [_port(name, dtype, shape) for name, (dtype, shape) in zip(names, outputs_info, strict=True)]
+        opset = options.pop("opset_version", onnx.defs.onnx_opset_version())
+        imports = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(node.domain, 1)] if node.domain not in ("", "ai.onnx") else [])
+        model = helper.make_model(helper.make_graph([node], "node", ports, results), opset_imports=imports)
+        return cls.run_model(model, arrays, device, **options)
+
+    @classmethod
+    def supports_device(cls, device: str) -> bool:
+        """The NPU is simulated: on the CPU."""
+        return bool(Device(device).type == DeviceType.CPU)
+
+
+def _port(name: str, dtype: Any, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+
+
+prepare = NpuBackend.prepare
+run_model = NpuBackend.run_model
+run_node = NpuBackend.run_node
+supports_device = NpuBackend.supports_device
