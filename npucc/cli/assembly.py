@@ -49,6 +49,10 @@ Either = Annotated[
 MAXIMUM_TEXT_BYTES = 1 << 28
 
 
+#: looking for wrong addresses takes four bytes per byte of memory
+LARGEST_SUSPECTED_DRAM = 1 << 28
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command("asm", epilog=ASM_EPILOG)(asm)
@@ -106,18 +110,25 @@ def disasm(
 
 
 def check(file: Either, json: options.Json = False) -> None:
-    """Check a program: would it run, and always give the same bytes?"""
+    """Check a program: would it run, and always give the same bytes?
+
+    Warnings are about legal lines that look like a wrong address: a result that nobody reads, an operand made by two instructions.
+    """
     import isa
+    from isa.discipline import suspicions
 
     program = _program(file)
     findings = isa.findings(program)
+    warnings = suspicions(program) if not findings and program.dram_bytes <= LARGEST_SUSPECTED_DRAM else []
     if json:
-        terminal.show_json({"ok": not findings, "findings": [{"line": each.line, "message": each.message, "hint": each.hint} for each in findings]})
-    elif not findings:
-        typer.echo(f"{file}: {len(program.layers)} layers, no findings")
+        lists = {"findings": findings, "warnings": warnings}
+        shown = {kind: [{"line": f.line, "message": f.message, "hint": f.hint} for f in each] for kind, each in lists.items()}
+        terminal.show_json({"ok": not findings, **shown})
     else:
-        for each in findings:
-            typer.echo(f"error: {file}:{each}", err=True)
+        for kind, each in [*(("error", f) for f in findings), *(("warning", f) for f in warnings)]:
+            typer.echo(f"{kind}: {file}:{each}", err=True)
+        if not findings:
+            typer.echo(f"{file}: {len(program.layers)} layers, no findings")
     if findings:
         raise typer.Exit(1)
 

@@ -391,7 +391,7 @@ def test_an_assembled_package_has_no_graph(npucc_command: Npucc, demo_file: Path
 
 def test_check(npucc_command: Npucc, tmp_path: Path, demo_file: Path, demo_package: npucc.Package) -> None:
     assert npucc_command("check", demo_file).out == f"{demo_file}: {len(demo_package.program.layers)} layers, no findings\n"
-    assert npucc_command("check", demo_file, "--json").json == {"ok": True, "findings": []}
+    assert npucc_command("check", demo_file, "--json").json == {"ok": True, "findings": [], "warnings": []}
     (tmp_path / "racy.npuasm").write_text(demo_package.text.replace(" wait=mm.0", "", 1))
     done = npucc_command("check", "racy.npuasm")
     assert (done.code, done.out) == (1, "")
