@@ -123,7 +123,7 @@ TABLE: tuple[InstructionSpec, ...] = (
         (Operand("y", "write", SPM, ANY, "nc"), Operand("x", "read", DRAM, ANY, "ec"), Operand("i", "read", SPM, ("s32",), "n")), (),
         "y[n,c] = x[i[n],c]; an index below 0 counts from the end of x", "gather",
         "Rows of a table in DRAM; only those asked for are moved. An index outside -e to e-1 is a fault.",
-        "gather %0x0:s8[64,128], @0x40000:s8[30522,128], %0x2000:s32[64] signal=vec.0",
+        "gather %0x0:s8[64,128], @0x10000:s8[1000,128], %0x2000:s32[64] signal=vec.0",
     ),
     InstructionSpec(
         "conv", "mm",

@@ -147,6 +147,17 @@ def table(expression: scalar.Expression, source: Quant, result: Quant) -> LookUp
     return LookUp(np.asarray(np.clip(fine, *RANGES["s16"]), np.int64), low, WIDE_SHIFT, 8)
 
 
+#: expression → the instruction that computes it (mul: of x with itself)
+DIRECT: dict[scalar.Expression, str] = {"x": "cvt", ("sqrt", "x"): "sqrt", ("pow", "x", 2.0): "mul", ("mul", "x", "x"): "mul"}
+
+
+def without_table(expression: scalar.Expression, source: Quant) -> str:
+    """The instruction that computes a function of a tensor too wide for a full table, exactly as it is; "" if there is none."""
+    if source.dtype in ("s16", "s32"):
+        return DIRECT.get(expression, "")
+    return ""
+
+
 def _values(expression: scalar.Expression, stored: np.ndarray, source: Quant) -> np.ndarray:
     real = (stored - source.zero).astype(F32) * F32(source.scale)
     with np.errstate(all="ignore"):

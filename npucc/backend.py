@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx.backend.base import Backend, BackendRep, Device, DeviceType, namedtupledict
 
 from npucc import compiler
@@ -24,7 +24,7 @@ from npucc.package import Package
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class NpuBackendRep(BackendRep):  # type: ignore[misc]
+class NpuBackendRep(BackendRep):
     """A model, and the package it was compiled to for the inputs seen last."""
 
     def __init__(self, model: ModelProto, *, target: str = "edge", quant: str = FLOAT_MODE) -> None:
@@ -34,16 +34,27 @@ class NpuBackendRep(BackendRep):  # type: ignore[misc]
         self.package: Package | None = None
         self._key: Any = None
 
+    def _without_empty(self, feed: dict[str, Array]) -> tuple[ModelProto, dict[str, Array]]:
+        """Inputs without elements have one possible value: they become constants of the model."""
+        empty = {name: value for name, value in feed.items() if not value.size}
+        if not empty:
+            return self.model, feed
+        model = ModelProto()
+        model.CopyFrom(self.model)
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in empty.items())
+        return model, {name: value for name, value in feed.items() if name not in empty}
+
     def run(self, inputs: Any, **_: Any) -> tuple[Any, ...]:
         """The outputs, in order and by name. `inputs`: arrays in order, {name: array}, or one array. Raises NpuccError, RuntimeFault."""
         feed = self._feed(inputs)
         key = tuple((name, value.shape, value.dtype.str) for name, value in feed.items())
+        model, feed = self._without_empty(feed)
         if self.package is None or key != self._key:
             shapes = {name: value.shape for name, value in feed.items() if value.shape}
-            self.package = compiler.compile(self.model, self.target, calibration=[feed], shapes=shapes, quant=self.quant)
+            self.package = compiler.compile(model, self.target, calibration=[feed], shapes=shapes, quant=self.quant)
             self._key = key
         outputs = self.package.machine.run(feed).outputs
-        return namedtupledict("Outputs", list(outputs))(*outputs.values())  # type: ignore[no-any-return]
+        return namedtupledict("Outputs", list(outputs))(*outputs.values())
 
     def _feed(self, inputs: Any) -> dict[str, Array]:
         if isinstance(inputs, Mapping):
@@ -52,7 +63,7 @@ class NpuBackendRep(BackendRep):  # type: ignore[misc]
         return {name: np.asarray(value) for name, value in zip(self.names, arrays, strict=False)}
 
 
-class NpuBackend(Backend):  # type: ignore[misc]
+class NpuBackend(Backend):
     """Every model that onnxruntime runs, if its inputs and outputs are tensors of numbers."""
 
     @classmethod
@@ -82,7 +93,7 @@ class NpuBackend(Backend):  # type: ignore[misc]
         opset = options.pop("opset_version", onnx.defs.onnx_opset_version())
         imports = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(node.domain, 1)] if node.domain not in ("", "ai.onnx") else [])
         model = helper.make_model(helper.make_graph([node], "node", ports, results), opset_imports=imports)
-        return cls.run_model(model, arrays, device, **options)
+        return NpuBackendRep(model, **options).run(arrays)
 
     @classmethod
     def supports_device(cls, device: str) -> bool:

@@ -146,7 +146,7 @@ def steps(
         graph, pruned = _pruned(graph, feeds, chip, pruning, progress)
     yield Step("prune", graph)
 
-    quantized = quantize(graph, feeds, options=options, progress=progress)
+    quantized = quantize(graph, feeds, options=options, target=chip, progress=progress)
     yield Step("quantize", quantized.graph)
 
     report("lower", 0, 1)
@@ -155,9 +155,7 @@ def steps(
 
     report("check", 0, 1)
     check_program(lowered.program)
-    package = Package.create(
-        lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused, pruned=pruned
-    )
+    package = Package.create(lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused, pruned=pruned)
     yield Step("check", package)
 
 

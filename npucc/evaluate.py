@@ -194,20 +194,21 @@ def evaluate(npu: Run, original: Run, samples: Iterable[Sample], *, progress: Pr
 
 
 def layer_errors(
-    graph: Graph, float_tensors: Run, feeds: Iterable[Mapping[str, Array]], *, stored: Run | None = None, progress: Progress | None = None
-) -> tuple[LayerError, ...]:
+    graph: Graph, float_tensors: Run, feeds: Iterable[Mapping[str, Array]], *, stored: Run | None = None, requantize: str = "fp32.rne",
+    progress: Progress | None = None,
+) -> tuple[LayerError, ...]:  # fmt: skip
     """Both errors of every node of an integer graph, in graph order, over the feeds.
 
     `float_tensors(feed)` gives the float value of every tensor of the graph by name (see `float_runner`); `stored(feed)` the stored integers
-    of the integer network (default: the reference). Takes memory for all tensors of one sample.
+    of the integer network (default: the reference, in the target's mode `requantize`). Takes memory for all tensors of one sample.
     """
-    stored = stored or (lambda feed: reference.run(graph, feed))
+    stored = stored or (lambda feed: reference.run(graph, feed, requantize=requantize))
     accumulated = {node.name: ErrorSum() for node in graph}
     single = {node.name: ErrorSum() for node in graph}
     for count, feed in enumerate(feeds, start=1):
         exact, found = _with_rescaled(graph, float_tensors(feed)), stored(feed)
         for node in graph:
-            _add_node(graph, node, exact, found, accumulated[node.name], single[node.name])
+            _add_node(graph, node, exact, found, accumulated[node.name], single[node.name], requantize)
         if progress:
             progress("layers", count, 0)
     return tuple(
@@ -215,13 +216,13 @@ def layer_errors(
     )
 
 
-def _add_node(graph: Graph, node: Node, exact: Outputs, found: Outputs, accumulated: ErrorSum, single: ErrorSum) -> None:
+def _add_node(graph: Graph, node: Node, exact: Outputs, found: Outputs, accumulated: ErrorSum, single: ErrorSum, requantize: str) -> None:
     result = graph.tensors[node.outputs[0]]
     wanted = exact[result.name]
     if result.name in found:
         accumulated.add(reference.to_real(result, found[result.name]), wanted)
     inputs = {name: reference.to_stored(graph.tensors[name], exact[name]) for name in node.inputs if name and not graph.tensors[name].is_constant}
-    alone = reference.run_node(graph, node, inputs)[result.name]
+    alone = reference.run_node(graph, node, inputs, requantize=requantize)[result.name]
     single.add(reference.to_real(result, alone), wanted)
 
 

@@ -123,7 +123,7 @@ def run(model: bytes, inputs: Sequence[Array]) -> list[Array]:
     if len(names) != len(inputs):
         raise RuntimeFault(f"a host segment takes {len(names)} inputs, but is given {len(inputs)}", hint="compile the model again")
     try:
-        results = engine.run(None, dict(zip(names, inputs, strict=True)))
+        results = engine.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
     except Exception as error:  # noqa: BLE001  onnxruntime raises many kinds
         raise RuntimeFault(f"onnxruntime fails in a host segment: {first_line(error)}", hint="run the ONNX model on the same inputs") from None
     for value, result in zip(engine.get_outputs(), results, strict=True):

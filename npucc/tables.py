@@ -121,7 +121,8 @@ def pruning(report: Mapping[str, Any]) -> Table:
     )
     headers = ("layer", "op", "weights", "kept", "MACs", "kept", "error", "repaired")
     total = ("total", "", "", "", f"{report['macs']:,}", f"{report['macs_kept']:,}", "", f"{report['output_error']:.2%}")
-    return grid("pruned: error of each layer's result before and after the repair; the last line is the network's output", headers, rows, left=2, footer=total)
+    title = "pruned: error of each layer's result before and after the repair; the last line is the network's output"
+    return grid(title, headers, rows, left=2, footer=total)
 
 
 def _errors(row: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from isa.program import Instruction, Program, Tile, address_at
 from isa.spec import SPEC
 from runtime.decode import Decoded, decode
 from runtime.errors import RuntimeFault
+from runtime.gemm import FloatSums
 from runtime.host import Host
 from runtime.kernels import KERNELS
 from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
@@ -28,7 +29,7 @@ from runtime.stream import Step
 #: bytes of decoded weights and tables that a machine keeps; beyond them, weights are decoded at each execution
 LARGEST_MEMO = 1 << 30
 #: operands that programs load from their constants: weights and right-hand sides, scales, tables
-CONSTANT_OPERANDS = ("w", "b", "s", "r", "t")
+CONSTANT_OPERANDS = ("w", "b", "c", "s", "r", "t")
 #: bytes kept per byte of a constant operand: itself, and as float32
 DECODED_SIZE = 5
 #: results whose every element depends only on the elements of the operands at the same place: they may be computed in place
@@ -70,6 +71,11 @@ class Writers:
         first, last = self._range(low, high)
         return max(self.steps[first:last], default=-1)
 
+    def all(self, low: int, high: int) -> list[int]:
+        """The steps that wrote the bytes last."""
+        first, last = self._range(low, high)
+        return self.steps[first:last]
+
     def only(self, low: int, high: int) -> int:
         """The one step that wrote all of the bytes; -1 when there is no such step."""
         first, last = self._range(low, high)
@@ -89,6 +95,9 @@ class Binder:
         self.writers = {space: Writers() for space in memories}
         self.loads: dict[int, tuple[Located, Located]] = {}
         self.last_window: tuple[Any, int] | None = None
+        self.latest: tuple[int, Located, FloatSums] | None = None  # the last matrix instruction, if its sums are exact in float32
+        self.readers: dict[int, set[int]] = {}  # who reads the accumulators that a step wrote
+        self.takers: list[tuple[int, int, FloatSums]] = []  # matrix step, the requant that takes its float sums
         self._decoded: dict[int, Decoded] = {}
         self._constants = (program.constants_address, program.constants_address + program.constants_bytes)
 
@@ -105,9 +114,37 @@ class Binder:
         snapshots = self._snapshots(instruction, result, others, views)
         known = {} if snapshots or not self.known_order else self._known(dict(others))
         same_input = self._same_input(instruction, located, attributes) if self.known_order else False
-        run = KERNELS[instruction.name](Site(instruction, views, attributes, self.scratch, self.memo, known, same_input))
+        sums = self._float_sums(instruction, located) if self.known_order else None
+        site = Site(instruction, views, attributes, self.scratch, self.memo, known, same_input, sums=sums)
+        run = KERNELS[instruction.name](site)
+        self._follow_accumulators(number, site, step.line.queue, located)
         self._record(number, instruction, located)
         return _after_copying(snapshots, run) if snapshots else run
+
+    def finish(self) -> None:
+        """All steps are bound: accumulators that only the taker of the float sums would read need not be stored."""
+        for producer, taker, sums in self.takers:
+            sums.stored = self.readers[producer] != {taker}
+
+    def _float_sums(self, instruction: Instruction, located: dict[str, Located]) -> FloatSums | None:
+        """The float sums that stand for a requant's operand: all of what the last matrix instruction wrote, in the same order."""
+        if instruction.name != "requant" or self.latest is None:
+            return None
+        (producer, y, sums), a = self.latest, located["a"]
+        same = a.tile.space == "acc" and a.address == y.address and a.tile.is_dense and y.tile.is_dense and a.tile.elements == y.tile.elements
+        return sums if same and not sums.taken and self.writers["acc"].only(*a.extent) == producer else None
+
+    def _follow_accumulators(self, number: int, site: Site, queue: str, located: dict[str, Located]) -> None:
+        """Note who reads which sums, who took them as float32, and what the last matrix instruction offers."""
+        result, *others = located.values()
+        reads = [at for at in (*others, *((result,) if site.attributes.get("accumulate") else ())) if at.tile.space == "acc"]
+        for at in reads:
+            for writer in self.writers["acc"].all(*at.extent):
+                self.readers.setdefault(writer, set()).add(number)
+        if self.latest is not None and site.sums is not None and site.sums.taken:
+            self.takers.append((self.latest[0], number, site.sums))
+        if queue == "mm":
+            self.latest = (number, result, site.offered[0]) if site.offered else None
 
     def _bind_host(
         self, number: int, instruction: Instruction, views: dict[str, Array], located: dict[str, Located], attributes: dict[str, Any]

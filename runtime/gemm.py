@@ -8,7 +8,7 @@ parts are added as int32, which wraps as the accumulators do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,16 +77,39 @@ def sums(parts: list[Part]) -> list[list[Part]]:
     return gathered
 
 
-def bind_product(parts: list[Part], y: Array, scratch: Scratch, *, bias: Array | None, accumulate: bool) -> Callable[[], None]:
+@dataclass(slots=True)
+class FloatSums:
+    """The sums of one instruction as they leave the BLAS: exact in float32, with and without the bias, which is not added yet.
+
+    A requant that follows may take them instead of the accumulators; where nothing else reads those, they need not be `stored`.
+    """
+
+    bias: tuple[Any, Array] | None  # (a key that stands for the content, int32 [N])
+    values: Array = field(default_factory=lambda: np.empty(0, np.float32))  # [M, N]; lasts until the next product
+    taken: bool = False
+    stored: bool = True
+
+
+def float_sums(parts: list[Part], bias: tuple[Any, Array] | None) -> FloatSums | None:
+    """Whether the sums of all `parts` and the bias are exact in float32: then their record, its values still to come."""
+    bound = sum(part.bound for part in parts) + (int(np.abs(bias[1].astype(np.int64)).max()) if bias else 0)
+    return FloatSums(bias) if parts[0].left.dtype == np.float32 and bound <= EXACT[np.dtype(np.float32)] else None
+
+
+def bind_product(
+    parts: list[Part], y: Array, scratch: Scratch, *, bias: Array | None, accumulate: bool, floats: FloatSums | None = None
+) -> Callable[[], None]:
     """A closure for y = (bias, or y if `accumulate`) + the sum of `parts`, wrapping in 32 bits.
 
-    y: int32, of the shape of the product ([..., M, N], any strides). `bias` broadcasts to y.
+    y: int32, of the shape of the product ([..., M, N], any strides). `bias` broadcasts to y. `floats` gets the sums' place.
     """
     dtype = parts[0].left.dtype
     shape = (*parts[0].left.shape[:-1], parts[0].right.shape[-1])
     product, partial = scratch.take("product", shape, dtype), scratch.take("partial", shape, dtype)
     whole = scratch.take("integers", shape, np.int32)
     groups = [[(part.left, part.right) for part in group] for group in sums(parts)]
+    kept = floats or FloatSums(None)
+    kept.values = product
 
     def run() -> None:
         keep = accumulate
@@ -95,6 +118,8 @@ def bind_product(parts: list[Part], y: Array, scratch: Scratch, *, bias: Array |
             for other_left, other_right in more:
                 np.matmul(other_left, other_right, out=partial)
                 np.add(product, partial, out=product)
+            if not kept.stored:
+                return
             if keep:
                 to_int32(product, whole)
                 np.add(y, whole, out=y)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from runtime.gemm import EXACT, LARGEST, Part, bind_product, cut, cut_evenly, to_int32, working_type
+from runtime.gemm import EXACT, LARGEST, FloatSums, Part, bind_product, cut, cut_evenly, float_sums, to_int32, working_type
 from runtime.memory import Array
 from runtime.scratch import PIECE
 from runtime.site import Site
@@ -50,7 +50,20 @@ def _product(site: Site, parts: list[Part], y: Array, bias: Array | None, shape:
     if y.ndim == 3 and shape is not None:  # a padded accumulator tile: matrices of one output row each
         height, width = shape.outputs
         parts = [Part(part.left.reshape(height, width, -1), part.right, part.bound) for part in parts]
-    return bind_product(parts, y, site.scratch, bias=bias, accumulate=bool(site.attributes["accumulate"]))
+    accumulate = bool(site.attributes["accumulate"])
+    floats = None if accumulate or y.ndim > 2 else _float_sums(site, parts)
+    return bind_product(parts, y, site.scratch, bias=bias, accumulate=accumulate, floats=floats)
+
+
+def _float_sums(site: Site, parts: list[Part]) -> FloatSums | None:
+    """Offer the sums as float32 where they and the bias are exact in it."""
+    name = "c" if site.instruction.name == "matmul" else "b"
+    if name in site.views and name not in site.constants:
+        return None
+    floats = float_sums(parts, site.constants.get(name) if name in site.views else None)
+    if floats is not None:
+        site.offered.append(floats)
+    return floats
 
 
 def _mergeable(y: Array) -> bool:

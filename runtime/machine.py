@@ -177,7 +177,9 @@ class Machine:
 
     def _bind(self, order: list[int], *, known_order: bool) -> list[Callable[[], None]]:
         binder = Binder(self.program, self.memories, self._memo, known_order=known_order, host=self.host)
-        return [binder.bind(number, self.steps[index]) for number, index in enumerate(order)]
+        closures = [binder.bind(number, self.steps[index]) for number, index in enumerate(order)]
+        binder.finish()
+        return closures
 
     def _write_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Bring the memories to the state before a run: zero, with constants and inputs."""

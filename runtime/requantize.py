@@ -7,6 +7,7 @@ before the narrow cast, so that no cast is ever out of range. The q31 modes of r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +76,8 @@ def _wide(rounded: Array, zero: int, dtype: str, low: int, high: int) -> Array:
     """The same for results that float32 does not hold exactly: to 64 bits (from 2**63 on it saturates), then add and clamp as integers."""
     too_high, too_low = rounded >= 2.0**63, rounded <= -(2.0**63)
     integers = np.where(too_high | too_low, 0, rounded).astype(np.int64) + zero
-    integers[too_high], integers[too_low] = high, low
-    return np.clip(integers, low, high).astype(NUMPY[dtype])
+    limited: Array = np.where(too_high, high, np.where(too_low, low, np.clip(integers, low, high)))
+    return limited.astype(NUMPY[dtype])
 
 
 def bind_requant(site: Site) -> Callable[[], None]:
@@ -94,33 +95,48 @@ def bind_requant(site: Site) -> Callable[[], None]:
         live = site.views["s"]
         return _requant(site, a, y, lambda _: live, quant)
     key, scales = site.constants["s"]
-    return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant)
+    if site.sums is None or not np.isfinite(scales).all():
+        return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant)
+    site.sums.taken = True
+    a, y = collapse([site.sums.values.reshape(1, *site.views["a"].shape), site.views["y"].reshape(1, *site.views["y"].shape)], keep=1)
+    if site.sums.bias is None:
+        return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant)
+    bias_key, bias = site.sums.bias
+    biases = bias.astype(np.float32)
+    return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant, bias_for=lambda rows: _repeated(site, bias_key, biases, rows))
 
 
-def _repeated(site: Site, key: Any, scales: Array, rows: int) -> Array:
-    """The scales once per row when rows are short: then the product runs over one long contiguous row."""
-    if len(scales) > SHORT_ROW:
-        return scales
-    memo = ("scales", key, rows)
+def _repeated(site: Site, key: Any, values: Array, rows: int) -> Array:
+    """The float32 values of all channels once per row when rows are short: then the product runs over one long contiguous row."""
+    if len(values) > SHORT_ROW:
+        return values
+    memo = ("repeated", key, rows)
     if memo not in site.memo:
-        site.memo[memo] = np.tile(scales, (rows, 1))
+        site.memo[memo] = np.tile(values, (rows, 1))
     repeated: Array = site.memo[memo]
     return repeated
 
 
-def _requant(site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], quant: tuple[int, tuple[int, int]]) -> Callable[[], None]:
+def _requant(
+    site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], quant: tuple[int, tuple[int, int]], *,
+    bias_for: Callable[[int], Array] | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """`bias_for` (of float sums, exact in float32): what to add to a first."""
     zero, clamp = quant
     dtype = NAMES[y.dtype]
     low, high = (np.float32(bound) for bound in bounds(dtype, clamp))
-    work = [
-        (part, result, scale_for(part.shape[0]), site.scratch.take("requant", part.shape, np.float32))
-        for part, result in pieces([a, y])
-    ]  # fmt: skip
+    work = []
+    for part, result in pieces([a, y]):
+        rows = math.prod(part.shape[-2:-1])
+        work.append((part, result, scale_for(rows), bias_for and bias_for(rows), site.scratch.take("requant", part.shape, np.float32)))
     offset = np.float32(zero)
 
     def run() -> None:
-        for part, result, scale, values in work:
-            np.copyto(values, part, casting="unsafe")
+        for part, result, scale, bias, values in work:
+            if bias is None:
+                np.copyto(values, part, casting="unsafe")
+            else:
+                np.add(part, bias, out=values)
             np.multiply(values, scale, out=values)
             np.rint(values, out=values)
             if offset:
@@ -133,7 +149,7 @@ def _requant(site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], 
             run()
             return
         with np.errstate(all="ignore"):
-            for part, result, scale, _ in work:
+            for part, result, scale, *_ in work:
                 np.copyto(result, round_and_clamp(part.astype(np.float32) * scale, zero, dtype, clamp))
 
     fixed = "s" not in site.views or "s" in site.constants

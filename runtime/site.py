@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from isa.program import Instruction
 from runtime.errors import RuntimeFault
+from runtime.gemm import FloatSums
 from runtime.memory import Array
 from runtime.scratch import Scratch
 
@@ -26,6 +27,7 @@ class Site:
     `constants` has (a key that stands for the content, the content) of operands where every run finds the same bytes.
     `memo` keeps what is made of such content, by key, for all sites of a program.
     `host` is what the instructions of the host queue talk to.
+    `sums` are what operand a of a requant holds, as float32 without the bias; `offered` takes such sums from a matrix instruction.
     `same_input` tells that operand x was not written since the conv before, which read the very same tile in the same way.
     """
 
@@ -37,6 +39,8 @@ class Site:
     constants: Mapping[str, tuple[Any, Array]] = field(default_factory=dict)
     same_input: bool = False
     host: Host | None = None
+    sums: FloatSums | None = None
+    offered: list[FloatSums] = field(default_factory=list)
 
     def fault(self, message: str, hint: str = "") -> NoReturn:
         """Refuse this instruction."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from isa.target import Target, load_target, target_names
 from npucc import tables
 from npucc.cli import options, terminal
-
-if TYPE_CHECKING:
-    from npucc.ops import Operator
 
 TARGETS_EPILOG = """\b
 Examples:
@@ -23,10 +20,10 @@ Examples:
 
 OPS_EPILOG = """\b
 Examples:
-  npucc ops                     ONNX operators that can be compiled, with their limits
+  npucc ops                     ONNX operators, where they run and with which limits
   npucc ops --target cube       the same, with the engine that does the work
 \b
-Every operator runs on the NPU in integers; nothing falls back to the host."""
+Operators without a place on the NPU run on the host, as segments that every report lists; `compile --check` tells beforehand."""
 
 
 def register(app: typer.Typer) -> None:
@@ -92,25 +89,27 @@ def ops(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """List the ONNX operators that can be compiled, and the graph operators they come down to."""
-    from npucc.frontend import supported_operators
+    """List the ONNX operators and where they run, and the graph operators they come down to."""
+    from npucc import operators
     from npucc.ops import TABLE
 
     chip = options.target(target) if target is not None else None
-    onnx = supported_operators()
-    graph = [(record.name, record.meaning, _engine(record)) for record in TABLE]
+    onnx = operators.table()
+    graph = [(record.name, record.meaning, operators.engine(record)) for record in TABLE]
     if json:
         terminal.show_json({
-            "target": chip.name if chip else None, "onnx": [{"name": name, "note": note} for name, note in onnx],
+            "target": chip.name if chip else None, "onnx": [dataclasses.asdict(row) for row in onnx],
             "graph": [{"name": name, "meaning": meaning, "engine": engine} for name, meaning, engine in graph],
         })  # fmt: skip
         return
-    terminal.show(tables.grid(f"{len(onnx)} ONNX operators", ("operator", "limits"), onnx, left=2))
+    places = [(row.name, row.place, row.note) for row in onnx]
+    terminal.show(tables.grid(f"{len(onnx)} ONNX operators", ("operator", "place", "conditions, or why not on the NPU"), places, left=3))
     if chip is not None:
         rates = {
-            "matrix": f"{chip.macs_per_cycle} MACs per cycle",
-            "vector": f"{chip.vec_lanes} elements per cycle",
-            "DMA": f"{chip.dram_bytes_per_cycle:g} bytes per cycle",
+            operators.MATRIX: f"{chip.macs_per_cycle} MACs per cycle",
+            operators.VECTOR: f"{chip.vec_lanes} elements per cycle",
+            operators.MOVES: f"{chip.dram_bytes_per_cycle:g} bytes per cycle",
+            operators.HOST: f"{chip.host_latency} cycles per segment",
         }
         rows = [(name, meaning, engine, rates[engine]) for name, meaning, engine in graph]
         terminal.show(
@@ -119,12 +118,3 @@ def ops(
                 f"the {len(graph)} graph operators they become, on target {chip.name}", ("operator", "meaning", "engine", "at most"), rows, left=4
             ),
         )
-
-
-def _engine(record: Operator) -> str:
-    """The engine that bounds the operator. Data that only moves is placed by DMA or by strides."""
-    from npucc.ops import Pool, Reduce, Resize
-
-    if record.matrix:
-        return "matrix"
-    return "DMA" if record.moves_data and not issubclass(record.attributes, Pool | Reduce | Resize) else "vector"

@@ -17,8 +17,10 @@ SYNTHETIC_WARNING = "no --calibration: the scales come from made-up inputs, so c
 EPILOG = """\b
 Examples:
   npucc compile model.onnx --calibration samples.npz -o model.npu
+  npucc compile model.onnx --check              where each node runs, before any work
   npucc compile model.onnx --target cube --shape input=1,3,224,224 --json
   npucc compile model.onnx --target my_npu.toml --dump-after import
+  npucc compile model.onnx --calibration samples.npz --prune channels=30%
 \b
 Calibration decides the scales of all tensors, so give some dozens of inputs like those of real use.
 Without it the scales come from made-up inputs: cycles and energy are right, the results mean little.
@@ -31,7 +33,7 @@ def register(app: typer.Typer) -> None:
     app.command("compile", epilog=EPILOG)(compile_model)
 
 
-def compile_model(
+def compile_model(  # noqa: PLR0913  one per option
     model: options.Model,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="OUT.npu", help="The package to write. [default: MODEL.npu, here]", show_default=False)
@@ -43,13 +45,19 @@ def compile_model(
     shape: Annotated[
         list[str] | None, typer.Option("--shape", metavar="x=1,3,224,224", help="Bind an input's open sizes; repeat per input.", show_default=False)
     ] = None,
-    prune: Annotated[str | None, typer.Option("--prune", metavar="SPEC", help="Remove channels or weights: `channels=30%`, `2:4`, `cycles=0.7,drop=0.5`; `help` explains.", show_default=False)] = None,
+    prune: Annotated[
+        str | None, typer.Option("--prune", metavar="SPEC", help="Remove channels, weights: channels=30%, 2:4; `help` explains.", show_default=False)
+    ] = None,
     quant: Annotated[
-        str | None, typer.Option("--quant", metavar="SPEC", help="Quantization options: key=value,key=value (`help` lists them), or none: all in float, on the host.", show_default=False)
+        str | None,
+        typer.Option(
+            "--quant", metavar="SPEC", help="key=value,key=value (`help` lists them), or none: all in float, on the host.", show_default=False
+        ),
     ] = None,
     host: Annotated[
         bool, typer.Option("--host/--no-host", help="Let onnxruntime run, as host segments, what the NPU can't; --no-host makes it an error.")
     ] = True,
+    check: Annotated[bool, typer.Option("--check", help="Only tell where each node would run; nothing is calibrated or written.")] = False,
     dump_after: Annotated[
         str | None, typer.Option("--dump-after", metavar="STAGE", help="Print the value after a stage.", show_default=False)
     ] = None,
@@ -61,6 +69,9 @@ def compile_model(
     """
     from npucc import compiler
 
+    if check:
+        _check(model, options.shapes(shape), json=json)
+        return
     chip, bound = options.target(target), options.shapes(shape)
     options.existing(calibration, "--calibration")
     options.quant(quant)
@@ -86,6 +97,19 @@ def compile_model(
     _show_package(package, path, stage=dump_after, dump=dump, json=json)
 
 
+def _check(model: Path, shapes: dict[str, tuple[int, ...]], *, json: bool) -> None:
+    """Place every node and show the table."""
+    from npucc import operators
+
+    rows = operators.place(model, shapes)
+    counts = dict(operators.summary(rows))
+    if json:
+        terminal.show_json({"nodes": [asdict(row) for row in rows], "counts": counts})
+        return
+    title = f"{len(rows)} nodes: " + ", ".join(f"{count} {place}" for place, count in counts.items())
+    terminal.show(tables.grid(title, ("node", "operator", "place", "why"), [(row.node, row.operator, row.place, row.reason) for row in rows], left=4))
+
+
 def _known_stage(name: str | None) -> None:
     if name is not None:
         from npucc.compiler import stages
@@ -107,7 +131,7 @@ def _show_package(package: Package, path: Path, *, stage: str | None, dump: str 
     if package.calibration == SYNTHETIC:
         terminal.warn(SYNTHETIC_WARNING)
     if json:
-        extra = {} if dump is None else {"stage": stage, "dump": dump}
+        extra: dict[str, object] = {} if dump is None else {"stage": stage, "dump": dump}
         extra |= {"host_nodes": [asdict(node) for node in package.host_nodes], "host_cycles": package.host_cycles}
         extra |= {} if package.pruned is None else {"pruned": package.pruned}
         terminal.show_json(

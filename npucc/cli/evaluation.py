@@ -100,7 +100,8 @@ def _layers(package: Package, reference: Path, dataset: Dataset, samples: int, p
         terminal.warn("no errors per layer: the network was pruned, so its layers have no counterpart in the reference model")
         return ()
     original = float_graph(reference, {name: graph.tensors[name].shape for name in graph.inputs})
-    return evaluation.layer_errors(graph, evaluation.float_runner(original), itertools.islice(dataset, samples), progress=progress)
+    runner, mode = evaluation.float_runner(original), package.program.target.requantize
+    return evaluation.layer_errors(graph, runner, itertools.islice(dataset, samples), requantize=mode, progress=progress)
 
 
 def reference_runner(path: Path, package: Package) -> Run:

@@ -21,7 +21,8 @@ def to_onnx(graph: Graph, *, unsigned: bool = True) -> onnx.ModelProto:
 
     An integer graph (one with scales) becomes QDQ; onnxruntime agrees with it to the bit in convolutions, matrix products, sums,
     products, pooling and data movement given `session.x64quantprecision=1`. `unsigned=False` writes int8 activations, for tools that
-    want them; onnxruntime is then exact with `session.qdqisint8allowed=1` instead.
+    want them; onnxruntime is then exact with `session.qdqisint8allowed=1` instead. ONNX rounds as targets with requantize=fp32.rne do;
+    the q31 modes of other targets may differ from it by a step of the result.
     """
     quants = [tensor.quant for tensor in graph.tensors.values() if tensor.quant is not None]
     opset = OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET

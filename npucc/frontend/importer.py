@@ -21,6 +21,9 @@ from npucc.graph import Editor, Graph, Node, Tensor
 from npucc.ops import Reshape, Table
 
 LARGEST_TENSOR = 1 << 31  # elements
+CONTROL_FLOW = ("If", "Loop", "Scan")
+#: operators that need no importer: their results are known when the model is compiled
+FOLDED = {"Constant": "", "Shape": "the input's shape is fixed", "Size": "the input's shape is fixed"}
 BOOLEAN_RESULTS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"})
 
 
@@ -263,6 +266,6 @@ def _unsupported_hint(node: NodeProto) -> str:
         or node.op_type.endswith("Integer")
     ):
         return "the model is quantized already; give the float model, which npucc quantizes itself"
-    if node.op_type in ("If", "Loop", "Scan"):
+    if node.op_type in CONTROL_FLOW:
         return "control flow that depends on data can't be compiled; export the model with fixed control flow"
     return "see `npucc ops` for the supported operators; cut the model before this node, or replace the node by supported ones"

@@ -100,7 +100,7 @@ def _data(emitter: Emitter, name: str) -> np.ndarray:
 def integer_weights(
     emitter: Emitter, node: Node, weights: np.ndarray, *, axis: int, fold_zero: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(weights, bias with the input's zero point folded in, factors [1 or 2, outputs] as `arithmetic.Factor` has them, zero point) of a matrix node."""
+    """(weights, bias with the input's zero point folded in, rows of `arithmetic.Factor`, zero point) of a matrix node."""
     graph = emitter.graph
     source, result = graph.quant(node.inputs[0]), graph.quant(node.outputs[0])
     count = weights.shape[axis]

@@ -15,13 +15,13 @@ import numpy as np
 from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.errors import CompileError
-from runtime.costs import Row
 from npucc.lowering import cost
 from npucc.lowering.elementwise import Box, Chain
 from npucc.lowering.emitter import Emitter, Ring, aligned, factor_tiles, parameter_block, spm_tile, windows
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
+from runtime.costs import Row
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,7 +77,8 @@ class Chain:
         """Scratchpad bytes that one set of operand tiles takes for a block of these sizes."""
         graph = self.emitter.graph
         spare = box.elements * max(self.widths) if len(self.widths) > 1 else 0
-        tables = sum(TABLE_BYTES[graph.quant(n.inputs[0]).dtype] for n in self.nodes if isinstance(n.attributes, Table))
+        looked_up = (n.inputs[0] for n in self.nodes if isinstance(n.attributes, Table) and not self._direct(n, n.attributes))
+        tables = sum(TABLE_BYTES[graph.quant(name).dtype] for name in looked_up)
         return spare + tables + sum(self._operand_bytes(name, box) for name in self.operands())
 
     def _operand_bytes(self, name: str, box: Box) -> int:
@@ -102,8 +103,11 @@ class Chain:
         if len(self.widths) > 1:
             self.spare = self.emitter.ring(largest.elements * max(self.widths), slots)
         for node in self.nodes:
-            if isinstance(node.attributes, Table):
+            if isinstance(node.attributes, Table) and not self._direct(node, node.attributes):
                 self.tables[node.name] = self._load_table(node, node.attributes)
+
+    def _direct(self, node: Node, attributes: Table) -> str:
+        return arithmetic.without_table(attributes.expression, self.emitter.graph.quant(node.inputs[0]))
 
     def _load_table(self, node: Node, attributes: Table) -> LoadedTable:
         graph = self.emitter.graph
@@ -183,10 +187,17 @@ class LoadedTable:
 
 
 def emit_elementwise(emitter: Emitter, node: Node, result: Tile, tiles: Sequence[Tile]) -> None:
-    """The instruction of one elementwise node that is not a table."""
+    """The instruction of one elementwise node that is not looked up."""
+    tiles = tuple(tiles)
     graph = emitter.graph
     quants = [graph.quant(name) for name in node.inputs]
     after = graph.quant(node.outputs[0])
+    if isinstance(node.attributes, Table):
+        name = arithmetic.without_table(node.attributes.expression, quants[0])
+        own, operands = quant_pair(quants[0]), tiles * 2 if name == "mul" else tiles
+        read = {"qa": own, "qb": own} if name == "mul" else {"qx": own}
+        emitter.vector(name, result, *operands, **read, qy=quant_pair(after), clamp=arithmetic.RANGES[after.dtype])
+        return
     if isinstance(node.attributes, Compare):
         emitter.vector("cmp", result, *tiles, op=node.attributes.kind, qa=quant_pair(quants[0]), qb=quant_pair(quants[1]))
         return

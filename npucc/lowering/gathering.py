@@ -27,16 +27,20 @@ def lower_gather(emitter: Emitter, group: Group) -> None:
     assert isinstance(node.attributes, ops.Gather)
     table, indices = (operand_view(emitter, name) for name in node.inputs)
     rows, picked = _as_rows(table, emitter.placement.views[group.result], node.attributes.axis, len(indices.shape))
+    if not indices.shape:  # one index: a row of one
+        indices = replace(indices, shape=(1,), strides=(4,))
+        picked = replace(picked, shape=(1, *picked.shape), strides=(picked.strides[0] * picked.shape[0], *picked.strides))
     count, columns = _block(emitter, picked, DTYPES[table.dtype])
     index_ring = emitter.ring(4 * count, 2)
     value_ring = emitter.ring(count * columns * DTYPES[table.dtype], 2)
     for place, start, size in _index_blocks(indices, count):
-        window = indices.window((*place, start), (*(1 for _ in place), size)) if indices.shape else indices
+        ones = (1,) * len(place)
+        window = indices.window((*place, start), (*ones, size))
         index = _flat(emitter.load(window, index_ring), size)
         for lead in np.ndindex(rows.shape[1:-1]):
             for column, width in windows(rows.shape[-1], columns):
                 source = rows.window((0, *lead, column), (rows.shape[0], *(1 for _ in lead), width))
-                result = picked.window((*place, *((start,) if indices.shape else ()), *lead, column), _sizes(indices, place, size, lead, width))
+                result = picked.window((*place, start, *lead, column), (*ones, size, *(1 for _ in lead), width))
                 _fetch(emitter, _matrix(source), _matrix(result), index, value_ring.next())
 
 
@@ -65,14 +69,7 @@ def _block(emitter: Emitter, picked: View, element: int) -> tuple[int, int]:
 
 def _index_blocks(indices: View, count: int) -> list[tuple[tuple[int, ...], int, int]]:
     """(leading position, start, size) of runs along the last dimension of the indices."""
-    if not indices.shape:
-        return [((), 0, 1)]
     return [(place, start, size) for place in np.ndindex(indices.shape[:-1]) for start, size in windows(indices.shape[-1], count)]
-
-
-def _sizes(indices: View, place: tuple[int, ...], size: int, lead: tuple[int, ...], width: int) -> tuple[int, ...]:
-    along = (*(1 for _ in place), size) if indices.shape else ()
-    return (*along, *(1 for _ in lead), width)
 
 
 def _flat(tile: Tile, size: int) -> Tile:
@@ -84,8 +81,6 @@ def _flat(tile: Tile, size: int) -> Tile:
 def _matrix(view: View) -> View:
     """[rows, columns], all other dimensions being 1."""
     long = [d for d in range(len(view.shape) - 1) if view.shape[d] > 1] or [0]
-    if len(view.shape) == 1:
-        return replace(view, shape=(1, *view.shape), strides=(view.strides[0] * view.shape[0], *view.strides))
     return replace(view, shape=(view.shape[long[0]], view.shape[-1]), strides=(view.strides[long[0]], view.strides[-1]))
 
 

@@ -15,13 +15,21 @@ from npucc.quantize.calibrate import tensor_runner
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+DECISIONS = frozenset({"softmax", "table", "where", "compare"})
+
+
 def watched(graph: Graph) -> tuple[str, ...]:
-    """The outputs; in place of a softmax its scores, which tell more than probabilities near 0 and 1."""
-    names = []
-    for name in graph.outputs:
+    """The outputs; in place of probabilities and decisions the scores behind them, which tell more than values near 0 and 1."""
+    names: dict[str, None] = {}
+    waiting = list(reversed(graph.outputs))
+    while waiting:
+        name = waiting.pop()
         node = graph.producer(name)
-        names.append(node.inputs[0] if node is not None and node.op == "softmax" else name)
-    return tuple(dict.fromkeys(names))
+        if node is not None and node.op in DECISIONS:
+            waiting += [each for each in reversed(node.inputs) if not graph.tensors[each].is_constant and each not in graph.inputs]
+        else:
+            names[name] = None
+    return tuple(names) or graph.outputs
 
 
 class OutputMeter:
@@ -30,10 +38,12 @@ class OutputMeter:
     def __init__(self, dense: Graph, feeds: Sequence[Mapping[str, Array]]) -> None:
         self.feeds = feeds
         self.names = watched(dense)
+        self.outputs = dense.outputs
         self.wanted = list(map(self._run(dense), feeds))
 
     def _run(self, graph: Graph) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-        return tensor_runner(cut_graph(graph, self.names), self.names)
+        names = tuple(dict.fromkeys((*self.names, *self.outputs)))
+        return tensor_runner(cut_graph(graph, names), names)
 
     def error(self, graph: Graph) -> float:
         """Energy of the error over that of the outputs less their mean, averaged over the outputs."""
@@ -54,7 +64,7 @@ class OutputMeter:
         rows = other = 0
         for feed, wanted in zip(self.feeds, self.wanted, strict=True):
             found = run(feed)
-            for name in self.names:
+            for name in self.outputs:
                 scores = score_rows(wanted[name])
                 if scores is not None:
                     have = score_rows(found[name])

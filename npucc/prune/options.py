@@ -1,11 +1,11 @@
 """What to prune and how much, and its text form for the command line.
 
-    channels=30%            channels, until 30 % of the multiply-accumulates are gone
-    cycles=0.7              channels, until the compiled program takes 0.7 of the cycles
-    cycles=0.7,drop=0.5     … but at most 0.5 points of disagreement with the dense network; the report says which limit was met
-    2:4                     of each 4 neighbouring weights at most 2 stay (any N:M)
-    channels=30%,2:4        both, channels first
-    skip=PATTERN            leave alone the layers whose name matches (with * and ?); may be repeated
+channels=30%            channels, until 30 % of the multiply-accumulates are gone
+cycles=0.7              channels, until the compiled program takes 0.7 of the cycles
+cycles=0.7,drop=0.5     … but at most 0.5 points of disagreement with the dense network; the report says which limit was met
+2:4                     of each 4 neighbouring weights at most 2 stay (any N:M)
+channels=30%,2:4        both, channels first
+skip=PATTERN            leave alone the layers whose name matches (with * and ?); may be repeated
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from npucc.errors import PruneError
 from npucc.graph import Node
 
 CRITERIA = ("second_order", "activation", "magnitude")
-KEYS = "channels=30%, cycles=0.7, drop=0.5, 2:4, skip=PATTERN, criterion=…, repair=yes|no, samples=256, rows=64"
+KEYS = "channels=30%, cycles=0.7, drop=0.5, 2:4, skip=PATTERN, criterion=…, repair=yes|no, samples=512, rows=16384"
 
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
     """`channels`: share of the multiply-accumulates to remove; `cycles`: share of the cycles to reach; `drop`: points of top-1 disagreement
-    allowed on held-back samples; `pattern`: (N, M); `rows`: places of each sample that a layer's statistics look at.
+    allowed on held-back samples; `pattern`: (N, M); `rows`: places, over all samples, that the statistics of
+    a layer look at.
 
     Raises PruneError where a value is not allowed.
     """
@@ -36,8 +37,8 @@ class PruneOptions:
     skip: tuple[str, ...] = ()
     criterion: str = "second_order"
     repair: bool = True
-    samples: int = 256
-    rows: int = 64
+    samples: int = 512
+    rows: int = 16384
 
     def __post_init__(self) -> None:
         if self.channels is None and self.cycles is None and self.pattern is None:
@@ -68,6 +69,7 @@ class PruneOptions:
         skip: list[str] = []
         for part in (piece.strip() for piece in text.split(",")):
             name, equals, value = (word.strip() for word in part.partition("="))
+            parsed: object
             if ratio := re.fullmatch(r"(\d+):(\d+)", part):
                 name, parsed = "pattern", (int(ratio[1]), int(ratio[2]))
             elif name == "skip" and value:
@@ -100,7 +102,7 @@ def _number(name: str, text: str) -> float:
 
 def _count(name: str, text: str) -> int:
     if not text.isdecimal():
-        raise PruneError(f"{name}={text!r} is no whole number", hint=f"write {name}=64")
+        raise PruneError(f"{name}={text!r} is no whole number", hint=f"write {name}=512")
     return int(text)
 
 

@@ -34,7 +34,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
 Feed = Mapping[str, Any]
 
-METER_SAMPLES = 32  # for the sensitivity of each family
+METER_SAMPLES = (8, 32)  # for the sensitivity of each family: fewest and most
+METER_MACS = 1 << 33  # of all these samples together, between the two
 SEARCH_STEPS = 5
 
 
@@ -85,9 +86,13 @@ def _prepare(dense: Graph, samples: Sequence[Mapping[str, Array]], target: Targe
         families = find_families(dense, slots, options)
         if not families:
             raise PruneError("no channel of this network can be removed", hint="skip fewer layers, or choose N:M")
-        statistics = replace(statistics, grams=input_moments(dense, sites, samples, rows=options.rows))
-        meter = OutputMeter(dense, samples[:METER_SAMPLES])
-        curves = draw_curves(statistics, families, options, meter.error, progress=progress)
+        # what one half of the samples proposes, the other half judges; what is decided is done with all
+        places = -(-options.rows // len(samples))
+        halves = [input_moments(dense, sites, samples[start::2] or samples, rows=places) for start in (0, 1)]
+        macs = sum(node_macs(dense, node) for node in dense)
+        meter = OutputMeter(dense, (samples[1::2] or samples)[: int(np.clip(METER_MACS // max(macs, 1), *METER_SAMPLES))])
+        curves = draw_curves(replace(statistics, grams=halves[0]), families, options, meter.error, progress=progress)
+        statistics = replace(statistics, grams={name: gram + halves[1][name] for name, gram in halves[0].items()})
     return _Job(dense, statistics, curves, PriceList(dense, slots, target), samples, options, progress)
 
 
@@ -159,7 +164,8 @@ def _attempt(job: _Job, removed: Array, *, mended: bool = True) -> _Result:
     if not mended:
         return _Result(now, removed, {})
     kept = {name: ~removed[_result_labels(job.dense, slots.labels, name)] for name in job.statistics.sites}
-    now, rows = repair(now, job.dense, kept, job.feeds, options, sparse=options.pattern is not None, progress=job.progress)
+    plain = cut(job.statistics, removed, repair=False)
+    now, rows = repair(now, job.dense, kept, job.feeds, options, plain=plain, sparse=options.pattern is not None, progress=job.progress)
     return _Result(now, removed, rows)
 
 

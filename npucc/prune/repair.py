@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npucc.graph import Graph
-from npucc.prune.moments import Feeds, Moments, site_moments, with_constants
+from npucc.prune.moments import Moments, site_moments, with_constants
 from npucc.prune.options import PruneOptions
 from npucc.prune.sites import Site, find_sites
 from npucc.prune.solve import refit, sweep_pattern
@@ -33,14 +33,24 @@ class Repaired:
 
 
 def repair(
-    now: Graph, dense: Graph, kept: Mapping[str, Array], feeds: Feeds, options: PruneOptions, *, sparse: bool, progress: Progress | None = None
+    now: Graph,
+    dense: Graph,
+    kept: Mapping[str, Array],
+    feeds: Sequence[Mapping[str, Array]],
+    options: PruneOptions,
+    *,
+    plain: Graph,
+    sparse: bool,
+    progress: Progress | None = None,
 ) -> tuple[Graph, dict[str, Repaired]]:
     """Go through the layers of `now` in order; `kept`: per layer, bool[outputs in the dense graph] of those that are left.
 
-    `sparse`: also impose the options' N:M pattern. Layers whose inputs are still exact, and which get no pattern, stay as they are.
+    `plain`: `now` with the dense network's weights, only cut, for the error before. `sparse`: also impose the options' N:M pattern.
+    Layers whose inputs are still exact, and which get no pattern, stay as they are.
     """
     whole, rows = find_sites(dense), {}
     names = list(find_sites(now))
+    places = -(-options.rows // len(feeds))
     for index, name in enumerate(names):
         if progress:
             progress("repair", index, len(names))
@@ -48,13 +58,13 @@ def repair(
         groups = pattern_groups(site, options) if sparse else None
         if groups is None and not options.repair:
             continue
-        halves = site_moments(now, site, dense, whole[name], kept[name], feeds, rows=options.rows)
+        halves = site_moments(now, site, dense, whole[name], kept[name], feeds, rows=places)
         start = site.matrix(now)
-        before = (halves[0] + halves[1]).error(start)
-        if groups is None and before < 1e-10:
+        both = halves[0] + halves[1]
+        if groups is None and both.error(start) < 1e-10:
             continue
-        matrix, before = _fit(halves, start, groups, options)
-        rows[name] = Repaired(before, (halves[0] + halves[1]).error(matrix))
+        matrix, mask = _fit(halves, start, groups, options)
+        rows[name] = Repaired(both.error(find_sites(plain)[name].matrix(plain) * mask), both.error(matrix))
         now = with_constants(now, site, matrix)
     return now, rows
 
@@ -71,19 +81,17 @@ def pattern_groups(site: Site, options: PruneOptions) -> Array | None:
     return (channels * site.taps + np.arange(site.taps)[:, None, None]).reshape(-1, of)
 
 
-def _fit(halves: Sequence[Moments], start: Array, groups: Array | None, options: PruneOptions) -> tuple[Array, float]:
-    """(new matrix, error without repair)."""
+def _fit(halves: Sequence[Moments], start: Array, groups: Array | None, options: PruneOptions) -> tuple[Array, Array]:
+    """(new matrix, bool of what of it may be other than zero)."""
     both = halves[0] + halves[1]
     mask = start != 0
     mask[:, -1] = True
     if groups is not None:
         mask &= _pattern(both, start, groups, options)[None]
-    masked = start * mask
-    before = both.error(masked)
     if not options.repair:
-        return masked, before
+        return start * mask, mask
     dense_start = best_fit(halves, start, start != 0) if groups is not None else start
-    return best_fit(halves, dense_start, mask), before
+    return best_fit(halves, dense_start, mask), mask
 
 
 def _pattern(moments: Moments, start: Array, groups: Array, options: PruneOptions) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class FamilyRow:
-    """Channels that stand or fall together. `error`: of the network's outputs (energy of the error over that of the outputs) with this family pruned alone."""
+    """Channels that lie in the same dimensions. `error`: energy of the outputs' error over that of the outputs, this family pruned alone."""
 
     name: str
     channels: int
@@ -23,7 +23,7 @@ class FamilyRow:
 @dataclass(frozen=True, slots=True)
 class LayerRow:
     """One matrix operator: weights that stay of those that were there, and the relative error of its answers (to those of the dense network,
-    at the outputs that stay) before and after the repair, all layers before it repaired; None where nothing was measured."""
+    at the outputs that stay) before and after the repair, the layers before it repaired; None where nothing was measured."""
 
     name: str
     op: str

@@ -77,7 +77,7 @@ class Site:
         top, left, bottom, right = a.pads
         padded = np.pad(value, ((0, 0), (0, 0), (top, bottom), (left, right)))
         reach = tuple((size - 1) * step + 1 for size, step in zip(self.kernel, a.dilations, strict=True))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))  # type: ignore[call-overload]
+        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
         windows = windows[:, :, :: a.strides[0], :: a.strides[1], :: a.dilations[0], :: a.dilations[1]]
         batch, channels, height, width = windows.shape[:4]
         places = np.arange(batch * height * width)
@@ -98,7 +98,8 @@ def find_sites(graph: Graph) -> dict[str, Site]:
     """By node name: every convolution, and every product with one constant matrix."""
     sites = {}
     for node in graph:
-        if not OPS[node.op].matrix or graph.tensors[node.inputs[0]].is_constant or any(name and not graph.tensors[name].is_constant for name in node.inputs[1:]):
+        constant = [graph.tensors[name].is_constant for name in node.inputs if name]
+        if not OPS[node.op].matrix or constant[0] or not all(constant[1:]):
             continue
         shape = graph.tensors[node.inputs[1]].shape
         if isinstance(node.attributes, ops.Conv):

@@ -15,10 +15,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 RIDGE = 1e-3  # of the mean diagonal: keeps the solution near the given weights where the samples say little
 
+FEW_ROWS = 10.0  # rows per column below which the ridge grows
+
 
 def damped(gram: Array, ridge: float = RIDGE) -> Array:
-    """The Gram matrix (…, k, k) with `ridge` times its mean diagonal added to the diagonal (not to that of the bias)."""
+    """The Gram matrix (…, k, k) with `ridge` times its mean diagonal added to the diagonal (not to that of the bias); more of it where
+    there are few rows for so many columns. The last column is ones, so the last entry counts rows."""
     size = gram.shape[-1]
+    ridge = ridge * max(1.0, FEW_ROWS * size / max(float(gram[..., -1, -1].min()), 1.0))
     level = np.einsum("...ii->...", gram[..., :-1, :-1]) / max(size - 1, 1)
     extra = np.ones(size)
     extra[-1] = 0.0
@@ -34,9 +38,9 @@ def refit(gram: Array, cross: Array, start: Array, *, mask: Array | None = None,
     result = np.zeros_like(start)
     for place in np.ndindex(start.shape[:-2]):
         for output in range(start.shape[-1]):
-            chosen = np.flatnonzero(mask[(*place, slice(None), output)])
+            chosen = np.flatnonzero(mask[place][:, output])
             part = mended[place][np.ix_(chosen, chosen)]
-            result[(*place, chosen, output)] = np.linalg.solve(part, wanted[(*place, chosen, output)])
+            result[place][chosen, output] = np.linalg.solve(part, wanted[place][chosen, output])
     return result
 
 

@@ -56,7 +56,7 @@ def _refuse_needed(graph: Graph, slots: Slots, node: Node, zeros: dict[str, Arra
         return
     here, there = slots.labels[a, first], slots.labels[b, second]
     if node.op != "matmul":  # a grouped convolution's weights are seen by several inputs each
-        here, there = here, np.resize(there, len(here))
+        there = np.resize(there, len(here))
     needed = ~zeros[a][here] & ~zeros[b][there]
     free[here[needed]] = False
 

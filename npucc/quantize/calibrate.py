@@ -33,13 +33,15 @@ SOFTMAX_DEPTH = 16.0  # exp(−16) is less than a ten-thousandth of an 8-bit ste
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """`histograms`: of every tensor that is computed (not merely moved) or read in; `means`: per channel, of what matrix operators read;
-    `first`: the first few feeds; `operands`: histograms of what matrix operators read that is merely moved."""
+    `first`: the first few feeds; `operands`: histograms of what matrix operators read that is merely moved;
+    `loudness`: root mean square of each float graph input, sample by sample."""
 
     histograms: dict[str, Histogram]
     means: dict[str, Array]
     samples: int
     first: tuple[Mapping[str, Array], ...] = ()
     operands: dict[str, Histogram] = field(default_factory=dict)
+    loudness: dict[str, list[float]] = field(default_factory=dict)
 
 
 def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, keep: int = 0, progress: Progress | None = None) -> Calibration:
@@ -49,6 +51,7 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
     sums = {name: np.zeros(graph.tensors[name].shape[axis]) for name, axis in axes.items()}
     scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
     operands = {name: Histogram() for name in moved_operands(graph) if name not in histograms}
+    loudness: dict[str, list[float]] = {name: [] for name in graph.inputs if np.dtype(graph.tensors[name].dtype).kind == "f"}
     run = tensor_runner(graph, sorted({*histograms, *axes, *operands}))
     total, count = _total(feeds, limit), 0
     first: list[Mapping[str, Array]] = []
@@ -61,13 +64,15 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
                 histograms[name].add(_near_the_top(value, scores[name]) if name in scores else value)
             if name in operands:
                 operands[name].add(value)
+            if name in loudness:
+                loudness[name].append(float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))))
         first += [feed] if count < keep else []
         count += 1
         if progress:
             progress("calibrate", count, total)
     if not count:
         raise QuantizeError("there are no calibration samples", hint="give at least one feed {input name: array}, or None for made-up inputs")
-    return Calibration(histograms, {name: value / count for name, value in sums.items()}, count, tuple(first), operands)
+    return Calibration(histograms, {name: value / count for name, value in sums.items()}, count, tuple(first), operands, loudness)
 
 
 def measured(graph: Graph) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from npucc.arithmetic import RANGES
 from npucc.errors import QuantizeError
 from npucc.graph import Node, Quant
-from npucc.quantize.ranges import SMALLEST, Range, activation_quant
+from npucc.quantize.ranges import LARGEST, SMALLEST, Range, activation_quant
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -46,7 +47,7 @@ def output_axis(node: Node, weights: Array, *, per_tensor: bool) -> int | None:
 
 def quantize_matrix(weights: Array, bias: Array | None, source: Quant, axis: int | None) -> MatrixConstants:
     """Symmetric s8 weights, s32 bias at scale s_x·s_w. `axis`: see `output_axis`."""
-    scale = _guarded_scale(weights.astype(np.float64), bias, float(source.scale), axis)
+    scale = _guarded_scale(weights.astype(np.float64), bias, source, axis)
     stored = np.clip(np.rint(weights / _along(scale, axis, weights.ndim)), -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.int8)
     accumulator = (np.float32(source.scale) * scale).astype(np.float32)
     bias_quant = Quant("s32", np.asarray(accumulator), 0, None if axis is None else 0)
@@ -58,20 +59,22 @@ def stored_bias(bias: Array, scale: Array) -> Array:
     return np.clip(np.rint(bias.astype(np.float64) / scale.astype(np.float64)), -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
 
 
-def _guarded_scale(weights: Array, bias: Array | None, source: float, axis: int | None) -> Array:
+def _guarded_scale(weights: Array, bias: Array | None, source: Quant, axis: int | None) -> Array:
     """Per channel (or one): largest magnitude / 127, widened until bias and worst sum fit 32 bits. A channel of zeros gets the median scale."""
     others = tuple(i for i in range(weights.ndim) if i != axis) if axis is not None else None
     largest = np.abs(weights).max(axis=others) if weights.size else np.zeros(())
     scale = np.atleast_1d(largest / LARGEST_WEIGHT).astype(np.float64)
     usable = scale[scale > SMALLEST]
     scale[scale <= SMALLEST] = np.median(usable) if usable.size else 1.0
-    sums = np.abs(weights).sum(axis=_summed(weights, axis)) * LARGEST_STEP * 1.01
+    low, high = RANGES[source.dtype]
+    largest_step = LARGEST_STEP if source.dtype == "s8" else max(high - source.zero, source.zero - low)
+    sums = np.abs(weights).sum(axis=_summed(weights, axis)) * largest_step * 1.01
     worst = np.atleast_1d(sums) if axis is not None else np.atleast_1d(np.max(sums, initial=0.0))
     needed = worst / LARGEST_SUM
     if bias is not None and bias.size:
         magnitude = np.abs(bias.astype(np.float64))
-        needed = needed + (magnitude if axis is not None else magnitude.max()) / source / LARGEST_SUM
-    scale = np.maximum(np.maximum(scale, needed), SMALLEST_SCALE / source)
+        needed = needed + (magnitude if axis is not None else magnitude.max()) / float(source.scale) / LARGEST_SUM
+    scale = np.maximum(np.maximum(scale, needed), SMALLEST_SCALE / float(source.scale))
     return scale.astype(np.float32).reshape(largest.shape)
 
 
@@ -104,7 +107,7 @@ def finite_constant(node: Node, name: str, data: Array, result: Range) -> Array:
     if np.isnan(values).any():
         raise QuantizeError(f"the constant {name!r} holds NaN", node=source_of(node), hint="NaN has no integer form; correct the model")
     reach = 4 * max(-result.low, result.high, 1.0)
-    return np.where(np.isinf(values), np.sign(values) * reach, values)
+    return np.clip(np.where(np.isinf(values), np.sign(values) * reach, values), -LARGEST, LARGEST)
 
 
 def constant_quant(values: Array, *, wide: bool = False) -> Quant:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from npucc.errors import QuantizeError
 
-SCHEMES = ("int8",)
+SCHEMES = ("auto", "int8", "int16")
 METHODS = ("mse", "minmax", "percentile")
 
 
@@ -16,6 +16,11 @@ METHODS = ("mse", "minmax", "percentile")
 class QuantizeOptions:
     """Raises QuantizeError where a value is not allowed."""
 
+    scheme: str = field(
+        default="auto",
+        metadata={"meaning": "auto: 16 bits for the few activations that a measurement finds worth it; int8: none but by rule; int16: all that can"},
+    )
+    budget: float = field(default=5.0, metadata={"meaning": "for auto: at most so many percent more cycles (estimated) for 16 bits"})
     method: str = field(default="mse", metadata={"meaning": "how a range is chosen from the values seen: mse, minmax or percentile"})
     percentile: float = field(default=99.99, metadata={"meaning": "for method=percentile: how many of a hundred values lie in the range"})
     samples: int = field(default=128, metadata={"meaning": "calibrate with at most so many samples"})
@@ -27,6 +32,10 @@ class QuantizeOptions:
     concat_ratio: float = field(default=4.0, metadata={"meaning": "rescale a Concat's input whose range is so many times narrower than the result's"})
 
     def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise QuantizeError(f"there is no scheme {self.scheme!r}", hint=f"choose one of {', '.join(SCHEMES)}")
+        if not self.budget >= 0:
+            raise QuantizeError(f"budget is {self.budget:g}", hint="expected percent of cycles, 0 or more")
         if self.method not in METHODS:
             raise QuantizeError(f"there is no method {self.method!r}", hint=f"choose one of {', '.join(METHODS)}")
         if not 50 < self.percentile <= 100:
@@ -40,16 +49,17 @@ class QuantizeOptions:
 
     @classmethod
     def parse(cls, text: str) -> QuantizeOptions:
-        """`int8,method=percentile,percentile=99.9`: a scheme (may be left out) and fields of this class. Raises QuantizeError."""
+        """`auto,budget=10` or `int8,method=percentile,percentile=99.9`: a scheme (may be left out) and fields of this class. Raises QuantizeError."""
         values: dict[str, object] = {}
         fields = {entry.name: entry for entry in dataclasses.fields(cls)}
         for index, part in enumerate(piece.strip() for piece in text.split(",")):
             name, equals, value = (word.strip() for word in part.partition("="))
             if not equals and index == 0 and name in SCHEMES:
+                values["scheme"] = name
                 continue
             if name not in fields or not equals:
                 known = ", ".join(fields)
-                raise QuantizeError(f"{part!r} is no quantization option", hint=f"write int8,key=value,… with the keys {known}")
+                raise QuantizeError(f"{part!r} is no quantization option", hint=f"write auto,key=value,… with the keys {known}")
             if name in values:
                 raise QuantizeError(f"the option {name!r} is given twice")
             values[name] = _parse(name, value, type(fields[name].default))

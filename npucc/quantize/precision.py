@@ -7,42 +7,47 @@ operators read a copy of it in 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from npucc import arithmetic
 from npucc.graph import Editor, Graph, Node
 from npucc.ops import OPS, Table
 from npucc.quantize.calibrate import Calibration
-from npucc.quantize.ranges import Histogram
+from npucc.quantize.ranges import STEPS, Histogram, least_error_range
 from npucc.quantize.share import Groups
 from npucc.scalar import Expression
 
 
 @dataclass(frozen=True, slots=True)
 class Widened:
-    """The graph with its 8-bit copies, the roots of the groups that get 16 bits, and the calibration with the copies in it."""
+    """The graph with its 8-bit copies, the roots of the groups that get 16 and those that get 32 bits, and the calibration with the copies in it."""
 
     graph: Graph
     wide: frozenset[str]
+    long: frozenset[str]
     calibration: Calibration
 
 
 def widen(graph: Graph, groups: Groups, calibration: Calibration) -> Widened:
     """Choose what is stored in 16 bits and put 8-bit copies before the matrix operators that read it. `groups` gains the copies."""
     wide = wide_roots(graph, groups)
+    direct = _uneven_operands(graph, groups, calibration) if wide else set()
+    wide |= {groups.root(name) for _, name in direct}
     copies: dict[str, str] = {}
     editor = Editor(graph)
     for node in graph:
         for name in dict.fromkeys(_matrix_operands(graph, node)):
-            if groups.root(name) not in wide:
+            if groups.root(name) not in wide or (node.name, name) in direct:
                 continue
             if name not in copies:
                 copies[name] = _copy(editor, groups, node, name)
             current = editor.nodes[node.name]
             editor.add_node(replace(current, inputs=tuple(copies[name] if each == name else each for each in current.inputs)))
-    return Widened(editor.freeze(), frozenset(wide), _with_copies(calibration, groups, copies))
+    long = _powers(graph, groups, wide)
+    return Widened(editor.freeze(), frozenset(wide), frozenset(long), _with_copies(calibration, groups, copies))
 
 
 def wide_roots(graph: Graph, groups: Groups) -> set[str]:
@@ -54,14 +59,17 @@ def wide_roots(graph: Graph, groups: Groups) -> set[str]:
     for name, follow in _starts(graph):
         _mark(graph, groups, members, name, follow, chosen)
     if chosen:
-        chosen |= {groups.root(name) for name in graph.outputs}
+        for name in graph.outputs:
+            _mark(graph, groups, members, name, SCORES | MEANS, chosen)
     return {root for root in chosen if not any(_is_whole(graph, name) for name in members[root]) and not _is_softmax(graph, members[root])}
 
 
+BULK = 0.99  # of the values
+SMALLEST_BULK = 28.0  # dB; an even distribution without outliers has 45 and more, a normal one about 38
 STEEP = frozenset({"sqrt", "log", "reciprocal"})
 SUMS = frozenset({"add", "sub"})
 PRODUCTS = frozenset({"add", "mul"})
-MEANS = frozenset({"reduce_sum", "mul", "table"})
+MEANS = frozenset({"reduce_sum", "reduce_mean", "mul", "table"})
 SCORES = frozenset({"add", "sub", "mul", "div", "where", "max", "min", "table"})
 
 
@@ -80,6 +88,92 @@ def _starts(graph: Graph) -> Iterator[tuple[str, frozenset[str]]]:
     for name, tensor in graph.tensors.items():
         if tensor.wide:
             yield name, PRODUCTS
+
+
+def _powers(graph: Graph, groups: Groups, wide: set[str]) -> set[str]:
+    """Among the wide groups, those between squares and the root of their sum: 32 bits, as a square needs twice the bits of its root."""
+    found: set[str] = set()
+    for node in graph:
+        if isinstance(node.attributes, Table) and arithmetic.DIRECT.get(node.attributes.expression) == "sqrt":
+            chain = _power_chain(graph, groups, groups.root(node.inputs[0]))
+            found |= chain if chain <= wide else set()
+    return found
+
+
+def _power_chain(graph: Graph, groups: Groups, start: str) -> set[str]:
+    """The groups from a sum back to its squares; empty where something else makes or reads one of them."""
+    chain: set[str] = set()
+    waiting = [start]
+    while waiting:
+        root = waiting.pop()
+        if root in chain:
+            continue
+        chain.add(root)
+        for name in groups.members(root):
+            producer = graph.producer(name)
+            if producer is None or name in graph.outputs or not all(_keeps_power(user) for user in graph.users(name)):
+                return set()
+            if producer.op == "add" and not any(graph.tensors[each].is_constant for each in producer.inputs):
+                waiting += [groups.root(each) for each in producer.inputs]
+            elif not (OPS[producer.op].moves_data or (isinstance(producer.attributes, Table) and _is_direct(producer, "mul"))):
+                return set()
+    return chain
+
+
+def _keeps_power(node: Node) -> bool:
+    moves = node.op in ("reshape", "transpose", "slice", "concat", "expand")
+    return moves or node.op == "add" or (isinstance(node.attributes, Table) and _is_direct(node, "sqrt"))
+
+
+def _is_direct(node: Node, instruction: str) -> bool:
+    return arithmetic.DIRECT.get(node.attributes.expression) == instruction  # type: ignore[attr-defined]
+
+
+def _uneven_operands(graph: Graph, groups: Groups, calibration: Calibration) -> set[tuple[str, str]]:
+    """(matrix operator, operand) where outliers leave too little of 8 bits for the other values: the product is worth its double price.
+
+    Looked for where weights are multiplied in a matmul, behind roots, and in inputs of which some samples are faint. Attention's
+    products of activations stay in 8 bits.
+    """
+    found = set()
+    for node in graph:
+        name = node.inputs[0] if node.inputs else ""
+        if not OPS[node.op].matrix or graph.tensors[name].is_constant or not graph.tensors[node.inputs[1]].is_constant:
+            continue
+        members = groups.members(name)
+        if _is_softmax(graph, members) or any(_is_whole(graph, each) for each in members):
+            continue
+        histogram = _histogram(calibration, groups, name)
+        uneven = _behind_root(graph, members) or (node.op == "matmul" and _bulk_ratio(histogram) < SMALLEST_BULK)
+        if uneven or any(_quiet_ratio(histogram, calibration.loudness.get(each, [])) < SMALLEST_BULK for each in members):
+            found.add((node.name, name))
+    return found
+
+
+def _quiet_ratio(histogram: Histogram, loudness: Sequence[float]) -> float:
+    """Energy of a graph input's faint samples (a tenth is fainter) over that of 8-bit rounding, in dB."""
+    heard = sorted(value for value in loudness if value > 0)
+    if not heard:
+        return np.inf
+    step = least_error_range(histogram).width / STEPS
+    return 10 * float(np.log10(heard[len(heard) // 10] ** 2 / max(step * step / 12, 1e-30)))
+
+
+def _behind_root(graph: Graph, names: list[str]) -> bool:
+    producers = [node for node in map(graph.producer, names) if node]
+    return any(isinstance(node.attributes, Table) and _is_steep_at_zero(node.attributes.expression) for node in producers)
+
+
+def _bulk_ratio(histogram: Histogram) -> float:
+    """Energy of all values but the largest hundredth over that of 8-bit rounding on the scale that holds nearly all, in dB."""
+    centres, counts = histogram.values()
+    if not counts.size or not histogram.observed.width:
+        return np.inf
+    order = np.argsort(np.abs(centres), kind="stable")
+    kept = order[: int(np.searchsorted(np.cumsum(counts[order]), BULK * counts.sum())) + 1]
+    energy = float(np.dot(centres[kept] ** 2, counts[kept]) / counts[kept].sum())
+    step = least_error_range(histogram).width / STEPS
+    return 10 * float(np.log10(max(energy, 1e-30) / max(step * step / 12, 1e-30)))
 
 
 def _is_steep_at_zero(expression: Expression) -> bool:
@@ -112,7 +206,8 @@ def _mark(graph: Graph, groups: Groups, members: Mapping[str, list[str]], name: 
         chosen.add(root)
         for producer in filter(None, map(graph.producer, members[root])):
             if producer.op in follow:
-                waiting += [groups.root(each) for each in producer.inputs if not graph.tensors[each].is_constant and graph.tensors[each].dtype != "bool"]
+                computed = (each for each in producer.inputs if not graph.tensors[each].is_constant and graph.tensors[each].dtype != "bool")
+                waiting += map(groups.root, computed)
 
 
 def _is_whole(graph: Graph, name: str) -> bool:

@@ -6,11 +6,12 @@ The one big idea: each step returns a value that the next one takes; the integer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from isa.target import Target
 from npucc.errors import QuantizeError
 from npucc.feeds import Port, synthetic_feeds
 from npucc.graph import Editor, Graph
@@ -19,9 +20,11 @@ from npucc.quantize.build import build
 from npucc.quantize.calibrate import Calibration, calibrate, measured
 from npucc.quantize.constants import source_of
 from npucc.quantize.correct import correct_biases
+from npucc.quantize.mixed import Mixed, candidates, choose, prices
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.precision import widen
 from npucc.quantize.scales import Scales, choose_scales, observed_ranges
+from npucc.quantize.sensitivity import SAMPLES, measure
 from npucc.quantize.share import share_scales
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -47,15 +50,20 @@ class TensorRange:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeReport:
-    """`rescaled`: tensors that a Concat reads on another scale than the rest of the graph does."""
+    """`rescaled`: tensors that a Concat reads on another scale than the rest of the graph does;
+    `mixed`: which got 16 bits by measurement, and what for."""
 
     samples: int
     method: str
     tensors: tuple[TensorRange, ...]
     rescaled: tuple[str, ...]
+    mixed: Mixed = field(default_factory=Mixed)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "method": self.method, "rescaled": list(self.rescaled), "tensors": [each.as_dict() for each in self.tensors]}
+        tensors = [each.as_dict() for each in self.tensors]
+        return {
+            "samples": self.samples, "method": self.method, "rescaled": list(self.rescaled), "mixed": self.mixed.as_dict(), "tensors": tensors
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +76,16 @@ class Quantized:
 
 
 def quantize(
-    graph: Graph, feeds: Iterable[Mapping[str, Any]] | None, *, options: QuantizeOptions | None = None, progress: Progress | None = None
+    graph: Graph,
+    feeds: Iterable[Mapping[str, Any]] | None,
+    *,
+    options: QuantizeOptions | None = None,
+    target: Target | None = None,
+    progress: Progress | None = None,
 ) -> Quantized:
     """The integer form of a float graph, calibrated with `feeds` ({input: array}), or with made-up inputs if that is None.
+
+    `target`: whose cycles 16-bit tensors are priced in.
 
     Deterministic. Raises QuantizeError for feeds that do not fit, for NaN, and for what has no 8-bit form.
     """
@@ -78,16 +93,38 @@ def quantize(
     _refuse_unsupported(graph)
     ordered = _in_operand_order(graph)
     samples = _made_up(graph) if feeds is None else feeds
-    calibration = calibrate(ordered, samples, limit=options.samples, keep=options.bias_samples, progress=progress)
+    calibration = calibrate(ordered, samples, limit=options.samples, keep=max(options.bias_samples, SAMPLES), progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
     widened = widen(shared, groups, calibration)
     shared, calibration = widened.graph, widened.calibration
-    scales = choose_scales(shared, groups, calibration, options, wide=widened.wide)
+    scales = choose_scales(shared, groups, calibration, options, wide=widened.wide, long=widened.long)
     integer = build(shared, scales, calibration.means, options)
+    mixed = Mixed()
+    if options.scheme != "int8" and feeds is not None:
+        more, mixed = _more_bits(shared, integer, scales, calibration, options, target, progress)
+        scales = choose_scales(shared, groups, calibration, options, wide=widened.wide | more, long=widened.long)
+        integer = build(shared, scales, calibration.means, options) if more else integer
     if options.bias_samples:
-        integer = correct_biases(shared, integer, calibration.first, progress=progress)
-    report = QuantizeReport(calibration.samples, options.method, tuple(_rows(shared, calibration, scales)), rescaled)
+        integer = correct_biases(shared, integer, calibration.first[: options.bias_samples], progress=progress)
+    report = QuantizeReport(calibration.samples, options.method, tuple(_rows(shared, calibration, scales)), rescaled, mixed)
     return Quantized(integer, report, feeds is None)
+
+
+def _more_bits(
+    graph: Graph,
+    integer: Graph,
+    scales: Scales,
+    calibration: Calibration,
+    options: QuantizeOptions,
+    target: Target | None,
+    progress: Progress | None,
+) -> tuple[set[str], Mixed]:
+    """The roots of the groups that get 16 bits: all that can, or those that are worth their price."""
+    groups = candidates(graph, integer, scales)
+    if options.scheme == "int16":
+        return set(groups), Mixed()
+    found = measure(graph, integer, scales, calibration.first, groups, progress=progress)
+    return choose(found, groups, prices(graph, groups, target), budget=options.budget)
 
 
 def _refuse_unsupported(graph: Graph) -> None:

@@ -24,6 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BINS = 4096  # on each side of zero; at least half of the wider side is in use, so a step of 8 bits has 8 bins or more
 SAMPLED = 1 << 18  # values counted per array; minimum and maximum always see all
 SMALLEST = 1e-12  # a range narrower than this is taken for zero: its scale would leave float32
+LARGEST = 1e30  # what lies beyond (a mask of -3.4e38) saturates: its steps would leave float32
 STEPS = 255
 
 
@@ -79,12 +80,15 @@ class Histogram:
             self.counts[BINS] += sampled.size
 
     def merge(self, other: Histogram) -> None:
-        """Count what the other has counted. The other is left in its state, but for the width of its bins."""
+        """Count what the other has counted. The other stays as it is."""
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.infinite += other.infinite
-        self._widen(max(-self.low, self.high))
-        other._widen(max(-self.low, self.high))
-        self.counts += other.counts
+        largest = max(-self.low, self.high, other.width * BINS / 2)
+        same = Histogram()
+        same.counts, same.width = other.counts.copy(), other.width
+        self._widen(largest)
+        same._widen(largest)
+        self.counts += same.counts
 
     def _widen(self, largest: float) -> None:
         """Make the bins as wide as it takes to hold ±largest."""
@@ -183,6 +187,7 @@ def least_error_range(histogram: Histogram, function: Expression = "x") -> Range
 def scale_and_zero(covered: Range, dtype: str) -> tuple[np.float32, int]:
     """Asymmetric: zero is stored exactly. An empty range gets scale 1."""
     low, high = RANGES[dtype]
+    covered = covered.within(-LARGEST, LARGEST)
     if covered.width < SMALLEST:
         return np.float32(1.0), low
     scale = np.float32(covered.width / (high - low))

@@ -18,7 +18,7 @@ from npucc.ops import OPS, Table
 from npucc.quantize.bounds import known_ranges
 from npucc.quantize.calibrate import Calibration, softmax_axis
 from npucc.quantize.options import QuantizeOptions
-from npucc.quantize.ranges import Fit, Histogram, Range, activation_quant, choose_range
+from npucc.quantize.ranges import SMALLEST, Fit, Histogram, Range, activation_quant, choose_range
 from npucc.quantize.share import Groups, moved_inputs
 from npucc.scalar import Expression
 from npucc.segments import raw_quant, untouched
@@ -72,9 +72,10 @@ def _moved_constants(graph: Graph, node: Node) -> dict[str, Range]:
 
 
 def choose_scales(
-    graph: Graph, groups: Groups, calibration: Calibration, options: QuantizeOptions, *, wide: frozenset[str] = frozenset()
-) -> Scales:
-    """A range and a quantization for each group; the groups with roots in `wide` get 16 bits. Raises QuantizeError for integers that do not fit."""
+    graph: Graph, groups: Groups, calibration: Calibration, options: QuantizeOptions, *,
+    wide: frozenset[str] = frozenset(), long: frozenset[str] = frozenset(),
+) -> Scales:  # fmt: skip
+    """A range and a quantization for each group; roots in `wide` get s16, those in `long` s32. Raises QuantizeError for integers that do not fit."""
     moved = observed_ranges(graph, calibration)
     implied = known_ranges(graph, moved)
     covered: dict[str, Range] = {}
@@ -83,11 +84,19 @@ def choose_scales(
     for root, names in _members(graph, groups).items():
         if all(name in raw for name in names):
             continue
-        covered[root] = _covered(graph, names, calibration, moved, options, whole=root in wide)
+        covered[root] = _covered(graph, names, calibration, moved, options, whole=root in wide | long)
         for name in names:
             covered[root] = covered[root].joined(implied.get(name, Range()))
-        quants[root] = activation_quant(covered[root], "s16") if root in wide else _quant(graph, names, covered[root])
+        dtype = "s32" if root in long else "s16" if root in wide else ""
+        quants[root] = wide_quant(covered[root], dtype) if dtype else _quant(graph, names, covered[root])
     return Scales(groups, covered, quants, raw)
+
+
+def wide_quant(covered: Range, dtype: str) -> Quant:
+    """As s16, asymmetric; as s32, around zero with room for twice the range."""
+    if dtype == "s16":
+        return activation_quant(covered, dtype)
+    return Quant(dtype, np.asarray(max(-covered.low, covered.high, SMALLEST) / 2**30, np.float32), 0)
 
 
 def _members(graph: Graph, groups: Groups) -> dict[str, list[str]]:

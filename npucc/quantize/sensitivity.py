@@ -26,7 +26,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Outputs = dict[str, Array]
 
 SAMPLES = 8  # at most so many are measured with
-WORK = 2.5e11  # multiply-accumulates to spend on all runs together; one run of each group is made in any case
+WORK = 4e10  # multiply-accumulates to spend on all runs together; one run of each group is made in any case
 OVERHEAD = 30  # of an element that is written, in multiply-accumulates
 
 

@@ -48,7 +48,7 @@ class Outcome:
     npucc: str
 
 
-def tests(kind: str, pattern: str) -> Iterator[TestCase]:
+def cases_of(kind: str, pattern: str) -> Iterator[TestCase]:
     """The cases of a kind whose name matches."""
     return (case for case in load_model_tests(kind=kind) if re.search(pattern, case.name))
 
@@ -56,9 +56,11 @@ def tests(kind: str, pattern: str) -> Iterator[TestCase]:
 def run_case(case: TestCase, run: Run) -> str:
     """Why the case fails; "" when it passes."""
     try:
-        model = case.model or onnx.load(Path(case.model_dir) / "model.onnx")
-        for inputs, wanted in case.data_sets or _data_sets(Path(case.model_dir), model.graph):
-            Runner.assert_similar_outputs(wanted, list(run(model, list(inputs))), case.rtol, case.atol)
+        folder = Path(case.model_dir or "")
+        model = case.model or onnx.load(folder / "model.onnx")
+        for inputs, wanted in case.data_sets or _data_sets(folder, model.graph):
+            inputs = [np.asarray(value) if isinstance(value, np.generic) else value for value in inputs]
+            Runner.assert_similar_outputs(wanted, list(run(model, inputs)), case.rtol, case.atol)
     except (NpuccError, IsaError, RuntimeFault) as error:
         return error.message
     except AssertionError as error:
@@ -127,7 +129,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     outcomes, surprises = {}, 0
     for kind in chosen.kind or KINDS:
-        outcomes[kind] = [Outcome(case.name, run_case(case, by_onnxruntime), run_case(case, by_npucc)) for case in tests(kind, chosen.filter)]
+        outcomes[kind] = [Outcome(case.name, run_case(case, by_onnxruntime), run_case(case, by_npucc)) for case in cases_of(kind, chosen.filter)]
         surprises += report(kind, outcomes[kind])
     if chosen.json:
         rows = {kind: [[each.name, each.onnxruntime, each.npucc] for each in group] for kind, group in outcomes.items()}

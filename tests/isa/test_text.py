@@ -128,7 +128,7 @@ ERRORS = {
     LAYER + '.source "x"': "f:5:1: .source after the first .layer\n  hint: move it above the layers",
     LAYER + "lod %0x0:s8[3], @0x0:s8[3]": "f:5:1: unknown instruction 'lod'\n  hint: did you mean 'ld'?",
     LAYER + "  nop": (
-        "f:5:3: unknown instruction 'nop'\n  hint: known: ld, st, conv, dwconv, matmul, requant, add, sub, mul, div, max, min, cmp, select, "
+        "f:5:3: unknown instruction 'nop'\n  hint: known: ld, st, gather, conv, dwconv, matmul, requant, add, sub, mul, div, max, min, cmp, select, "
         "cvt, sqrt, lut, maxpool, avgpool, reduce, resize, fill, take, host, give, loop, end"
     ),
     LAYER + "ld": "f:5:1: ld has 0 operands, expected 2\n  hint: its form is: ld y, x",

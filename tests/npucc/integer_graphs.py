@@ -207,6 +207,22 @@ def sixteen_bits(net: Net) -> Graph:
     return net.graph(b, d, e, f, g, h, i, j, k, net.op("softmax", [rows], ops.Softmax(-1)), net.op("reduce_max", [c], ops.Reduce((1,))))
 
 
+def gathered(net: Net) -> Graph:
+    """Rows of constant tables and of a computed tensor, along several axes; and functions of int16 values that need no table."""
+    index, wide, long = Quant("s32", np.float32(1.0)), Quant("s16", np.float32(0.001), 7), Quant("s32", np.float32(1e-6))
+    rows, one = net.input(2, 5, quant=index), net.input(quant=index)
+    a = net.op("gather", [net.constant((130, 6, 3)), rows], ops.Gather(0))
+    table = net.tensor("table", (3, 130, 4), wide, net.random.integers(-3000, 3000, (3, 130, 4)).astype(np.int16))
+    b = net.op("gather", [table, rows], ops.Gather(1))
+    image = net.op("table", [net.input(1, 130, 4, 5)], ops.Table(("relu", "x")))
+    c = net.op("gather", [image, rows], ops.Gather(1))
+    d = net.op("gather", [image, one], ops.Gather(1))
+    square = net.op("table", [b], ops.Table(("pow", "x", 2.0)), quant=long)
+    power = net.op("add", [square, net.op("table", [b], ops.Table(("mul", "x", "x")), quant=long)], ops.Binary(), quant=long)
+    root = net.op("table", [power], ops.Table(("sqrt", "x")), quant=wide)
+    return net.graph(a, c, d, root, net.op("table", [root], ops.Table("x")))
+
+
 GRAPHS: dict[str, Callable[[Net], Graph]] = {
     build.__name__: build
     for build in (
@@ -222,5 +238,6 @@ GRAPHS: dict[str, Callable[[Net], Graph]] = {
         resizing,
         residual,
         sixteen_bits,
+        gathered,
     )
 }

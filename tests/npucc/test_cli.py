@@ -429,7 +429,7 @@ def test_ops(npucc_command: Npucc) -> None:
     assert "Conv" in npucc_command("ops").out
     value = npucc_command("ops", "--target", "cube", "--json").json
     assert {"Conv", "Gemm", "Softmax"} <= {entry["name"] for entry in value["onnx"]}
-    assert {"name": "conv", "meaning": "2-D convolution (x, w[N,C/g,kh,kw], bias)", "engine": "matrix"} in value["graph"]
+    assert {"name": "conv", "meaning": "2-D convolution (x, w[N,C/g,kh,kw], bias)", "engine": "matrix engine"} in value["graph"]
     assert "4096 MACs per cycle" in npucc_command("ops", "--target", "cube").out
 
 

@@ -233,10 +233,18 @@ def test_unknown_operator() -> None:
 
 
 def test_operator_without_importer() -> None:
-    proto = model([node("LSTM", "x w r", "y", name="cell", hidden_size=2)], {"x": (3, 1, 4)}, ["y"], {"w": normal(1, 8, 4), "r": normal(1, 8, 2)})
+    proto = model([node("GridSample", "x g", "y", name="warp")], {"x": (1, 1, 4, 4), "g": (1, 3, 3, 2)}, ["y"])
     assert message(proto).startswith(
-        "node 'cell': operator LSTM is not supported\n  hint: see `npucc ops` for the supported operators; cut the model before this node"
+        "node 'warp': operator GridSample is not supported\n  hint: see `npucc ops` for the supported operators; cut the model before this node"
     )
+
+
+def test_recurrent_cells_that_are_not_supported() -> None:
+    constants = {"w": normal(1, 8, 4), "r": normal(1, 8, 2)}
+    proto = model([node("LSTM", "x w r - n", "y", name="cell", hidden_size=2)], {"x": (3, 1, 4), "n": (1,)}, ["y"], constants, dtypes={"n": "int32"})
+    assert message(proto).startswith("node 'cell': LSTM: its sequences have lengths of their own")
+    proto = model([node("RNN", "x w r", "y", name="cell", hidden_size=2)], {"x": (3, 1, 4)}, ["y"], constants)
+    assert "its weights have shapes [1, 8, 4] and [1, 8, 2]" in message(proto)
 
 
 def test_quantized_model() -> None:

@@ -27,6 +27,9 @@ def feeds_of(shape: tuple[int, ...], count: int = 4, scale: float = 1.0) -> list
     return [{"x": (scale * np.random.default_rng(seed).normal(0, 1, shape)).astype(np.float32)} for seed in range(count)]
 
 
+INT8 = QuantizeOptions(scheme="int8")
+
+
 def quant_of(graph: Graph, name: str) -> tuple[float, int]:
     quant = graph.quant(name)
     return float(quant.scale), quant.zero
@@ -182,7 +185,7 @@ def test_the_integer_graph_is_close_to_the_float_graph(spec: str) -> None:
 
 
 def test_the_whole_integer_graph_equals_onnxruntime() -> None:
-    integer = quantize(classifier(3), classifier_feeds()).graph
+    integer = quantize(classifier(3), classifier_feeds(), options=INT8).graph
     session = exact_session(to_onnx(integer))
     for feeds in classifier_feeds(5):
         found, wanted = run_session(session, feeds), reference.run_outputs(integer, feeds)
@@ -218,20 +221,20 @@ def test_without_samples_inputs_are_made_up_and_said_so() -> None:
 
 
 def test_where_data_moves_scales_are_shared() -> None:
-    graph = quantize(classifier(), classifier_feeds()).graph
+    graph = quantize(classifier(), classifier_feeds(), options=INT8).graph
     assert quant_of(graph, "sum") == quant_of(graph, "pooled") == quant_of(graph, "large") == quant_of(graph, "joined")
     assert quant_of(graph, "mean") == quant_of(graph, "flat")
 
 
 def test_a_clamped_result_uses_the_whole_range_above_zero() -> None:
-    graph = quantize(classifier(), classifier_feeds()).graph
+    graph = quantize(classifier(), classifier_feeds(), options=INT8).graph
     scale, zero = quant_of(graph, "stem")
     assert zero == -128
     assert 255 * scale <= 6.001
 
 
 def test_a_softmax_has_a_scale_of_one_over_n() -> None:
-    graph = quantize(classifier(), classifier_feeds()).graph
+    graph = quantize(classifier(), classifier_feeds(), options=INT8).graph
     scale, zero = quant_of(graph, "probabilities")
     assert zero == -128
     assert float(np.float32(1) / np.float32(scale)) == round(1 / scale)
@@ -437,9 +440,26 @@ def test_wrong_options_are_refused(text: str, said: str) -> None:
 
 
 def test_options_are_read() -> None:
-    assert QuantizeOptions.parse("int8") == QuantizeOptions()
-    expected = QuantizeOptions("percentile", 99.5, 7, per_tensor=True, bias_correction=False, bias_samples=0, concat_ratio=2.0)
+    assert QuantizeOptions.parse("auto") == QuantizeOptions()
+    assert QuantizeOptions.parse("int8,budget=2") == QuantizeOptions(scheme="int8", budget=2.0)
+    expected = QuantizeOptions(
+        method="percentile", percentile=99.5, samples=7, per_tensor=True, bias_correction=False, bias_samples=0, concat_ratio=2.0
+    )
     assert (
         QuantizeOptions.parse("method=percentile, percentile=99.5,samples=7,per_tensor=on,bias_correction=0,bias_samples=0,concat_ratio=2")
         == expected
     )
+
+
+def test_merging_histograms_changes_neither_the_other_nor_what_a_second_merge_gives() -> None:
+    narrow, wide = Histogram(), Histogram()
+    narrow.add(np.linspace(-1, 1, 1000).astype(np.float32))
+    wide.add(np.array([900.0], np.float32))
+    before = (narrow.width, narrow.counts.tolist())
+    for _ in range(2):
+        merged = Histogram()
+        merged.merge(narrow)
+        merged.merge(wide)
+        assert merged.width == wide.width
+        assert merged.counts.sum() == 1001
+    assert (narrow.width, narrow.counts.tolist()) == before

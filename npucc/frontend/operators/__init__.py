@@ -7,9 +7,12 @@ canonical nodes.
 from npucc.frontend.node import Importer
 from npucc.frontend.operators import elementwise, layout, matrix, normalization, pooling, recurrent, reduction, resize
 
-TABLE: tuple[Importer, ...] = (
-    *matrix.TABLE, *elementwise.TABLE, *pooling.TABLE, *reduction.TABLE, *normalization.TABLE, *layout.TABLE, *resize.TABLE, *recurrent.TABLE,
-)  # fmt: skip
+#: the records by the module that has them
+GROUPS: dict[str, tuple[Importer, ...]] = {
+    module.__name__.rpartition(".")[2]: module.TABLE
+    for module in (matrix, elementwise, pooling, reduction, normalization, layout, resize, recurrent)
+}
+TABLE: tuple[Importer, ...] = tuple(record for group in GROUPS.values() for record in group)
 OPERATORS: dict[tuple[str, str], Importer] = {(record.domain, record.name): record for record in TABLE}
 
 
@@ -18,4 +21,4 @@ def supported_operators() -> tuple[tuple[str, str], ...]:
     return tuple(sorted((f"{record.domain}.{record.name}" if record.domain else record.name, record.note) for record in TABLE))
 
 
-__all__ = ["OPERATORS", "TABLE", "supported_operators"]
+__all__ = ["GROUPS", "OPERATORS", "TABLE", "supported_operators"]

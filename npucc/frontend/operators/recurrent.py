@@ -82,7 +82,8 @@ def _gru_step(layer: _Layer, inputs: str, h: str, c: str) -> tuple[str, str]:
         gates = layer.op("add", gates, layer.product(h, layer.recurrence[parts[0]], None, "gates"))
     update, reset = layer.apply(0, layer.node.slice(gates, 1, 0, size)), layer.apply(0, layer.node.slice(gates, 1, size, size))
     if last and (h or layer.state_bias.any()):
-        state = layer.product(h, layer.recurrence[parts[1]], layer.state_bias, "candidate") if h else layer.node.new_constant(layer.state_bias, "bias")
+        weights = layer.recurrence[parts[1]]
+        state = layer.product(h, weights, layer.state_bias, "candidate") if h else layer.node.new_constant(layer.state_bias, "bias")
         candidate = layer.op("add", candidate, layer.op("mul", reset, state))
     elif h:
         candidate = layer.op("add", candidate, layer.product(layer.op("mul", reset, h), layer.recurrence[parts[1]], None, "candidate"))
@@ -147,7 +148,7 @@ def _check(node: NodeImport, kind: _Kind, steps: int) -> None:
     if node.operator == "LSTM" and node.has(7) and not (node.is_constant(7) and not node.floats(7, "peepholes").any()):
         raise node.refuse("it has peepholes")
     if steps > MOST_STEPS:
-        raise node.refuse(f"it has {steps} steps; supported are up to {MOST_STEPS}", hint="bind a shorter sequence with --shape and carry the state over")
+        raise node.refuse(f"it has {steps} steps; supported are up to {MOST_STEPS}", hint="bind a shorter one with --shape and carry the state over")
     directions = 2 if node.word("direction", "forward") == "bidirectional" else 1
     rows, hidden = node.shape(1)[1], node.shape(2)[2]
     if node.shape(1)[0] != directions or rows != kind.gates * hidden or node.shape(2)[1] != rows:

@@ -1,0 +1,298 @@
+"""Pruning: what is zero goes without a trace, what goes takes all that hangs on it along, and the rest is mended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import npucc
+from isa.target import load_target
+from npucc import demo, ops
+from npucc.compiler import float_graph
+from npucc.feeds import Port, open_dataset
+from npucc.graph import Graph
+from npucc.prune import PruneOptions, prune
+from npucc.prune.measure import OutputMeter
+from npucc.prune.shrink import shrink
+from npucc.prune.sites import find_sites
+from npucc.prune.slots import FIXED, find_slots
+from npucc.prune.solve import damped, eliminate, refit, sweep_pattern
+from npucc.prune.zeros import remove_zero_channels
+from npucc.quantize.calibrate import tensor_runner
+from tests.npucc.float_graphs import FloatNet
+
+Array = np.ndarray
+EDGE = load_target("edge")
+
+
+@pytest.fixture(scope="module")
+def dense() -> Graph:
+    return float_graph(demo.MODEL, {})
+
+
+@pytest.fixture(scope="module")
+def feeds() -> list[dict[str, Any]]:
+    return list(open_dataset(demo.CALIBRATION, [Port("image", (1, 3, 32, 32))], limit=32))
+
+
+def run(graph: Graph, feed: dict[str, Array]) -> list[Array]:
+    values = tensor_runner(graph, graph.outputs)(feed)
+    return [values[name] for name in graph.outputs]
+
+
+def net(seed: int, *, whole: bool = False) -> tuple[FloatNet, Graph]:
+    """Residual sum, concatenation, depthwise, grouped and transposed convolution, gate, pools, slice, flattening, two dense layers.
+
+    `whole`: small integers everywhere, so that float sums are exact in any order.
+    """
+    n = FloatNet(seed)
+
+    def weights(name: str, *shape: int) -> str:
+        if whole:
+            return n.constant(name, n.random.integers(-2, 3, shape).astype(np.float32))
+        return n.weights(name, *shape)
+
+    conv = ops.Conv(pads=(1, 1, 1, 1), clamp=(0.0, float("inf")))
+    n.input("x", 1, 3, 8, 8)
+    n.op("conv", ["x", weights("w_stem", 8, 3, 3, 3), weights("b_stem", 8)], "stem", conv)
+    n.op("conv", ["stem", weights("w_inner", 12, 8, 3, 3), weights("b_inner", 12)], "inner", conv)
+    n.op("conv", ["inner", weights("w_back", 8, 12, 3, 3), weights("b_back", 8)], "back", ops.Conv(pads=(1, 1, 1, 1)))
+    n.op("add", ["stem", "back"], "sum", ops.Binary((0.0, float("inf"))))
+    n.op("conv", ["sum", weights("w_depth", 8, 1, 3, 3), weights("b_depth", 8)], "depth", ops.Conv(pads=(1, 1, 1, 1), groups=8))
+    n.op("conv", ["sum", weights("w_group", 8, 4, 1, 1)], "group", ops.Conv(groups=2))
+    n.op("concat", ["depth", "group"], "joined", ops.Concat(1))
+    n.op("slice", ["joined"], "part", ops.Slice((0, 2, 0, 0), (1, 12, 8, 8), (1, 1, 1, 1)))
+    n.op("reduce_max", ["part"], "pooled", ops.Reduce((2, 3)))
+    n.op("conv", ["pooled", weights("w_squeeze", 4, 12, 1, 1), weights("b_squeeze", 4)], "squeeze", ops.Conv(clamp=(0.0, float("inf"))))
+    n.op("conv", ["squeeze", weights("w_gate", 12, 4, 1, 1), weights("b_gate", 12)], "gate", ops.Conv(clamp=(0.0, 1.0)))
+    n.op("mul", ["part", "gate"], "gated")
+    n.op("conv_transpose", ["gated", weights("w_up", 12, 6, 2, 2), weights("b_up", 6)], "up", ops.ConvTranspose(strides=(2, 2)))
+    n.op("max_pool", ["up"], "small", ops.Pool((4, 4), (4, 4)))
+    n.op("reshape", ["small"], "flat", ops.Reshape((1, 96)))
+    n.op("matmul", ["flat", weights("w_hidden", 96, 10), weights("b_hidden", 10)], "hidden", ops.MatMul((0.0, float("inf"))))
+    n.op("matmul", ["hidden", weights("w_out", 10, 5), weights("b_out", 5)], "logits")
+    return n, n.graph("logits")
+
+
+def whole_feed(seed: int) -> dict[str, Array]:
+    return {"x": np.random.default_rng(seed).integers(-2, 3, (1, 3, 8, 8)).astype(np.float32)}
+
+
+# constants to clear (name → dimension of the channels), the channels, how many labels go
+ZEROS: dict[str, tuple[dict[str, int], list[int], int]] = {
+    "inner convolution": ({"w_inner": 0, "b_inner": 0}, [5], 1),
+    "nobody listens": ({"w_back": 1}, [3], 1),
+    # the grouped convolution ties channels 2 and 6, which are at the same place of its two groups
+    "both sides of a residual sum": ({"w_stem": 0, "b_stem": 0, "w_back": 0, "b_back": 0, "b_depth": 0}, [2, 6], 1),
+    "one side of a residual sum": ({"w_back": 0, "b_back": 0}, [2, 6], 0),
+    "hidden unit": ({"w_hidden": 1, "b_hidden": 0}, [7], 1),
+    "channel that is flattened": ({"w_up": 1, "b_up": 0}, [4], 1),
+    "gate that another layer listens behind": ({"w_gate": 0, "b_gate": 0}, [6], 0),
+}
+
+
+@pytest.mark.parametrize("case", ZEROS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_zero_channels_go_without_any_change(case: str, seed: int) -> None:
+    """Equality to the bit: all numbers are small integers, so no order of summation can hide a difference."""
+    n, _ = net(seed, whole=True)
+    cleared, channels, expected = ZEROS[case]
+    for name, axis in cleared.items():
+        data = n.editor.tensors[name].data
+        assert data is not None
+        np.moveaxis(data, axis, 0)[channels] = 0
+    graph = n.graph("logits")
+    smaller, removed = remove_zero_channels(graph)
+    assert removed == expected
+    sizes = [sum(t.data.size for t in each.tensors.values() if t.data is not None) for each in (smaller, graph)]
+    assert (sizes[0] < sizes[1]) == bool(expected)
+    for index in range(3):
+        for want, have in zip(run(graph, whole_feed(index)), run(smaller, whole_feed(index)), strict=True):
+            assert np.array_equal(want, have)
+
+
+def test_a_network_without_zeros_keeps_its_channels() -> None:
+    graph = net(0)[1]
+    same, removed = remove_zero_channels(graph)
+    assert removed == 0
+    assert same is graph
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_set_of_labels_can_be_cut(seed: int) -> None:
+    """Cutting is the same as clearing: the cut graph verifies, and equals the graph whose weights on the way out are zero."""
+    n, graph = net(seed, whole=True)
+    slots = find_slots(graph)
+    random = np.random.default_rng(seed)
+    removed = np.zeros(slots.count, bool)
+    for family in slots.families():
+        removed[random.choice(family, random.integers(0, len(family)), replace=False)] = True
+    smaller = shrink(graph, slots, removed)
+    for name in ("w_inner", "w_back", "w_up", "w_hidden", "w_gate", "w_squeeze", "w_group", "w_out"):
+        summed = {"w_up": 0, "w_hidden": 0, "w_out": 0}.get(name, 1)
+        data = graph.tensors[name].data
+        assert data is not None
+        np.moveaxis(data, summed, 0)[removed[slots.labels[name, summed]]] = 0
+    for want, have in zip(run(n.graph("logits"), whole_feed(9)), run(smaller, whole_feed(9)), strict=True):
+        assert np.array_equal(want, have)
+    assert smaller.tensors["logits"].shape == (1, 5)
+    assert smaller.tensors["x"].shape == (1, 3, 8, 8)
+
+
+def test_what_is_tied() -> None:
+    graph = net(0)[1]
+    labels = find_slots(graph).labels
+    assert np.array_equal(labels["stem", 1], labels["back", 1])
+    assert np.array_equal(labels["sum", 1], labels["w_depth", 0])
+    assert np.array_equal(labels["joined", 1][2:14], labels["gate", 1])
+    assert np.array_equal(np.repeat(labels["up", 1], 16), labels["w_hidden", 0])
+    assert not set(labels["inner", 1]) & set(labels["stem", 1])
+    for name in ("x", "logits"):
+        assert all((labels[name, axis] == FIXED).all() for axis in range(len(graph.tensors[name].shape)))
+
+
+def test_elimination_prefers_what_the_rest_can_say() -> None:
+    """Channel 2 is the sum of 0 and 1, with large weights: it goes first and costs nothing."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(500, 4))
+    x[:, 2] = x[:, 0] + x[:, 1]
+    x = np.concatenate([x, np.ones((500, 1))], axis=1)
+    matrix = np.array([[1.0, 0.2], [0.5, 1.0], [3.0, -4.0], [0.3, 0.3], [0.1, 0.1]])
+    gram = x.T @ x
+    done = eliminate([gram], [matrix], [np.arange(4)[:, None]], [1.0])
+    assert done.order[0] in (0, 1, 2)
+    assert done.costs[0] < 0.03 * done.costs[1]
+    kept = np.setdiff1d(np.arange(5), done.order[:1])
+    fitted = np.zeros_like(matrix)
+    fitted[kept] = np.linalg.solve(damped(gram)[np.ix_(kept, kept)], damped(gram)[kept] @ matrix)
+    assert ((x @ fitted - x @ matrix) ** 2).sum() < 1e-3 * ((x @ matrix) ** 2).sum()
+
+
+def test_the_pattern_holds_and_the_refit_keeps_to_it() -> None:
+    random = np.random.default_rng(0)
+    x = np.concatenate([random.normal(size=(400, 16)) @ random.normal(size=(16, 16)), np.ones((400, 1))], axis=1)
+    matrix, gram = random.normal(size=(17, 8)), x.T @ x
+    mask = sweep_pattern(gram, matrix, keep=2, of=4, groups=np.arange(16).reshape(4, 4))
+    assert (mask[:16].reshape(4, 4, 8).sum(axis=1) == 2).all()
+    assert mask[16].all()
+    fitted = refit(gram, gram @ matrix, matrix * mask, mask=mask)
+    assert not fitted[~mask].any()
+    errors = [((x @ matrix - x @ each) ** 2).sum() for each in (fitted, matrix * mask)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["stem", "depth", "group", "hidden"])
+def test_a_site_is_its_operator(name: str) -> None:
+    """Columns times matrix are the operator's answers, before the clamp; and the constants come back."""
+    graph = net(3)[1]
+    site = find_sites(graph)[f"{name}_node"]
+    feed = {"x": np.random.default_rng(1).normal(size=(1, 3, 8, 8)).astype(np.float32)}
+    values = tensor_runner(graph, [site.input, name])(feed)
+    answers = site.columns(values[site.input], 10_000, 0) @ site.matrix(graph)
+    wanted = values[name].reshape(-1, values[name].shape[1], *values[name].shape[2:])
+    flat = answers.transpose(0, 2, 1).reshape(wanted.shape)
+    clamp = getattr(site.node.attributes, "clamp", None)
+    np.testing.assert_allclose(np.clip(flat, *clamp) if clamp else flat, wanted, atol=1e-4)
+    weights, _ = site.constants(graph, site.matrix(graph))
+    np.testing.assert_array_equal(weights, graph.tensors[site.weights].data)
+
+
+def test_channels_of_the_demo(dense: Graph, feeds: list[dict[str, Any]]) -> None:
+    """A quarter of the MACs go; the mended network is far closer to the dense one than plain cutting by magnitude."""
+    good = prune(dense, feeds, target=EDGE, options=PruneOptions.parse("channels=25%,rows=2048"))
+    plain = prune(dense, feeds, target=EDGE, options=PruneOptions.parse("channels=25%,criterion=magnitude,repair=no"))
+    for report in (good.report, plain.report):
+        assert report.macs_kept <= 0.75 * report.macs
+        assert report.stopped == "channels"
+    assert good.report.output_error < 0.5 * plain.report.output_error
+    assert sum(row.macs_kept for row in good.report.layers) == good.report.macs_kept
+    assert sum(row.macs for row in good.report.layers) == good.report.macs
+    errors = [(row.error_before or 0.0, row.error_after or 0.0) for row in good.report.layers if row.error_before is not None]
+    assert sum(after for _, after in errors) < 0.7 * sum(before for before, _ in errors)
+    again = prune(dense, feeds, target=EDGE, options=PruneOptions.parse("channels=25%,rows=2048"))
+    assert again.report == good.report
+    assert again.graph.text() == good.graph.text()
+
+
+def test_pattern_and_skip_on_the_demo(dense: Graph, feeds: list[dict[str, Any]]) -> None:
+    options = PruneOptions.parse("2:4,skip=stem*,skip=head*,rows=2048")
+    pruned = prune(dense, feeds, target=EDGE, options=options)
+    rows = {row.name: row for row in pruned.report.layers}
+    graph = pruned.graph
+    for node in graph:
+        if node.op != "conv" or getattr(node.attributes, "groups", 1) > 1:
+            continue
+        weights = graph.tensors[node.inputs[1]].data
+        assert weights is not None
+        channels = weights.shape[1] // 4 * 4
+        most = (weights[:, :channels].reshape(len(weights), -1, 4, *weights.shape[2:]) != 0).sum(axis=2).max(initial=0)
+        assert most <= 2 or options.skips(node) or channels == 0
+    assert any(row.kept * 2 == row.weights for row in rows.values())
+    plain = prune(dense, feeds, target=EDGE, options=PruneOptions.parse("2:4,skip=stem*,skip=head*,criterion=magnitude,repair=no"))
+    assert pruned.report.output_error < 0.5 * plain.report.output_error
+
+
+def test_zeros_that_are_there_stay(dense: Graph, feeds: list[dict[str, Any]]) -> None:
+    """An already sparse layer is refitted on its own pattern."""
+    name = next(node.inputs[1] for node in dense if node.name and node.op == "conv" and dense.tensors[node.inputs[1]].shape[1] == 128)
+    data = dense.tensors[name].data
+    assert data is not None
+    kept = data.copy()
+    try:
+        data[:, ::3] = 0
+        pruned = prune(dense, feeds[:16], target=EDGE, options=PruneOptions.parse("channels=10%,rows=1024"))
+    finally:
+        data[:] = kept
+    row = next(row for row in pruned.report.layers if row.weights and row.name == next(n.name for n in dense if name in n.inputs))
+    assert row.kept <= row.weights < data.size
+
+
+def test_a_cycle_budget_is_met_in_the_compiled_program(dense: Graph, feeds: list[dict[str, Any]]) -> None:
+    report = prune(dense, feeds[:16], target=EDGE, options=PruneOptions.parse("cycles=0.8,rows=1024")).report
+    assert report.stopped == "cycles"
+    assert report.cycles_kept <= 0.8 * report.cycles
+
+
+def test_a_drop_budget_holds_on_the_samples(dense: Graph, feeds: list[dict[str, Any]]) -> None:
+    pruned = prune(dense, feeds[:16], target=EDGE, options=PruneOptions.parse("cycles=0.3,drop=0,rows=512"))
+    assert OutputMeter(dense, feeds[:16]).disagreement(pruned.graph) == 0
+
+
+def test_compile_prunes(feeds: list[dict[str, Any]]) -> None:
+    """The whole street: a smaller program, the report in the package, the same bytes every time."""
+    whole = npucc.compile(demo.MODEL, calibration=feeds[:8])
+    pruned = npucc.compile(demo.MODEL, calibration=iter(feeds[:16]), prune="channels=30%,rows=1024")
+    assert pruned.report.macs < 0.71 * whole.report.macs
+    assert pruned.report.cycles < whole.report.cycles
+    assert whole.pruned is None
+    assert pruned.pruned is not None
+    assert pruned.pruned["macs_kept"] == pruned.report.macs
+    assert pruned.run(feeds[0]).outputs["logits"].shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "'' is no pruning option"),
+        ("channels=many", "channels='many' is no number"),
+        ("channels=130%", "channels is 1.3"),
+        ("4:2", "the pattern is 4:2"),
+        ("channels=30%,channels=40%", "the option 'channels' is given twice"),
+        ("skip=a", "there is nothing to prune"),
+        ("channels=30%,cycles=0.5", "both channels and cycles are given"),
+        ("2:4,drop=1", "drop is 1"),
+        ("2:4,criterion=luck", "there is no criterion 'luck'"),
+        ("2:4,repair=maybe", "repair='maybe' is neither yes nor no"),
+        ("2:4,samples=0", "samples is 0"),
+    ],
+)
+def test_faulty_specs(spec: str, message: str) -> None:
+    with pytest.raises(npucc.PruneError, match=message):
+        PruneOptions.parse(spec)
+
+
+def test_parse() -> None:
+    assert PruneOptions.parse("channels=30%, 2:4, skip=a*, skip=b") == PruneOptions(channels=0.3, pattern=(2, 4), skip=("a*", "b"))
+    assert PruneOptions.parse("cycles=0.7,drop=0.5") == PruneOptions(cycles=0.7, drop=0.5)
