@@ -291,7 +291,9 @@ def clipped_line(expression: Expression) -> ClippedLine | None:
 
 
 def _line_step(name: str, first: Expression, second: Expression) -> ClippedLine | None:
-    """One arithmetic operation with a constant."""
+    """One arithmetic operation with a finite constant."""
+    if any(isinstance(constant, float) and not math.isfinite(constant) for constant in (first, second)):
+        return None
     if isinstance(second, float):
         inner, constant = clipped_line(first), second
         constant = -constant if name == "sub" else 1 / constant if name == "div" and constant else constant

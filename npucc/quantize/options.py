@@ -17,7 +17,7 @@ class QuantizeOptions:
     """Raises QuantizeError where a value is not allowed."""
 
     scheme: str = field(
-        default="auto",
+        default="int8",
         metadata={"meaning": "auto: 16 bits for the few activations that a measurement finds worth it; int8: none but by rule; int16: all that can"},
     )
     budget: float = field(default=5.0, metadata={"meaning": "for auto: at most so many percent more cycles (estimated) for 16 bits"})

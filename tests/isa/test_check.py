@@ -39,7 +39,8 @@ def test_legal_instructions_pass(spec: InstructionSpec, data: st.DataObject) -> 
 @given(instructions())
 def test_what_the_checker_passes_the_machine_runs(instruction: Instruction) -> None:
     program = surround(instruction)
-    if instruction.name != "resize":  # its tables hold positions, which only values can get wrong
+    # resize reads positions and gather indices from memory, which only values can get wrong; the host is another machine
+    if instruction.name not in ("resize", "gather") and SPEC[instruction.name].queue != "host":
         Machine(program, bytes(program.constants_bytes)).run({}, order="random")
 
 

@@ -440,7 +440,8 @@ def test_wrong_options_are_refused(text: str, said: str) -> None:
 
 
 def test_options_are_read() -> None:
-    assert QuantizeOptions.parse("auto") == QuantizeOptions()
+    assert QuantizeOptions.parse("int8") == QuantizeOptions()
+    assert QuantizeOptions.parse("auto") == QuantizeOptions(scheme="auto")
     assert QuantizeOptions.parse("int8,budget=2") == QuantizeOptions(scheme="int8", budget=2.0)
     expected = QuantizeOptions(
         method="percentile", percentile=99.5, samples=7, per_tensor=True, bias_correction=False, bias_samples=0, concat_ratio=2.0
