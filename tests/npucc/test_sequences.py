@@ -186,7 +186,7 @@ def decode(step: Any, tokens: list[int], seen: list[dict[str, np.ndarray]] | Non
     cache = {"past_k": np.zeros((1, 2, 8, 8), np.float32), "past_v": np.zeros((1, 2, 8, 8), np.float32)}
     logits = []
     for token in tokens:
-        feed = {"id": np.array([[token]], np.int64), **cache}
+        feed: dict[str, np.ndarray] = {"id": np.array([[token]], np.int64), **cache}
         if seen is not None:
             seen.append(feed)
         found, cache["past_k"], cache["past_v"] = step(feed)
@@ -196,7 +196,8 @@ def decode(step: Any, tokens: list[int], seen: list[dict[str, np.ndarray]] | Non
 
 def test_decoding_with_a_cache() -> None:
     """The cache is a graph input and output: what the machine gives at one step it takes at the next, for many steps."""
-    proto, samples = decoder(), []
+    proto = decoder()
+    samples: list[dict[str, np.ndarray]] = []
     random = np.random.default_rng(0)
     decode(lambda feed: run(proto, feed), random.integers(0, 30, 40).tolist(), samples)
     package = npucc.compile(proto, target="tiny", calibration=samples)
