@@ -6,6 +6,7 @@ The one big idea: after this, an importer sees plain standard nodes with unique 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -137,8 +138,12 @@ def _check(model: ModelProto, file: str) -> None:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
         message = " ".join(str(error).split("\n==>")[0].split())
+        named = re.search(r"Bad node spec for node\. Name: (.*?) OpType:", str(error))
         raise ImportModelError(
-            f"the ONNX checker refuses the model: {message}", file=file, hint="export the model again, or convert it with onnx.version_converter"
+            f"the ONNX checker refuses the model: {message}",
+            file=file,
+            node=named[1] if named else "",
+            hint="export the model again, or convert it with onnx.version_converter",
         ) from None
 
 
