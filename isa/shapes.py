@@ -272,6 +272,17 @@ def requantizes(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterato
             yield f"mode={mode} with {name}={values[name]!r}", "fp32.rne has a scale, the q31 modes a multiplier and a shift"
 
 
+def interpolates(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+    """An interpolated table (`shift` above 0) has at least 2 entries, integers, and a shift of at most 15."""
+    table, shift = tiles["t"], values["shift"]
+    if not shift:
+        return
+    if table.elements < 2 or shift > 15:
+        yield f"a table of {table.elements} entries with a shift of {shift}", "an interpolated table needs 2 entries and a shift of 1 to 15"
+    if table.dtype == "f32":
+        yield "an interpolated table of f32", "its entries must be integers"
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "ld": (same_dtype("y", "x"), dma_dimensions),
     "st": (same_dtype("y", "x"), dma_dimensions),
@@ -280,7 +291,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "dwconv": (windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
     "matmul": (holds("za", "a"), holds("zb", "b"), bias_or_accumulate("c")),
     "requant": (requantizes,),
-    "lut": (same_dtype("y", "t"),),
+    "lut": (same_dtype("y", "t"), interpolates),
     "maxpool": (same_dtype("y", "x"), windows_fit, windows_not_empty),
     "avgpool": (windows_fit, windows_not_empty),
     "reduce": (result_holds,),

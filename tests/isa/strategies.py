@@ -146,6 +146,8 @@ def instructions(draw: Any, spec: InstructionSpec | None = None) -> Instruction:
         unused = ("multiplier", "shift") if values["mode"] == "fp32.rne" else ("scale",)
         values |= {name: defaults[name] for name in unused}
     sizes, dtypes = _sizes(draw, spec, values), _dtypes(draw, spec, values)
+    if spec.name == "lut":
+        values["shift"] = draw(st.integers(0, 15)) if sizes["e"] > 1 and dtypes["t"] != "f32" else 0
     chosen: list[Tile] = []
     for operand in spec.operands:
         if operand.optional and (values.get("accumulate") or not _takes(draw, spec, operand.name, len(chosen), values)):
