@@ -198,7 +198,10 @@ def compose(outer: Expression, inner: Expression) -> Expression:
 
 
 def simplify(expression: Expression) -> Expression:
-    """Constants folded, neutral operands removed, chains of clips merged; the value at every x stays the same."""
+    """Constants folded, neutral operands removed, chains of clips merged; the value at every x stays the same.
+
+    But for the sign of zero, which x + 0 loses: a division by that zero may give the other infinity.
+    """
     return compose(expression, "x")
 
 
