@@ -220,11 +220,11 @@ class Package:
         """One Result per feed, as they are asked for."""
         return (self.run(feed) for feed in feeds)
 
-    def to_onnx(self) -> onnx.ModelProto:
-        """The same quantized model as QDQ ONNX. Raises CompileError when the package has no graph."""
+    def to_onnx(self, *, unsigned: bool = True, exact: bool = True) -> onnx.ModelProto:
+        """The same quantized model as QDQ ONNX (see `npucc.export.to_onnx`). Raises CompileError when the package has no graph."""
         from npucc.export import to_onnx
 
-        return to_onnx(self.graph)
+        return to_onnx(self.graph, unsigned=unsigned, exact=exact)
 
 
 def load(path: str | Path) -> Package:

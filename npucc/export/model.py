@@ -40,6 +40,12 @@ class Model:
         self.nodes.append(helper.make_node(kind, arguments, [result], name=self.fresh(f"{result}:{kind}"), **attributes))
         return result
 
+    def reduce(self, kind: str, value: str, axes: Sequence[int], *, into: str = "") -> str:
+        """A Reduce… operator over axes, which are kept as 1."""
+        if kind == "ReduceSum" or self.opset >= REDUCE_AXES_INPUT:
+            return self.op(kind, [value, self.constant(list(axes), "int64")], into=into, keepdims=1)
+        return self.op(kind, [value], into=into, axes=list(axes), keepdims=1)
+
     def cast(self, value: str, dtype: str, *, into: str = "") -> str:
         """The value as another element type (a numpy name)."""
         return self.op("Cast", [value], into=into, to=element_type(dtype))

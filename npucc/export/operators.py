@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from npucc import scalar
-from npucc.export.model import REDUCE_AXES_INPUT, Model
+from npucc.export.model import Model
 from npucc.graph import Graph, Node, Tensor
 from npucc.ops import OPS
 
@@ -48,11 +48,12 @@ class Call:
         self.model.op(kind, self.inputs if inputs is None else inputs, into=self.into, **attributes)
 
 
-def emit(model: Model, graph: Graph, node: Node, inputs: tuple[str, ...], into: str) -> None:
-    """The node without its clamp: casts what it can't compute with to float32, and the result to its recorded type."""
-    arguments = inputs if OPS[node.op].moves_data else tuple(_as_float(model, graph, node, index, value) for index, value in enumerate(inputs))
-    natural = graph.tensors[node.inputs[0]].dtype if OPS[node.op].moves_data else RESULT_TYPES.get(node.op, FLOAT)
-    wanted = graph.tensors[node.outputs[0]].dtype
+def emit(model: Model, graph: Graph, node: Node, inputs: tuple[str, ...], into: str, type_of: Callable[[str], str]) -> None:
+    """The node without its clamp: casts what it can't compute with to float32, and the result to what `type_of` says of it."""
+    moves = OPS[node.op].moves_data
+    types = [type_of(name) if name else "" for name in node.inputs]
+    arguments = inputs if moves else tuple(_as_float(model, node, index, value, types[index]) for index, value in enumerate(inputs))
+    natural, wanted = types[0] if moves else RESULT_TYPES.get(node.op, FLOAT), type_of(node.outputs[0])
     if natural == wanted:
         EMITTERS[node.op](Call(model, graph, node, arguments, into))
         return
@@ -70,12 +71,10 @@ def clip(model: Model, value: str, clamp: tuple[float, float], *, into: str) -> 
         model.op("Clip", [value, low, high], into=into)
 
 
-def _as_float(model: Model, graph: Graph, node: Node, index: int, value: str) -> str:
+def _as_float(model: Model, node: Node, index: int, value: str, dtype: str) -> str:
     """The value as float32; the condition of a `where` as bool."""
-    if not value:
-        return value
     wanted = "bool" if (node.op, index) == ("where", 0) else FLOAT
-    return value if graph.tensors[node.inputs[index]].dtype == wanted else model.cast(value, wanted)
+    return value if not value or dtype == wanted else model.cast(value, wanted)
 
 
 def _conv(call: Call) -> None:
@@ -146,11 +145,7 @@ def _average_pool(call: Call) -> None:
 
 def _reduce(kind: str) -> Callable[[Call], None]:
     def emit_it(call: Call) -> None:
-        axes = call.attributes.axes
-        if kind == "ReduceSum" or call.model.opset >= REDUCE_AXES_INPUT:
-            call.emit(kind, (call.inputs[0], _shape(call.model, axes)), keepdims=1)
-        else:
-            call.emit(kind, axes=axes, keepdims=1)
+        call.model.reduce(kind, call.inputs[0], call.attributes.axes, into=call.into)
 
     return emit_it
 

@@ -7,11 +7,14 @@ but only where a tensor has a single reader, and falls back to float kernels at 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from npucc.arithmetic import RANGES, clamp_bounds
+from npucc.export.integers import must_be_spelled_out, spell_out
 from npucc.export.model import Model
 from npucc.export.operators import FLOAT, clip, emit
 from npucc.export.segment import emit_segment
@@ -28,9 +31,9 @@ def stored_name(tensor: str) -> str:
     return f"{tensor}/stored"
 
 
-def emit_quantized(graph: Graph, model: Model, *, unsigned: bool) -> None:
+def emit_quantized(graph: Graph, model: Model, *, unsigned: bool, exact: bool) -> None:
     """Write the whole graph into the model."""
-    writer = _Writer(graph, model, unsigned)
+    writer = _Writer(graph, model, unsigned, exact)
     for name in graph.inputs:
         writer.take_input(graph.tensors[name])
     for node in graph:
@@ -42,12 +45,14 @@ def emit_quantized(graph: Graph, model: Model, *, unsigned: bool) -> None:
 
 @dataclass(slots=True)
 class _Writer:
-    """`real` maps a tensor to the name of its float (or bool) value, where that is not the tensor's own."""
+    """`real` maps a tensor to the name of its float (or bool) value, where that is not the tensor's own; `integers` to what it stores."""
 
     graph: Graph
     model: Model
     unsigned: bool
+    exact: bool
     real: dict[str, str] = field(default_factory=dict)
+    integers: dict[str, str] = field(default_factory=dict)
     constants: dict[tuple[str, bool], str] = field(default_factory=dict)
 
     def take_input(self, tensor: Tensor) -> None:
@@ -63,16 +68,48 @@ class _Writer:
             self._write_segment(node)
             return
         result = self.graph.tensors[node.outputs[0]]
+        if self.exact and must_be_spelled_out(self.graph, node):
+            self._write_integers(node, result)
+            return
         inputs = tuple(self._read(node, index) for index in range(len(node.inputs)))
         if result.quant is None or result.dtype == "bool":
-            emit(self.model, self.graph, node, inputs, result.name)
+            emit(self.model, self.graph, node, inputs, result.name, self._outer_type)
             return
         raw = self.model.fresh(f"{result.name}/raw")
-        emit(self.model, self.graph, node, inputs, raw)
+        emit(self.model, self.graph, node, inputs, raw, self._outer_type)
         clamp = getattr(node.attributes, "clamp", None)
         if clamp is not None and clamp_bounds(clamp, result.quant) != RANGES[result.quant.dtype]:
             raw = self._clamped(raw, clamp, result.quant, result.name)
-        self._pair(raw, result.quant, result.name, into=result.name)
+        self._name(result.name, partial(self._pair, raw, result.quant, result.name))
+
+    def _write_integers(self, node: Node, result: Tensor) -> None:
+        """What the node stores, step by step, and its float value after it."""
+        quant = self.graph.quant(result.name)
+        self.integers[result.name] = into = self.model.fresh(stored_name(result.name))
+        spell_out(self, node, into=into)
+        parameters = self._scale_and_zero(quant, *self.form(quant), result.name)
+        self._name(result.name, partial(self._dequantize, into, quant, parameters))
+
+    def _name(self, name: str, write: Callable[[str], str]) -> None:
+        """Have a value written into a tensor's name; where ONNX has integers there, into a name of its own, and cast."""
+        if self.graph.tensors[name].dtype == self._outer_type(name):
+            write(name)
+        else:
+            self.real[name] = write("")
+            self.model.cast(self.real[name], self.graph.tensors[name].dtype, into=name)
+
+    def real_value(self, name: str) -> str:
+        """The float (or bool) value of a tensor that is no constant."""
+        return self.real.get(name, name)
+
+    def stored(self, name: str) -> tuple[str, int]:
+        """(the value that holds what a tensor stores, what is added to it)."""
+        tensor = self.graph.tensors[name]
+        if tensor.data is not None and name not in self.integers:
+            self.integers[name] = self.model.constant(tensor.data, TYPES[self.graph.quant(name).dtype])
+        if tensor.data is not None:
+            return self.integers[name], 0
+        return self.integers[name], self.form(self.graph.quant(name))[1]
 
     def _write_segment(self, node: Node) -> None:
         """A host segment between its quantized tensors; those that only the host touches go in and out as they are."""
@@ -82,10 +119,7 @@ class _Writer:
         into = {name: self.model.fresh(f"{name}/raw") if name in paired else name for name in node.outputs}
         emit_segment(self.model, node, values, [(into[name], outer[name]) for name in node.outputs])
         for name in paired:
-            dtype = self.graph.tensors[name].dtype
-            self.real[name] = self._pair(into[name], self.graph.quant(name), name, into=name if dtype == FLOAT else "")
-            if dtype != FLOAT:
-                self.model.cast(self.real[name], dtype, into=name)
+            self._name(name, partial(self._pair, into[name], self.graph.quant(name), name))
 
     def _outer_type(self, name: str) -> str:
         """The element type that a tensor has between two nodes."""
@@ -105,7 +139,7 @@ class _Writer:
         name = node.inputs[index]
         tensor = self.graph.tensors.get(name)
         if tensor is None or not tensor.is_constant:
-            return self.real.get(name, name)
+            return self.real_value(name)
         is_weight = OPS[node.op].matrix and index in (WEIGHTS, BIAS)
         return self.constant(tensor, is_activation=not is_weight)
 
@@ -118,25 +152,35 @@ class _Writer:
                 dtype = "bool" if tensor.dtype == "bool" else str(tensor.data.dtype)
                 self.constants[key] = self.model.constant(tensor.data, dtype, name=self.model.fresh(into or f"{tensor.name}/constant"))
             else:
-                quant, dtype, shift = tensor.quant, *self._form(tensor.quant, is_activation=is_activation)
+                quant, dtype, shift = tensor.quant, *(self.form(tensor.quant) if is_activation else (TYPES[tensor.quant.dtype], 0))
                 stored = self.model.constant(tensor.data.astype(np.int64) + shift, dtype, name=self.model.fresh(stored_name(tensor.name)))
                 self.constants[key] = self._dequantize(stored, quant, self._scale_and_zero(quant, dtype, shift, tensor.name), into=into)
         return self.constants[key]
 
-    def _form(self, quant: Quant, *, is_activation: bool) -> tuple[str, int]:
-        """(element type, number added to what is stored)."""
-        return ("uint8", 128) if self.unsigned and is_activation and quant.dtype == "s8" else (TYPES[quant.dtype], 0)
+    def form(self, quant: Quant) -> tuple[str, int]:
+        """(element type, number added to what is stored) of an activation."""
+        return ("uint8", 128) if self.unsigned and quant.dtype == "s8" else (TYPES[quant.dtype], 0)
 
-    def _pair(self, value: str, quant: Quant, name: str, *, into: str) -> str:
-        """QuantizeLinear and DequantizeLinear; returns the dequantized value. 32-bit whole numbers stay as they are."""
-        if quant.dtype == "s32":
+    def _pair(self, value: str, quant: Quant, name: str, into: str) -> str:
+        """QuantizeLinear and DequantizeLinear; returns the dequantized value. 32 bits, which QuantizeLinear has not, as float steps."""
+        if is_raw(quant):
             return self.model.op("Identity", [value], into=into)
-        dtype, shift = self._form(quant, is_activation=True)
+        if quant.dtype == "s32":
+            scale = self.model.constant(quant.scale, FLOAT)
+            steps = self.model.op("Round", [self.model.op("Div", [value, scale])])
+            return self.model.op("Mul", [self.model.op("Clip", [steps, *self._limits()]), scale], into=into)
+        dtype, shift = self.form(quant)
         parameters = self._scale_and_zero(quant, dtype, shift, name)
         stored = self.model.op("QuantizeLinear", [value, *parameters], into=self.model.fresh(stored_name(name)))
+        self.integers[name] = stored
         return self._dequantize(stored, quant, parameters, into=into)
 
-    def _dequantize(self, stored: str, quant: Quant, parameters: tuple[str, str], *, into: str) -> str:
+    def _limits(self) -> tuple[str, str]:
+        """Of int32, as float32 holds them."""
+        low, high = RANGES["s32"]
+        return self.model.constant(low, FLOAT), self.model.constant(high, FLOAT)
+
+    def _dequantize(self, stored: str, quant: Quant, parameters: tuple[str, str], into: str) -> str:
         axis = {} if quant.axis is None else {"axis": quant.axis}
         return self.model.op("DequantizeLinear", [stored, *parameters], into=into, **axis)
 

@@ -16,19 +16,20 @@ from npucc.graph import Graph, Node
 from npucc.ops import OPS
 
 
-def to_onnx(graph: Graph, *, unsigned: bool = True) -> onnx.ModelProto:
+def to_onnx(graph: Graph, *, unsigned: bool = True, exact: bool = True) -> onnx.ModelProto:
     """The graph as a checked ONNX model with the graph's input and output names and types.
 
-    An integer graph (one with scales) becomes QDQ; onnxruntime agrees with it to the bit in convolutions, matrix products, sums,
-    products, pooling and data movement given `session.x64quantprecision=1`. `unsigned=False` writes int8 activations, for tools that
-    want them; onnxruntime is then exact with `session.qdqisint8allowed=1` instead. ONNX rounds as targets with requantize=fp32.rne do;
-    the q31 modes of other targets may differ from it by a step of the result.
+    An integer graph (one with scales) becomes QDQ, and onnxruntime agrees with it to the bit given `session.x64quantprecision=1`.
+    Where its kernels would compute in float (softmax, layer normalization, tables, whatever stores 16 bits) the operator is spelled out
+    in integer operators; `exact=False` leaves such operators as ONNX has them, easier to read and to deploy, a step off here and there.
+    `unsigned=False` writes int8 activations, for tools that want them; onnxruntime is then exact with `session.qdqisint8allowed=1`
+    instead. ONNX rounds as targets with requantize=fp32.rne do; the q31 modes of other targets may differ from it by a step of the result.
     """
     quants = [tensor.quant for tensor in graph.tensors.values() if tensor.quant is not None]
     opset = OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET
     model = Model(max(opset, newest_opset(graph)), taken=graph.tensors)
     if quants:
-        emit_quantized(graph, model, unsigned=unsigned)
+        emit_quantized(graph, model, unsigned=unsigned, exact=exact)
     else:
         _emit_float(graph, model)
     return model.finish(graph)
@@ -44,14 +45,17 @@ def _emit_float(graph: Graph, model: Model) -> None:
 
 def _emit_float_node(graph: Graph, model: Model, node: Node) -> None:
     """The node and its clamp, into the result's own name."""
+
+    def dtype_of(name: str) -> str:
+        return graph.tensors[name].dtype
+
     if OPS[node.op].host:
-        types = {name: graph.tensors[name].dtype for name in (*node.inputs, *node.outputs)}
-        emit_segment(model, node, [(name, types[name]) for name in node.inputs], [(name, types[name]) for name in node.outputs])
+        emit_segment(model, node, [(name, dtype_of(name)) for name in node.inputs], [(name, dtype_of(name)) for name in node.outputs])
         return
     result, clamp = node.outputs[0], getattr(node.attributes, "clamp", None)
     if clamp is None:
-        emit(model, graph, node, node.inputs, result)
+        emit(model, graph, node, node.inputs, result, dtype_of)
         return
     unclamped = model.fresh(f"{result}/unclamped")
-    emit(model, graph, node, node.inputs, unclamped)
+    emit(model, graph, node, node.inputs, unclamped, dtype_of)
     clip(model, unclamped, clamp, into=result)
