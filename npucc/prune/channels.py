@@ -17,9 +17,9 @@ from npucc.ops import OPS
 from npucc.prune.options import PruneOptions
 from npucc.prune.price import Price, PriceList
 from npucc.prune.shrink import shrink
-from npucc.prune.sites import Site
 from npucc.prune.slots import FIXED, Slots
 from npucc.prune.solve import damped, eliminate
+from npucc.sites import Site
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Measure = Callable[[Graph], float]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from npucc.graph import Editor, Graph, make_graph
-from npucc.prune.sites import Site
 from npucc.quantize.calibrate import tensor_runner
+from npucc.sites import Site
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Feeds = Iterable[Mapping[str, Array]]

@@ -26,9 +26,9 @@ from npucc.prune.options import PruneOptions
 from npucc.prune.price import Price, PriceList
 from npucc.prune.repair import Repaired, repair
 from npucc.prune.report import FamilyRow, LayerRow, PruneReport
-from npucc.prune.sites import find_sites
 from npucc.prune.slots import find_slots
 from npucc.prune.zeros import remove_zero_channels
+from npucc.sites import find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]

@@ -15,8 +15,8 @@ import numpy as np
 from npucc.graph import Graph
 from npucc.prune.moments import Moments, site_moments, with_constants
 from npucc.prune.options import PruneOptions
-from npucc.prune.sites import Site, find_sites
 from npucc.prune.solve import refit, sweep_pattern
+from npucc.sites import Site, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]

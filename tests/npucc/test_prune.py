@@ -16,11 +16,11 @@ from npucc.graph import Graph
 from npucc.prune import PruneOptions, prune
 from npucc.prune.measure import OutputMeter
 from npucc.prune.shrink import shrink
-from npucc.prune.sites import find_sites
 from npucc.prune.slots import FIXED, find_slots
 from npucc.prune.solve import damped, eliminate, refit, sweep_pattern
 from npucc.prune.zeros import remove_zero_channels
 from npucc.quantize.calibrate import tensor_runner
+from npucc.sites import find_sites
 from tests.npucc.float_graphs import FloatNet
 
 Array = np.ndarray
