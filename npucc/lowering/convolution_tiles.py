@@ -200,16 +200,18 @@ class _Lowering:
         problem, target, (kh, kw) = self.problem, self.emitter.target, self.problem.kernel
         pixels, tiles = self.pixel_tiles(plan), -(-problem.outputs // plan.outputs)
         chunks = 1 if self.tied else -(-problem.channels // plan.channels)
-        count = plan.rows * plan.columns
+        count, width = plan.rows * plan.columns, DTYPES[problem.x.dtype]
         if problem.depthwise:
-            matrix = cost.depthwise_cycles(target, count, Row(plan.columns, (kh, kw), problem.strides[1], problem.dilations[1]), plan.outputs)
+            row = Row(plan.columns, (kh, kw), problem.strides[1], problem.dilations[1])
+            matrix = cost.depthwise_cycles(target, count, row, plan.outputs, width=width)
         else:
             groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
-            matrix = cost.matrix_cycles(target, count, kh * kw * plan.channels // groups, plan.outputs // groups, groups)
+            matrix = cost.matrix_cycles(target, count, kh * kw * plan.channels // groups, plan.outputs // groups, groups, width=width)
         sizes = self.sizes(plan)
         load_x = cost.dma_cycles(target, sizes["x"], self._run_length(plan))
         load_w = cost.dma_cycles(target, sizes["w"], sizes["w"]) + cost.dma_cycles(target, sizes["p"], sizes["p"])
-        store = cost.dma_cycles(target, sizes["y"], plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1))
+        run = plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1) * DTYPES[self.result.dtype]
+        store = cost.dma_cycles(target, sizes["y"], run)
         extra = cost.dma_cycles(target, sizes["e"], plan.outputs)
         x_loads = (
             pixels * chunks
@@ -226,12 +228,12 @@ class _Lowering:
 
     def _run_length(self, plan: Plan) -> int:
         """Contiguous bytes of an input tile's rows in DRAM."""
-        channels = self.problem.channels
-        if plan.channels < channels or self.problem.x.strides[1] != 1:
-            return plan.channels if self.problem.x.strides[1] == 1 else 1
+        channels, width = self.problem.channels, DTYPES[self.problem.x.dtype]
+        if plan.channels < channels or self.problem.x.strides[1] != width:
+            return plan.channels * width if self.problem.x.strides[1] == width else width
         columns = self.problem.reach(1, plan.columns)
         whole = columns == self.problem.x.shape[3]
-        return channels * columns * (self.problem.reach(0, plan.rows) if whole else 1)
+        return channels * columns * (self.problem.reach(0, plan.rows) if whole else 1) * width
 
     # --- the instructions
 

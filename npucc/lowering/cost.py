@@ -10,15 +10,15 @@ from runtime.costs import Product, Row, matrix_cost
 
 
 @lru_cache(maxsize=1 << 16)
-def matrix_cycles(target: Target, pixels: int, depth: int, outputs: int, groups: int) -> int:
-    """Matrix engine cycles of one tile."""
-    return matrix_cost(Product(pixels, depth, outputs, groups), target).cycles
+def matrix_cycles(target: Target, pixels: int, depth: int, outputs: int, groups: int, *, width: int = 1) -> int:
+    """Matrix engine cycles of one tile whose inputs have `width` bytes."""
+    return matrix_cost(Product(pixels, depth, outputs, groups, width), target).cycles
 
 
 @lru_cache(maxsize=1 << 16)
-def depthwise_cycles(target: Target, pixels: int, row: Row, channels: int) -> int:
-    """Matrix engine cycles of one depthwise tile."""
-    return matrix_cost(Product(pixels, row.kernel[0] * row.kernel[1], 1, channels, depthwise=True, row=row), target).cycles
+def depthwise_cycles(target: Target, pixels: int, row: Row, channels: int, *, width: int = 1) -> int:
+    """Matrix engine cycles of one depthwise tile whose inputs have `width` bytes."""
+    return matrix_cost(Product(pixels, row.kernel[0] * row.kernel[1], 1, channels, width, depthwise=True, row=row), target).cycles
 
 
 def dma_cycles(target: Target, size: int, run: int) -> int:

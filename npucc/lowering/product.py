@@ -144,18 +144,18 @@ class _Lowering:
 
     def estimate(self, plan: Plan) -> float:
         """Cycles of one batch: the busiest engine's, plus what the first tile waits for and the last one leaves behind."""
-        target, sizes = self.emitter.target, self.sizes(plan)
+        target, sizes, width = self.emitter.target, self.sizes(plan), DTYPES[self.left.dtype]
         rows, columns, chunks = -(-self.rows // plan.rows), -(-self.columns // plan.columns), -(-self.depth // plan.depth)
-        load_a = cost.dma_cycles(target, sizes["a"], plan.depth * (plan.rows if chunks == 1 else 1))
+        load_a = cost.dma_cycles(target, sizes["a"], plan.depth * (plan.rows if chunks == 1 else 1) * width)
         load_b = cost.dma_cycles(target, sizes["b"], sizes["b"] if self.weights is not None else plan.columns) + cost.dma_cycles(
             target, sizes["p"], sizes["p"]
         )
-        store = cost.dma_cycles(target, sizes["y"] + sizes["e"], plan.columns)
+        store = cost.dma_cycles(target, sizes["y"] + sizes["e"], plan.columns * DTYPES[self.result.dtype])
         again = chunks > 1
         a_loads = rows * chunks * (columns if (plan.right_outer or again) and rows * chunks > 1 else 1)
         b_loads = columns * chunks * (rows if (not plan.right_outer or again) and columns * chunks > 1 else 1)
         vector = cost.vector_cycles(target, plan.rows * plan.columns) * (1 + len(self.chain.nodes))
-        matrix = cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1)
+        matrix = cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=width)
         busiest = max(rows * columns * chunks * matrix, a_loads * load_a + b_loads * load_b + rows * columns * store, rows * columns * vector)
         return busiest + load_a + load_b + vector + store + 2 * target.dram_latency
 
