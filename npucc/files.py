@@ -75,12 +75,21 @@ def _finite(value: object) -> object:
     return value
 
 
+def write_array(path: str | Path, array: Array) -> None:
+    """An `.npy` of dense values. Raises OSError."""
+    write_bytes(path, _npy(np.ascontiguousarray(array)))
+
+
 def write_arrays(path: str | Path, arrays: Mapping[str, Array]) -> None:
     """An `.npz` as numpy writes it, except that the same arrays give the same bytes. Raises OSError."""
     with replacing(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.asanyarray(array), allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=_EPOCH)
             entry.external_attr = 0o644 << 16
-            archive.writestr(entry, buffer.getvalue(), zipfile.ZIP_DEFLATED)
+            archive.writestr(entry, _npy(np.asanyarray(array)), zipfile.ZIP_DEFLATED)
+
+
+def _npy(array: Array) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

@@ -101,6 +101,15 @@ def layers(report: Mapping[str, Any], *, top: int | None = None, width: int = WI
     return grid(title, headers, (row(layer, cycles) for layer in chosen), left=2, footer=row(total, cycles))
 
 
+def counters(report: Mapping[str, Any]) -> Table:
+    """How often each kind of instruction ran, and for how many cycles its engine was at work for it."""
+    total = max(int(report["cycles"]), 1)
+    rows = (
+        (row["engine"], row["instruction"], f"{row['count']:,}", f"{row['cycles']:,}", f"{row['cycles'] / total:.1%}") for row in report["counters"]
+    )
+    return grid("instructions by engine", ("engine", "instruction", "executed", "cycles", "of all"), rows, left=2)
+
+
 def _wide_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
     parts = (f"{int(layer[part]):,}" for part in CYCLE_PARTS)
     cost = (f"{int(layer['macs']):,}", size(layer["dram_bytes"]), energy(layer["energy_pj"]))

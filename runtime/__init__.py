@@ -4,8 +4,8 @@ The one big idea: values and cycles come from the same program; values are exact
 """
 
 from runtime.errors import RuntimeFault
-from runtime.machine import Machine, Run
-from runtime.report import LayerReport, Report, make_report
+from runtime.machine import Machine, Run, Stop
+from runtime.report import Counter, LayerReport, Report, make_report
 from runtime.timing import Timeline, simulate
 
-__all__ = ["LayerReport", "Machine", "Report", "Run", "RuntimeFault", "Timeline", "make_report", "simulate"]
+__all__ = ["Counter", "LayerReport", "Machine", "Report", "Run", "RuntimeFault", "Stop", "Timeline", "make_report", "simulate"]

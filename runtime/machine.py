@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from isa.program import Program, TensorRecord
+from isa.program import Instruction, Program, TensorRecord, address_at
 from runtime import boundary
 from runtime.binder import Binder, written_ranges
+from runtime.decode import decode
 from runtime.errors import RuntimeFault
 from runtime.host import Host, HostEngine
 from runtime.memory import Array, Memory, extent
@@ -61,6 +62,20 @@ class Run:
     @property
     def energy_pj(self) -> float:
         return self.report.energy_pj
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The machine right after one execution of an instruction, everything before it in line order done.
+
+    `executed` instructions took until `cycle`; `operands` are that instruction's tiles, `memories` all bytes by space.
+    """
+
+    instruction: Instruction
+    executed: int
+    cycle: int
+    operands: dict[str, Array]
+    memories: dict[str, Array]
 
 
 class Machine:
@@ -110,6 +125,25 @@ class Machine:
         raw = {record.name: view.copy() for record, view in self._outputs}
         outputs = {record.name: boundary.to_real(record, raw[record.name]) for record, _ in self._outputs}
         return Run(outputs, raw, tensors, self.report)
+
+    def run_until(self, inputs: Mapping[str, Any], line: int, *, turn: int = 1) -> Stop:
+        """An inference up to the `turn`-th execution of a line of the program's text. Raises RuntimeFault when there is none."""
+        positions = [position for position, index in enumerate(self._order) if self.steps[index].line.instruction.line == line]
+        if not 1 <= turn <= len(positions):
+            times = f"{len(positions)} time{'s' * (len(positions) != 1)}"
+            raise RuntimeFault(f"line {line} is executed {times}, not {turn}", hint="give the line of an instruction, as `npucc disasm` numbers them")
+        order = self._order[: positions[turn - 1] + 1]
+        self._write_inputs(inputs)
+        for closure in self._bind(order, known_order=False):  # every instruction stores its result then
+            closure()
+        step = self.steps[order[-1]]
+        tiles = decode(step.line.instruction).tiles
+        operands = {name: self.memories[tile.space].view(tile, address_at(tile, step.iterations)).copy() for name, tile in tiles.items()}
+        return Stop(step.line.instruction, len(order), int(self.timeline.ends[order[-1]]), operands, self.contents())
+
+    def contents(self) -> dict[str, Array]:
+        """The bytes of every memory as they are now, uint8, by space."""
+        return {space: memory.bytes.copy() for space, memory in self.memories.items()}
 
     def run_many(self, samples: Iterable[Mapping[str, Any]], *, workers: int = 1, dump: Dump = None) -> Iterator[Run]:
         """One Run per sample, in order; with `workers` above 1 in as many processes (a script then needs its `if __name__ == "__main__"`).

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from isa.program import Instruction, Loop, Program
+import numpy as np
+
+from isa.program import QUEUES, Instruction, Loop, Program
 from runtime.costs import Work
 from runtime.energy import SOURCES, energy
 from runtime.timing import LayerTime, Timeline
@@ -33,6 +35,16 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Counter:
+    """One kind of instruction: how often it ran on its engine, and for how many cycles the engine was at work for it."""
+
+    instruction: str
+    engine: str
+    count: int
+    cycles: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """One inference. `utilization` is ideal multiply-accumulate cycles over cycles; `energy` is in picojoules by component."""
 
@@ -46,6 +58,7 @@ class Report:
     energy: dict[str, float]
     energy_sources: dict[str, str]
     layers: tuple[LayerReport, ...]
+    counters: tuple[Counter, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""
@@ -62,7 +75,20 @@ def make_report(program: Program, timeline: Timeline) -> Report:
         cycles=timeline.total_cycles, macs=total.macs, utilization=total.macs / possible if possible else 0.0,
         dram_read_bytes=total.dram_read_bytes, dram_write_bytes=total.dram_write_bytes, spm_peak_bytes=spm_peak(program),
         energy_pj=sum(components.values()), energy=components, energy_sources=dict(SOURCES), layers=layers,
+        counters=count_instructions(timeline),
     )  # fmt: skip
+
+
+def count_instructions(timeline: Timeline) -> tuple[Counter, ...]:
+    """One row per kind, in the order of the queues, the longest first."""
+    engines = {step.line.instruction.name: step.line.queue for step in timeline.steps}
+    kinds = {name: number for number, name in enumerate(engines)}
+    kind_of = np.array([kinds[step.line.instruction.name] for step in timeline.steps], np.int64)
+    counts = np.bincount(kind_of, minlength=len(kinds)).tolist()
+    cycles = np.zeros(len(kinds), np.int64)
+    np.add.at(cycles, kind_of, timeline.ends - timeline.begins)
+    rows = [Counter(name, engine, counts[kinds[name]], int(cycles[kinds[name]])) for name, engine in engines.items()]
+    return tuple(sorted(rows, key=lambda row: (QUEUES.index(row.engine), -row.cycles, row.instruction)))
 
 
 def _layer_report(program: Program, number: int, time: LayerTime) -> LayerReport:

@@ -16,15 +16,16 @@ Every cycle of the run belongs to one layer and one of five parts. In a cycle in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from isa.program import QUEUES, Program
+from isa.program import QUEUES, Program, address_at
 from isa.spec import SPEC
 from isa.target import Target
+from isa.tokens import print_tile
 from runtime.costs import Cost, Work, cost
 from runtime.errors import RuntimeFault
 from runtime.stream import EventKey, Step, program_order, unrolled
@@ -72,11 +73,18 @@ class Timeline:
         events = [
             {
                 "ph": "X", "pid": 0, "tid": number[step.line.queue], "name": step.line.instruction.name, "cat": self.program.layers[step.layer].name,
-                "ts": start, "dur": end - start, "args": {"layer": self.program.layers[step.layer].name, "line": step.line.instruction.line},
+                "ts": start, "dur": end - start,
+                "args": {"layer": self.program.layers[step.layer].name, "line": step.line.instruction.line, "tiles": _tiles(step)},
             }
             for step, start, end in zip(self.steps, self.starts.tolist(), self.ends.tolist(), strict=True)
         ]  # fmt: skip
         return {"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": {"target": self.program.target.name, "unit": "1 us = 1 cycle"}}
+
+
+def _tiles(step: Step) -> str:
+    """The operands of one execution, as the text writes them."""
+    tiles = step.line.instruction.tiles
+    return ", ".join(print_tile(replace(tile, address=address_at(tile, step.iterations), steps=())) for tile in tiles)
 
 
 def simulate(program: Program) -> Timeline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy as np
 import typer
 
 from npucc import tables
-from npucc.cli import options, terminal
+from npucc.cli import options, stopping, terminal
 from npucc.feeds import Feed, open_dataset, synthetic_feeds
-from npucc.files import json_text, write_arrays, write_bytes, write_text
+from npucc.files import json_text, write_array, write_arrays, write_bytes, write_text
 from npucc.package import Package, Result, load
+from runtime.errors import RuntimeFault
 
 EPILOG = """\b
 Examples:
@@ -23,6 +23,7 @@ Examples:
   npucc run model.npu --input samples.npz -o outputs.npz
   npucc run model.npu --input samples.npz --limit 1 --all --json
   npucc run model.npu --trace trace.json                 open it in Perfetto or chrome://tracing
+  npucc run model.npu --until 57:3 --dump-memory here    stop after line 57 was executed 3 times
 \b
 Cycles and energy do not depend on the input's values. The outputs' first axis counts the samples."""
 
@@ -32,7 +33,7 @@ def register(app: typer.Typer) -> None:
     app.command("run", epilog=EPILOG)(run)
 
 
-def run(
+def run(  # noqa: PLR0913  one per option
     package: options.PackageFile,
     input: Annotated[Path | None, typer.Option("--input", "-i", metavar="DATA", help=f"Samples: {options.DATA_HELP}.", show_default=False)] = None,
     output: Annotated[
@@ -49,25 +50,49 @@ def run(
         Path | None,
         typer.Option("--dump-tensors", metavar="DIR", help="Write every named tensor of the first sample into a folder.", show_default=False),
     ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option("--until", metavar="LINE[:N]", help="Stop the first sample after the N-th execution of a line of the text.", show_default=False),
+    ] = None,
+    dump_memory: Annotated[
+        Path | None,
+        typer.Option("--dump-memory", metavar="DIR", help="Write all memories as they are after the first sample (or --until).", show_default=False),
+    ] = None,
+    max_cycles: Annotated[
+        int | None, typer.Option("--max-cycles", metavar="N", min=1, help="Refuse a program that takes more, before it runs.", show_default=False)
+    ] = None,
+    counters: Annotated[bool, typer.Option("--counters", help="Show how often each kind of instruction ran.", show_default=False)] = False,
     json: options.Json = False,
 ) -> None:
     """Run a package and report cycles, memory traffic and energy."""
 
+    place = stopping.line_and_turn(until)
     options.existing(input, "--input")
     options.writable(output)
     options.writable(trace, "--trace")
     options.folder(dump_tensors, "--dump-tensors")
+    options.folder(dump_memory, "--dump-memory")
     loaded = load(package)
+    _bound(loaded, max_cycles)
     feeds, count = _feeds(loaded, input, limit)
+    if place is not None:
+        stopping.run_until(loaded, next(feeds), place, folder=dump_memory, json=json)
+        return
     with terminal.progress() as progress:
-        outputs, first = _run_all(loaded, feeds, count, keep=output is not None, dump=dump_tensors is not None, progress=progress)
+        outputs, first = _run_all(loaded, feeds, count, keep=output is not None, dump=dump_tensors is not None, memory=dump_memory, progress=progress)
     if output is not None:
         write_arrays(output, outputs)
     if trace is not None:
         write_bytes(trace, json_text(loaded.machine.timeline.chrome_trace(), indent=None).encode())
     if dump_tensors is not None:
         write_tensors(loaded, first, dump_tensors)
-    _report(loaded, first, count=count, synthetic=input is None, json=json, top=None if all_layers else top)
+    _report(loaded, first, count=count, synthetic=input is None, json=json, top=None if all_layers else top, counters=counters)
+
+
+def _bound(package: Package, max_cycles: int | None) -> None:
+    """Raises RuntimeFault for a program that would take too long."""
+    if max_cycles is not None and (cycles := package.report.cycles) > max_cycles:
+        raise RuntimeFault(f"the program takes {cycles:,} cycles", hint=f"--max-cycles allows {max_cycles:,}")
 
 
 def _feeds(package: Package, path: Path | None, limit: int | None) -> tuple[Iterator[Feed], int]:
@@ -78,7 +103,7 @@ def _feeds(package: Package, path: Path | None, limit: int | None) -> tuple[Iter
 
 
 def _run_all(
-    package: Package, feeds: Iterator[Feed], count: int, *, keep: bool, dump: bool, progress: terminal.Report
+    package: Package, feeds: Iterator[Feed], count: int, *, keep: bool, dump: bool, memory: Path | None, progress: terminal.Report
 ) -> tuple[dict[str, Any], Result]:
     """(outputs stacked by sample, or nothing if not kept; the first sample's result)."""
     kept: dict[str, list[Any]] = {record.name: [] for record in package.program.outputs}
@@ -86,6 +111,8 @@ def _run_all(
     for index, feed in enumerate(feeds):
         progress("run", index, count)
         result = package.run(feed, tensors=dump and first is None)
+        if first is None and memory is not None:
+            stopping.write_memories(package.machine.contents(), memory, {"cycle": result.cycles})
         first = first or result
         if keep:
             for name, value in result.outputs.items():
@@ -102,16 +129,14 @@ def write_tensors(package: Package, result: Result, folder: Path) -> None:
     index = []
     for number, record in enumerate(records.values()):
         file = f"{number:03d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', record.name)[:80]}.npy"
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, np.ascontiguousarray(values[record.name]), allow_pickle=False)
-        write_bytes(folder / file, buffer.getvalue())
+        write_array(folder / file, values[record.name])
         index.append(
             {"name": record.name, "file": file, "layer": record.layer, "dtype": record.tile.dtype, "scale": record.scale, "zero": record.zero}
         )
     write_text(folder / "index.json", json_text(index) + "\n")
 
 
-def _report(package: Package, result: Result, *, count: int, synthetic: bool, json: bool, top: int | None) -> None:
+def _report(package: Package, result: Result, *, count: int, synthetic: bool, json: bool, top: int | None, counters: bool) -> None:
     report = result.report.as_dict()
     if json:
         terminal.show_json(
@@ -128,6 +153,8 @@ def _report(package: Package, result: Result, *, count: int, synthetic: bool, js
         terminal.note("no --input: ran one made-up sample (standard normal values); cycles and energy do not depend on values")
     if top != 0:
         terminal.show(tables.layers(report, top=top, width=terminal.width()), "")
+    if counters:
+        terminal.show(tables.counters(report), "")
     samples = f"{count} sample{'s' * (count != 1)}; figures are for one"
     target = package.program.target
     terminal.show(

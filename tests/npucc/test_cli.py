@@ -316,6 +316,33 @@ def test_run_trace_and_tensors(npucc_command: Npucc, tmp_path: Path, demo_file: 
         assert np.load(folder / entry["file"]).shape == records[entry["name"]].tile.shape
 
 
+def test_run_stops_after_a_line(npucc_command: Npucc, tmp_path: Path, demo_file: Path, demo_package: npucc.Package) -> None:
+    lines = npucc.load(tmp_path / demo_file).text.splitlines()
+    line = 1 + next(number for number, text in enumerate(lines) if text.split()[:1] == ["requant"])
+    done = npucc_command("run", demo_file, "--input", SAMPLES, "--until", f"{line}", "--dump-memory", "here", "--json").json
+    assert (done["instruction"], done["line"]) == ("requant", line)
+    assert 0 < done["cycle"] < demo_package.report.cycles
+    result, sums = (np.load(tmp_path / "here" / f"operand_{name}.npy") for name in ("y", "a"))
+    assert (result.dtype, sums.dtype, result.shape) == (np.int8, np.int32, sums.shape)
+    assert (tmp_path / "here" / "spm.bin").stat().st_size == demo_package.program.target.spm_bytes
+    assert len(np.unique(sums)) > 9  # sums are stored, though a whole run would pass them on unstored
+    assert f"line {line} is executed" in npucc_command("run", demo_file, "--until", f"{line}:99999").err
+
+
+def test_run_counts_instructions(npucc_command: Npucc, demo_file: Path, demo_package: npucc.Package) -> None:
+    rows = {row["instruction"]: row for row in npucc_command("run", demo_file, "--json").json["counters"]}
+    assert sum(row["count"] for row in rows.values()) == len(demo_package.machine.steps)
+    assert rows["conv"]["engine"] == "mm"
+    assert "conv" in npucc_command("run", demo_file, "--counters").out
+
+
+def test_run_bounds_the_cycles(npucc_command: Npucc, demo_file: Path, demo_package: npucc.Package) -> None:
+    cycles = demo_package.report.cycles
+    assert npucc_command("run", demo_file, "--max-cycles", str(cycles)).code == 0
+    done = npucc_command("run", demo_file, "--max-cycles", str(cycles - 1))
+    assert (done.code, done.err.splitlines()[0]) == (1, f"error: the program takes {cycles:,} cycles")
+
+
 # eval
 
 
