@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,8 @@ from runtime.scratch import Scratch
 from runtime.site import Site
 from runtime.stream import Step
 
-#: bytes of decoded weights and tables that a machine keeps; beyond them, weights are decoded at each execution
-LARGEST_MEMO = 1 << 30
 #: operands that programs load from their constants: weights and right-hand sides, scales, tables
 CONSTANT_OPERANDS = ("w", "b", "c", "s", "r", "t")
-#: bytes kept per byte of a constant operand: itself, and as float32
-DECODED_SIZE = 5
 #: results whose every element depends only on the elements of the operands at the same place: they may be computed in place
 ELEMENTWISE = frozenset(spec.name for spec in SPEC.values() if spec.queue != "host" and spec.operands[0].dims.startswith("*d"))
 
@@ -190,19 +186,25 @@ class Binder:
         return found
 
     def _constant(self, at: Located) -> tuple[Any, Array] | None:
-        """(key, content) of a tile whose bytes were all loaded by one instruction from the program's constants, if so."""
+        """(key, content) of a tile whose bytes were all loaded by one instruction from the program's constants, if so.
+
+        Seen where it lies in the constants, or as a copy where the load rearranged it; copies take no more memory than the constants.
+        """
         loaded = self.loads.get(self.writers["spm"].only(*at.extent))
         if loaded is None:
             return None
         y, x = loaded
         offset, origin = at.address - y.address, y.extent[0]
+        if y.tile.is_dense and x.tile.is_dense and (x.address + offset) % NUMPY[at.tile.dtype].itemsize == 0:
+            there = replace(at.tile, space="dram")
+            return (x.address + offset, there.dtype, there.shape, there.strides), self.memories["dram"].view(there, x.address + offset)
         key = (x.address, x.tile.strides, y.tile.shape, y.tile.strides, y.tile.dtype, offset, at.tile.dtype, at.tile.shape, at.tile.strides)
         memo = ("content", key)
         if memo not in self.memo:
             spent = self.memo.get("bytes", 0)
-            if spent > LARGEST_MEMO:
+            if spent + at.tile.bytes > self._constants[1] - self._constants[0]:
                 return None
-            self.memo["bytes"] = spent + at.tile.bytes * DECODED_SIZE
+            self.memo["bytes"] = spent + at.tile.bytes
             image = Memory("spm", y.extent[1] - origin + 8)
             shift = origin % 8  # keep the alignment of the original
             target = image.view(y.tile, y.address - origin + shift)

@@ -36,21 +36,16 @@ class Part:
     bound: int
 
 
-def cut(left: Array, right: Array, *, largest: int, known: bool) -> list[Part]:
-    """The product as parts that are exact each; `largest` bounds |left|, and `right` holds int8 values.
-
-    With `known` the content of `right` is final, and bounds come from it; else from its type.
-    """
-    if not known:
-        return cut_evenly(left, right, largest * LARGEST[np.dtype(np.int8)])
-    bound = largest * int(np.abs(right).sum(axis=-2, dtype=np.float64).max())
+def cut(left: Array, right: Array, content: Array, *, largest: int) -> list[Part]:
+    """The product as parts that are exact each; `largest` bounds |left|, and `content` (integers) is what `right` will hold."""
+    bound = largest * int(np.abs(content, dtype=np.int16).sum(axis=-2, dtype=np.int64).max())
     depth = right.shape[-2]
     if bound <= EXACT[left.dtype] or depth == 1:
         return [Part(left, right, bound)]
     half = depth // 2
     return [
-        *cut(left[..., :half], right[..., :half, :], largest=largest, known=True),
-        *cut(left[..., half:], right[..., half:, :], largest=largest, known=True),
+        *cut(left[..., :half], right[..., :half, :], content[..., :half, :], largest=largest),
+        *cut(left[..., half:], right[..., half:, :], content[..., half:, :], largest=largest),
     ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ copied kernel-width times, not kernel-width x kernel-height times.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,11 @@ def bind_conv(site: Site) -> Run:
 def _plain_conv(site: Site, shape: Geometry) -> Run:
     x, w, y = site.views["x"], site.views["w"], site.views["y"]
     dtype = working_type(x.dtype)
-    weights, refresh_weights = _weights(site, "w", dtype, lambda stored: stored.reshape(-1, stored.shape[-1]))
+    weights = _weights(site, "w", dtype, lambda stored: stored.reshape(-1, stored.shape[-1]))
     columns, lefts = _columns(site, shape, dtype)
-    depth = weights.shape[0] // len(lefts)
-    parts = [
-        part
-        for k, left in enumerate(lefts)
-        for part in _cut(left, weights[k * depth : (k + 1) * depth], x.dtype, known="w" in site.constants)
-    ]  # fmt: skip
-    return _sequence(columns, refresh_weights, _product(site, parts, y.reshape(-1, w.shape[3]) if _mergeable(y) else y, site.views.get("b"), shape))
+    depth = len(weights.matrix) // len(lefts)
+    parts = [part for k, left in enumerate(lefts) for part in weights.cut(left, LARGEST[x.dtype], slice(k * depth, (k + 1) * depth))]
+    return _sequence(columns, weights.refresh, _product(site, parts, y.reshape(-1, w.shape[3]) if _mergeable(y) else y, site.views.get("b"), shape))
 
 
 def _product(site: Site, parts: list[Part], y: Array, bias: Array | None, shape: Geometry | None = None) -> Run:
@@ -71,10 +68,6 @@ def _mergeable(y: Array) -> bool:
     return bool(y.shape[0] == 1 or y.shape[1] == 1 or y.strides[0] == y.strides[1] * y.shape[1])
 
 
-def _cut(left: Array, right: Array, source: np.dtype[Any], *, known: bool) -> list[Part]:
-    return cut(left, right, largest=LARGEST[source], known=known)
-
-
 def _sequence(*steps: Run | None) -> Run:
     """One closure for several."""
     present = [step for step in steps if step is not None]
@@ -88,25 +81,40 @@ def _sequence(*steps: Run | None) -> Run:
     return run
 
 
-def _weights(
-    site: Site, name: str, dtype: np.dtype[Any], arrange: Callable[[Array], Array], *, zero: int = 0, variant: int = 0
-) -> tuple[Array, Run | None]:
-    """Operand `name` less `zero` as a float matrix, and the closure that decodes it anew (None when its content never changes).
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """An operand as the float `matrix` that a product takes, and how to bring that up to date.
 
-    `variant` tells apart what `arrange` makes of the same content.
+    `content`: the integers that the matrix will hold in every run, if they are known; `largest` bounds their magnitude in any case.
+    `refresh` is None where the matrix already holds them: the step before that used the same memory decoded the same operand.
     """
-    if name in site.constants:
-        key, content = site.constants[name]
-        memo = ("weights", key, dtype, zero, site.instruction.name, variant)
-        if memo not in site.memo:
-            site.memo[memo] = np.ascontiguousarray(arrange(content.astype(dtype) - zero), dtype)
-        known: Array = site.memo[memo]
-        return known, None
-    stored = site.views[name]
+
+    matrix: Array
+    refresh: Run | None
+    content: Array | None
+    largest: int
+
+    def cut(self, left: Array, largest: int, rows: slice = slice(None)) -> list[Part]:
+        """left (its values at most `largest`) times some rows of the matrix, as exact parts."""
+        matrix = self.matrix[..., rows, :]
+        if self.content is None:
+            return cut_evenly(left, matrix, largest * self.largest)
+        return cut(left, matrix, self.content[..., rows, :], largest=largest)
+
+
+def _weights(site: Site, name: str, dtype: np.dtype[Any], arrange: Callable[[Array], Array], *, zero: int = 0, variant: int = 0) -> Weights:
+    """Operand `name` less `zero`, arranged. `variant` tells apart what `arrange` makes of the same content.
+
+    Constants are decoded at each use, into memory that is still in the cache when the product reads it: keeping them as float32
+    would take four times their size and be hardly faster.
+    """
+    stored = site.constants[name][1] if name in site.constants else site.views[name]
     decoded = site.scratch.take("weights", stored.shape, dtype)
     arranged = arrange(decoded)
     in_place = np.may_share_memory(arranged, decoded)
     matrix = arranged if in_place else site.scratch.take("matrix", arranged.shape, dtype)
+    key = (site.constants[name][0], dtype, zero, site.instruction.name, variant) if name in site.constants else None
+    held = [site.scratch.holds(array, key) for array in (decoded, matrix)]
 
     def refresh() -> None:
         np.copyto(decoded, stored)
@@ -115,7 +123,8 @@ def _weights(
         if not in_place:
             np.copyto(matrix, arrange(decoded))
 
-    return matrix, refresh
+    content = None if key is None else arrange(stored.astype(np.int16) - zero if zero else stored)
+    return Weights(matrix, None if all(held) else refresh, content, LARGEST[np.dtype(np.int8)] + abs(zero))
 
 
 def _columns(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run | None, list[Array]]:
@@ -163,21 +172,21 @@ def _grouped_conv(site: Site, shape: Geometry, groups: int) -> Run:
     x, w, y = site.views["x"], site.views["w"], site.views["y"]
     dtype, (height, width) = working_type(x.dtype), shape.outputs
     share, outputs = w.shape[2], w.shape[3] // groups
-    weights, refresh_weights = _weights(site, "w", dtype, lambda stored: stored.reshape(-1, groups, outputs).swapaxes(0, 1), variant=groups)
+    weights = _weights(site, "w", dtype, lambda stored: stored.reshape(-1, groups, outputs).swapaxes(0, 1), variant=groups)
     padded = pad(site, shape, int(site.attributes["zero"]))
     windows = _split_channels(gather(padded.array, shape), groups)
     buffer = site.scratch.take("columns", (groups, height, width, *shape.kernel, share), dtype)
     gathering = None if site.same_input else _gathering(padded.refresh, [(buffer.transpose(1, 2, 3, 4, 0, 5), windows)])
-    parts = _cut(buffer.reshape(groups, height * width, -1), weights, x.dtype, known="w" in site.constants)
+    parts = weights.cut(buffer.reshape(groups, height * width, -1), LARGEST[x.dtype])
     shares = _split_channels(y, groups)
     target = shares.reshape(height * width, groups, outputs).swapaxes(0, 1) if _mergeable(y) else None
     bias = site.views["b"].reshape(groups, 1, outputs) if "b" in site.views else None
     if target is not None:
-        return _sequence(gathering, refresh_weights, _product(site, parts, target, bias))
+        return _sequence(gathering, weights.refresh, _product(site, parts, target, bias))
     whole = site.scratch.take("accumulators", (groups, height * width, outputs), np.int32)
     rows = whole.reshape(groups, height, width, outputs).transpose(1, 2, 0, 3)
     fetch = (lambda: np.copyto(rows, shares)) if site.attributes["accumulate"] else None
-    return _sequence(gathering, refresh_weights, fetch, _product(site, parts, whole, bias), lambda: np.copyto(shares, rows))
+    return _sequence(gathering, weights.refresh, fetch, _product(site, parts, whole, bias), lambda: np.copyto(shares, rows))
 
 
 def _split_channels(array: Array, groups: int) -> Array:
@@ -192,19 +201,15 @@ def bind_matmul(site: Site) -> Run:
     zero_a, zero_b = int(site.attributes["za"]), int(site.attributes["zb"])
     dtype = working_type(a.dtype)
     left = site.scratch.take("left", a.shape, dtype)
-    right, refresh_right = _weights(site, "b", dtype, lambda stored: stored, zero=zero_b)
-    largest = LARGEST[a.dtype] + abs(zero_a)
-    if "b" in site.constants:
-        parts = cut(left, right, largest=largest, known=True)
-    else:
-        parts = cut_evenly(left, right, largest * (LARGEST[np.dtype(np.int8)] + abs(zero_b)))
+    right = _weights(site, "b", dtype, lambda stored: stored, zero=zero_b)
+    parts = right.cut(left, LARGEST[a.dtype] + abs(zero_a))
 
     def refresh_left() -> None:
         np.copyto(left, a)
         if zero_a:
             np.subtract(left, zero_a, out=left)
 
-    return _sequence(refresh_left, refresh_right, _product(site, parts, y, site.views.get("c")))
+    return _sequence(refresh_left, right.refresh, _product(site, parts, y, site.views.get("c")))
 
 
 def bind_dwconv(site: Site) -> Run:
@@ -212,10 +217,10 @@ def bind_dwconv(site: Site) -> Run:
     shape = geometry(site, site.views["w"].shape[:2])
     dtype, groups = _tap_groups(site, shape)
     repeat = shape.outputs[1]
-    rows, refresh_rows = _weights(site, "w", dtype, lambda stored: np.tile(stored.reshape(shape.taps, -1), (1, repeat)), variant=repeat)
+    weights = _weights(site, "w", dtype, lambda stored: np.tile(stored.reshape(shape.taps, -1), (1, repeat)), variant=repeat)
     refresh, taps = _tap_rows(site, shape, dtype)
-    terms = [[(taps[index], rows[index]) for index in group] for group in groups]
-    return _sequence(refresh, refresh_rows, _multiply_add(site, terms, dtype))
+    terms = [[(taps[index], weights.matrix[index]) for index in group] for group in groups]
+    return _sequence(refresh, weights.refresh, _multiply_add(site, terms, dtype))
 
 
 def _tap_groups(site: Site, shape: Geometry) -> tuple[np.dtype[Any], list[list[int]]]:

@@ -94,9 +94,9 @@ class Machine:
         target = program.target
         sizes = {"dram": program.dram_bytes, "spm": target.spm_bytes, "acc": target.acc_bytes}
         self.memories = {space: Memory(space, size) for space, size in sizes.items()}
-        self._load_constants()
         self.steps = unrolled(program)
         self._inputs = [(record, self._view(record)) for record in program.inputs]
+        self._load_constants()
         self._outputs = [(record, self._view(record)) for record in program.outputs]
         self._named = {number: tuple((record, self._view(record)) for record in records) for number, records in self._tensors_by_layer().items()}
         self._order = program_order(self.steps)
@@ -177,8 +177,9 @@ class Machine:
             raise RuntimeFault(f"the program uses {program.dram_bytes} bytes of dram", hint=f"its target has {program.target.dram_bytes}")
 
     def _load_constants(self) -> None:
-        start = self.program.constants_address
-        self.memories["dram"].bytes[start : start + len(self.constants)] = np.frombuffer(self.constants, np.uint8)
+        dram = self.memories["dram"]
+        place = dram.write if self._constants_change else dram.fix
+        place(self.program.constants_address, self.constants)
 
     @cached_property
     def _dirty(self) -> dict[str, list[tuple[int, int]]]:

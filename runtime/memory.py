@@ -40,6 +40,15 @@ class Memory:
         start = -backing.ctypes.data % CACHE_LINE
         self.space, self.size = space, size
         self.bytes: NDArray[np.uint8] = backing[start : start + size]
+        self._fixed: tuple[int, NDArray[np.uint8]] | None = None  # address and content of bytes that are read where they are
+
+    def write(self, address: int, content: bytes | memoryview) -> None:
+        """Copy `content` to `address`."""
+        self.bytes[address : address + len(content)] = np.frombuffer(content, np.uint8)
+
+    def fix(self, address: int, content: bytes) -> None:
+        """Let `content`, which nothing will ever write over, lie at `address`: without a copy, as long as no view reaches beyond it."""
+        self._fixed = (address, np.frombuffer(content, np.uint8))
 
     def view(self, tile: Tile, address: int, *, line: int = 0) -> Array:
         """The tile at `address` as an array that shares this memory. Raises RuntimeFault when it leaves the memory or is not aligned."""
@@ -57,8 +66,20 @@ class Memory:
                 f"the tile {SPACES[tile.space]}{address:#x}:{tile.dtype}{list(tile.shape)} touches bytes {low} to {high}",
                 line=line, hint=f"{tile.space} has {self.size} bytes",
             )  # fmt: skip
-        view: Array = np.ndarray(tile.shape, dtype, buffer=self.bytes.data, offset=address, strides=tile.strides)
+        buffer, origin = self._backing(low, high)
+        view: Array = np.ndarray(tile.shape, dtype, buffer=buffer.data, offset=address - origin, strides=tile.strides)
         return view
+
+    def _backing(self, low: int, high: int) -> tuple[NDArray[np.uint8], int]:
+        """The array that holds the bytes [low, high), and the address of its first one."""
+        if self._fixed is None:
+            return self.bytes, 0
+        first, content = self._fixed
+        if first <= low and high <= first + len(content):
+            return content, first
+        if low < first + len(content) and first < high:  # a view of both: from now on there are two copies of the same bytes
+            self.write(first, content.data)
+        return self.bytes, 0
 
     def clear(self, intervals: Iterable[tuple[int, int]]) -> None:
         """Zero the given [low, high) byte ranges."""

@@ -7,7 +7,6 @@ before the narrow cast, so that no cast is ever out of range. The q31 modes of r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,8 @@ from runtime.scratch import collapse, pieces
 from runtime.site import Site
 
 DEFAULT_CLAMP = (-128, 127)
-#: channels below which the scales are repeated into full rows
-SHORT_ROW = 1024
+#: elements of a row to which short rows are joined, with their scales repeated: numpy's inner loops want to be long
+LONG_ROW = 4096
 
 
 def bounds(dtype: str, clamp: tuple[int, int]) -> tuple[int, int]:
@@ -93,7 +92,7 @@ def bind_requant(site: Site) -> Callable[[], None]:
     a, y = collapse([a.reshape(1, *a.shape), y.reshape(1, *y.shape)], keep=1)
     if "s" not in site.constants:
         live = site.views["s"]
-        return _requant(site, a, y, lambda _: live, quant)
+        return _requant(site, a, y, lambda _: live, quant, join=False)
     key, scales = site.constants["s"]
     if site.sums is None or not np.isfinite(scales).all():
         return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant)
@@ -107,32 +106,40 @@ def bind_requant(site: Site) -> Callable[[], None]:
 
 
 def _repeated(site: Site, key: Any, values: Array, rows: int) -> Array:
-    """The float32 values of all channels once per row when rows are short: then the product runs over one long contiguous row."""
-    if len(values) > SHORT_ROW:
-        return values
+    """The float32 values of all channels `rows` times, one after the other."""
     memo = ("repeated", key, rows)
     if memo not in site.memo:
-        site.memo[memo] = np.tile(values, (rows, 1))
+        site.memo[memo] = np.tile(values, rows)
     repeated: Array = site.memo[memo]
     return repeated
 
 
+def _rows_at_once(part: Array) -> int:
+    """How many neighbouring rows of [..., rows, n] to take as one: a divisor of `rows`; 1 where they do not lie side by side."""
+    if part.ndim < 2 or not part.flags.c_contiguous:
+        return 1
+    rows, channels = part.shape[-2:]
+    return max(count for count in range(1, rows + 1) if rows % count == 0 and (count == 1 or count * channels <= LONG_ROW))
+
+
 def _requant(
     site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], quant: tuple[int, tuple[int, int]], *,
-    bias_for: Callable[[int], Array] | None = None,
+    bias_for: Callable[[int], Array] | None = None, join: bool = True,
 ) -> Callable[[], None]:  # fmt: skip
-    """`bias_for` (of float sums, exact in float32): what to add to a first."""
+    """`scale_for` so many rows taken as one (see `join`); `bias_for` them (of float sums, exact in float32): what to add to a first."""
     zero, clamp = quant
     dtype = NAMES[y.dtype]
     low, high = (np.float32(bound) for bound in bounds(dtype, clamp))
     work = []
     for part, result in pieces([a, y]):
-        rows = math.prod(part.shape[-2:-1])
-        work.append((part, result, scale_for(rows), bias_for and bias_for(rows), site.scratch.take("requant", part.shape, np.float32)))
+        shaped = site.scratch.take("requant", part.shape, np.float32)
+        joined = _rows_at_once(part) if join else 1
+        part, values = (each.reshape(-1, joined * each.shape[-1]) if joined > 1 else each for each in (part, shaped))
+        work.append((part, scale_for(joined), bias_for and bias_for(joined), values, shaped, result))
     offset = np.float32(zero)
 
     def run() -> None:
-        for part, result, scale, bias, values in work:
+        for part, scale, bias, values, shaped, result in work:
             if bias is None:
                 np.copyto(values, part, casting="unsafe")
             else:
@@ -142,18 +149,18 @@ def _requant(
             if offset:
                 np.add(values, offset, out=values)
             values.clip(low, high, values)
-            np.copyto(result, values, casting="unsafe")
+            np.copyto(result, shaped, casting="unsafe")
 
     def run_guarded() -> None:
-        if np.isfinite(work[0][2]).all():
+        if np.isfinite(work[0][1]).all():
             run()
             return
         with np.errstate(all="ignore"):
-            for part, result, scale, *_ in work:
-                np.copyto(result, round_and_clamp(part.astype(np.float32) * scale, zero, dtype, clamp))
+            for part, scale, _, _, shaped, result in work:
+                np.copyto(result, round_and_clamp(part.astype(np.float32) * scale, zero, dtype, clamp).reshape(shaped.shape))
 
     fixed = "s" not in site.views or "s" in site.constants
-    return run if fixed and np.isfinite(work[0][2]).all() else run_guarded
+    return run if fixed and np.isfinite(work[0][1]).all() else run_guarded
 
 
 # ---- the q31 modes ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], Array] = {}
+        self._held: dict[int, Any] = {}
 
     def take(self, role: str, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """An array whose content lasts until the next kernel that takes the same role."""
@@ -35,6 +36,12 @@ class Scratch:
             buffer = self._buffers[(role, capacity)] = backing[start : start + capacity]
         taken: np.ndarray[Any, Any] = buffer[:size].view(dtype).reshape(shape)
         return taken
+
+    def holds(self, taken: Array, content: Any) -> bool:
+        """Whether the kernel before that took this memory left `content` (any key; None is never held) in it; from now on it does."""
+        place = taken.ctypes.data
+        before, self._held[place] = self._held.get(place), content
+        return content is not None and before == content
 
 
 def collapse(arrays: list[Array], *, keep: int = 0) -> list[Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -551,6 +552,45 @@ def test_constants_that_the_program_stores_over() -> None:
     machine = Machine(built, bytes([1, 2, 3, 4]))
     for _ in range(2):
         assert machine.run({}).raw["y"].tolist() == [10 + 2 + 3 + 4]
+
+
+def test_constants_are_kept_once() -> None:
+    """Sixteen blocks of weights, each used twice: no copy of them all, neither as they are nor as the floats that the product takes."""
+    blocks, size = 16, 1 << 18
+    x, y = Tile.dense("spm", 0, "s8", (4, 512)), Tile.dense("acc", 0, "s32", (4, 512))
+    w = Tile.dense("spm", 1 << 16, "s8", (512, 512))
+    lines = [
+        line
+        for number in range(blocks)
+        for line in (
+            instruction("ld", w, Tile.dense("dram", number * size, "s8", (512, 512))),
+            instruction("matmul", y, x, w, accumulate=int(number > 0)),
+            instruction("matmul", y, x, w, accumulate=1),
+        )
+    ]
+    target = Target("test", spm_bytes=1 << 19, acc_bytes=1 << 14, dram_bytes=1 << 24)
+    built = program(layer("only", *lines), target=target, constants=(0, blocks * size), dram_bytes=blocks * size)
+    constants = bytes(blocks * size)
+    tracemalloc.start()
+    try:
+        Machine(built, constants).run({})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak - target.spm_bytes - target.acc_bytes - built.dram_bytes < len(constants)
+
+
+def test_a_view_of_constants_and_more() -> None:
+    """Fixed bytes are read in place; a view that also reaches other bytes shows both."""
+    memory = Memory("dram", 64)
+    memory.fix(16, bytes(range(16)))
+    inside = memory.view(Tile.dense("dram", 20, "u8", (4,)), 20)
+    both = memory.view(Tile.dense("dram", 12, "u8", (24,)), 12)
+    both[:4] = 7
+    assert inside.tolist() == [4, 5, 6, 7]
+    assert both.tolist() == [7] * 4 + list(range(16)) + [0] * 4
+    with pytest.raises(ValueError, match="read-only"):
+        inside[0] = 1
 
 
 def test_overlap_within_a_tile() -> None:
