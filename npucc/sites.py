@@ -54,15 +54,22 @@ class Site:
         """[groups, depth + 1, outputs] as float64, the bias in the last row. `values` go before the graph's constants."""
         weights, bias = (_value(graph, values, name) for name in (self.weights, self.bias))
         assert weights is not None
-        columns = weights[None] if self.node.op == "matmul" else weights.reshape(self.groups, self.outputs, self.depth).transpose(0, 2, 1)
+        columns = self.by_column(weights)
         last = np.zeros(self.groups * self.outputs) if bias is None else np.broadcast_to(bias, self.groups * self.outputs)
         return np.concatenate([columns.astype(np.float64), last.reshape(self.groups, 1, self.outputs)], axis=1)
 
     def constants(self, graph: Graph, matrix: Array) -> tuple[Array, Array]:
         """(weights, bias) as float32 in the operator's layout: the inverse of `matrix`."""
-        rows = matrix[:, :-1]
-        weights = rows[0] if self.node.op == "matmul" else rows.transpose(0, 2, 1).reshape(graph.tensors[self.weights].shape)
+        weights = self.as_stored(matrix[:, :-1], graph.tensors[self.weights].shape)
         return np.ascontiguousarray(weights, np.float32), np.ascontiguousarray(matrix[:, -1].reshape(-1), np.float32)
+
+    def by_column(self, weights: Array) -> Array:
+        """The operator's weights as [groups, depth, outputs]."""
+        return weights[None] if self.node.op == "matmul" else weights.reshape(self.groups, self.outputs, self.depth).transpose(0, 2, 1)
+
+    def as_stored(self, matrix: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse of `by_column`. `shape`: of the weights."""
+        return matrix[0] if self.node.op == "matmul" else matrix.transpose(0, 2, 1).reshape(shape)
 
     def columns(self, value: Array, rows: int, seed: int) -> Array:
         """[groups, at most `rows`, depth + 1] float32: the input as the sums see it, at places that depend on the seed only."""

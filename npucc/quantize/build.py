@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,33 @@ from npucc import arithmetic
 from npucc.errors import QuantizeError
 from npucc.graph import Editor, Graph, Node, Quant, Tensor
 from npucc.ops import OPS
-from npucc.quantize.constants import MatrixConstants, constant_quant, dequantized, finite_constant, output_axis, quantize_matrix, source_of
+from npucc.quantize.constants import (
+    LARGEST_WEIGHT,
+    MatrixConstants,
+    constant_quant,
+    dequantized,
+    finite_constant,
+    nearest,
+    output_axis,
+    quantize_matrix,
+    source_of,
+    with_bias,
+)
 from npucc.quantize.options import QuantizeOptions
+from npucc.quantize.rounding import Evidence, Lattice, round_weights
 from npucc.quantize.scales import BOOLEAN, INDEX, Scales
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def build(graph: Graph, scales: Scales, means: Mapping[str, Array], options: QuantizeOptions) -> Graph:
-    """The integer graph. `means`: per channel, of the first operand of each matrix operator."""
-    builder = _Builder(graph, scales, means, options, Editor(graph))
+def build(
+    graph: Graph, scales: Scales, means: Mapping[str, Array], options: QuantizeOptions, *, evidence: Mapping[str, Evidence] | None = None
+) -> Graph:
+    """The integer graph. `means`: per channel, of the first operand of each matrix operator.
+
+    `evidence`: per weights what their layers read; weights without are rounded to the nearest.
+    """
+    builder = _Builder(graph, scales, means, options, evidence or {}, Editor(graph))
     for name, tensor in graph.tensors.items():
         if not tensor.is_constant:
             builder.editor.tensors[name] = replace(tensor, quant=scales.of(graph, name))
@@ -44,8 +62,10 @@ class _Builder:
     scales: Scales
     means: Mapping[str, Array]
     options: QuantizeOptions
+    evidence: Mapping[str, Evidence]
     editor: Editor
     stored: dict[tuple[str, Any, bytes], str] = field(default_factory=dict)
+    rounded: dict[tuple[str, bytes], Array] = field(default_factory=dict)
 
     def inputs(self, node: Node) -> tuple[str, ...]:
         """The node's inputs in the integer graph."""
@@ -84,13 +104,25 @@ class _Builder:
         weights, bias = self._data(node.inputs[1]), self._bias(node)
         _refuse_not_finite(node, weights, bias)
         source = self.scales.of(self.graph, node.inputs[0])
-        constants = quantize_matrix(weights, bias, source, output_axis(node, weights, per_tensor=self.options.per_tensor))
+        axis = output_axis(node, weights, per_tensor=self.options.per_tensor)
+        constants = quantize_matrix(weights, bias, source, axis, rounding=partial(self._rounded, node.inputs[1]))
         if self.options.bias_correction:
             constants = self._corrected(node, weights, bias, source, constants)
         stored = self._store(node.inputs[1], constants.weights, constants.weights_quant)
         if constants.bias is None:
             return (node.inputs[0], stored)
         return (node.inputs[0], stored, self._store_bias(node, constants.bias, constants.bias_quant))
+
+    def _rounded(self, name: str, steps: Array) -> Array:
+        """Weights over their scale as integers; solved once for all layers that read them on the same scale."""
+        if name not in self.evidence:
+            return nearest(steps)
+        key = (name, steps.tobytes())
+        if key not in self.rounded:
+            evidence = self.evidence[name]
+            matrix = round_weights(evidence.site.by_column(steps.astype(np.float64)), Lattice(np.ones(()), LARGEST_WEIGHT), evidence)
+            self.rounded[key] = evidence.site.as_stored(matrix, steps.shape)
+        return self.rounded[key]
 
     def _bias(self, node: Node) -> Array | None:
         return self._data(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
@@ -107,7 +139,10 @@ class _Builder:
         if error is None or not error.any():
             return constants
         whole = error if bias is None else bias.astype(np.float64) + error
-        return quantize_matrix(weights, whole, source, constants.weights_quant.axis)
+        axis = constants.weights_quant.axis
+        return with_bias(constants, weights, whole, source) or quantize_matrix(
+            weights, whole, source, axis, rounding=partial(self._rounded, node.inputs[1])
+        )
 
     # ---- other constants
 

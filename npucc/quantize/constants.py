@@ -6,7 +6,8 @@ leave 32 bits. Whatever the data, an accumulator of a quantized graph can't wrap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,40 @@ def output_axis(node: Node, weights: Array, *, per_tensor: bool) -> int | None:
     return 1 if weights.ndim == 2 else None
 
 
-def quantize_matrix(weights: Array, bias: Array | None, source: Quant, axis: int | None) -> MatrixConstants:
-    """Symmetric s8 weights, s32 bias at scale s_x·s_w. `axis`: see `output_axis`."""
+def nearest(steps: Array) -> Array:
+    """Weights over their scale as the nearest stored integers."""
+    return np.asarray(np.clip(np.rint(steps), -LARGEST_WEIGHT, LARGEST_WEIGHT))
+
+
+def quantize_matrix(
+    weights: Array, bias: Array | None, source: Quant, axis: int | None, *, rounding: Callable[[Array], Array] = nearest
+) -> MatrixConstants:
+    """Symmetric s8 weights, s32 bias at scale s_x·s_w. `axis`: see `output_axis`. `rounding`: from weights over their scale to integers."""
     scale = _guarded_scale(weights.astype(np.float64), bias, source, axis)
-    stored = np.clip(np.rint(weights / _along(scale, axis, weights.ndim)), -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.int8)
     accumulator = (np.float32(source.scale) * scale).astype(np.float32)
+    offset = None if bias is None else stored_bias(bias, accumulator)
+    steps = weights / _along(scale, axis, weights.ndim)
+    rounded = rounding(steps)
+    stored = np.where(_fits(rounded, offset, source, axis), rounded, nearest(steps)).astype(np.int8)
     bias_quant = Quant("s32", np.asarray(accumulator), 0, None if axis is None else 0)
-    return MatrixConstants(stored, Quant("s8", np.asarray(scale), 0, axis), None if bias is None else stored_bias(bias, accumulator), bias_quant)
+    return MatrixConstants(stored, Quant("s8", np.asarray(scale), 0, axis), offset, bias_quant)
+
+
+def _fits(stored: Array, bias: Array | None, source: Quant, axis: int | None) -> Array:
+    """Per output channel, shaped to broadcast over the weights: whether no input can bring the sum out of 32 bits."""
+    worst = np.abs(stored).sum(axis=_summed(stored, axis), keepdims=True) * _largest_step(source)
+    if bias is None or not bias.size:
+        return np.asarray(worst <= LARGEST_SUM)
+    offset = np.abs(bias.astype(np.float64))
+    return np.asarray(worst + (offset.max() if axis is None else _along(offset, axis, stored.ndim)) <= LARGEST_SUM)
+
+
+def with_bias(constants: MatrixConstants, weights: Array, bias: Array, source: Quant) -> MatrixConstants | None:
+    """The same weights with another bias; None where that takes a wider scale."""
+    axis = constants.weights_quant.axis
+    if not np.array_equal(_guarded_scale(weights.astype(np.float64), bias, source, axis), constants.weights_quant.scale):
+        return None
+    return replace(constants, bias=stored_bias(bias, np.asarray(constants.bias_quant.scale)))
 
 
 def stored_bias(bias: Array, scale: Array) -> Array:
@@ -66,9 +94,7 @@ def _guarded_scale(weights: Array, bias: Array | None, source: Quant, axis: int 
     scale = np.atleast_1d(largest / LARGEST_WEIGHT).astype(np.float64)
     usable = scale[scale > SMALLEST]
     scale[scale <= SMALLEST] = np.median(usable) if usable.size else 1.0
-    low, high = RANGES[source.dtype]
-    largest_step = LARGEST_STEP if source.dtype == "s8" else max(high - source.zero, source.zero - low)
-    sums = np.abs(weights).sum(axis=_summed(weights, axis)) * largest_step * 1.01
+    sums = np.abs(weights).sum(axis=_summed(weights, axis)) * _largest_step(source) * 1.01
     worst = np.atleast_1d(sums) if axis is not None else np.atleast_1d(np.max(sums, initial=0.0))
     needed = worst / LARGEST_SUM
     if bias is not None and bias.size:
@@ -76,6 +102,12 @@ def _guarded_scale(weights: Array, bias: Array | None, source: Quant, axis: int 
         needed = needed + (magnitude if axis is not None else magnitude.max()) / float(source.scale) / LARGEST_SUM
     scale = np.maximum(np.maximum(scale, needed), SMALLEST_SCALE / float(source.scale))
     return scale.astype(np.float32).reshape(largest.shape)
+
+
+def _largest_step(source: Quant) -> int:
+    """How far an activation can be from its zero point."""
+    low, high = RANGES[source.dtype]
+    return LARGEST_STEP if source.dtype == "s8" else max(high - source.zero, source.zero - low)
 
 
 def _summed(weights: Array, axis: int | None) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from npucc.errors import QuantizeError
 
 SCHEMES = ("auto", "int8", "int16")
+ROUNDINGS = ("second_order", "nearest")
 METHODS = ("mse", "minmax", "percentile")
 
 
@@ -24,6 +25,10 @@ class QuantizeOptions:
     method: str = field(default="mse", metadata={"meaning": "how a range is chosen from the values seen: mse, minmax or percentile"})
     percentile: float = field(default=99.99, metadata={"meaning": "for method=percentile: how many of a hundred values lie in the range"})
     samples: int = field(default=128, metadata={"meaning": "calibrate with at most so many samples"})
+    rounding: str = field(
+        default="second_order", metadata={"meaning": "of weights: second_order (on what their layers read in `round_samples`) or nearest"}
+    )
+    round_samples: int = field(default=32, metadata={"meaning": "samples to round weights with"})
     per_tensor: bool = field(default=False, metadata={"meaning": "one scale for a whole weight instead of one per output channel"})
     bias_correction: bool = field(
         default=True, metadata={"meaning": "shift biases by the mean error that rounding the weights causes, from channel means"}
@@ -42,6 +47,10 @@ class QuantizeOptions:
             raise QuantizeError(f"percentile is {self.percentile:g}", hint="expected more than 50 and at most 100, as 99.99")
         if self.samples < 1:
             raise QuantizeError(f"samples is {self.samples}", hint="at least one sample is needed")
+        if self.rounding not in ROUNDINGS:
+            raise QuantizeError(f"there is no rounding {self.rounding!r}", hint=f"choose one of {', '.join(ROUNDINGS)}")
+        if self.round_samples < 1:
+            raise QuantizeError(f"round_samples is {self.round_samples}", hint="at least one sample is needed")
         if self.bias_samples < 0:
             raise QuantizeError(f"bias_samples is {self.bias_samples}", hint="expected 0 (no correction) or more")
         if not self.concat_ratio >= 1:

@@ -23,6 +23,7 @@ from npucc.quantize.correct import correct_biases
 from npucc.quantize.mixed import Mixed, candidates, choose, prices
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.precision import widen
+from npucc.quantize.rounding import collect
 from npucc.quantize.scales import Scales, choose_scales, observed_ranges
 from npucc.quantize.sensitivity import SAMPLES, measure
 from npucc.quantize.share import share_scales
@@ -93,17 +94,21 @@ def quantize(
     _refuse_unsupported(graph)
     ordered = _in_operand_order(graph)
     samples = _made_up(graph) if feeds is None else feeds
-    calibration = calibrate(ordered, samples, limit=options.samples, keep=max(options.bias_samples, SAMPLES), progress=progress)
+    calibration = calibrate(ordered, samples, limit=options.samples, keep=max(options.bias_samples, options.round_samples, SAMPLES), progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
     widened = widen(shared, groups, calibration)
     shared, calibration = widened.graph, widened.calibration
     scales = choose_scales(shared, groups, calibration, options, wide=widened.wide, long=widened.long)
     integer = build(shared, scales, calibration.means, options)
-    mixed = Mixed()
+    more, mixed = set(), Mixed()
     if options.scheme != "int8" and feeds is not None:
         more, mixed = _more_bits(shared, integer, scales, calibration, options, target, progress)
         scales = choose_scales(shared, groups, calibration, options, wide=widened.wide | more, long=widened.long)
-        integer = build(shared, scales, calibration.means, options) if more else integer
+    if options.rounding == "second_order" and feeds is not None:
+        evidence = collect(shared, scales, calibration.first[: options.round_samples], progress=progress)
+        integer = build(shared, scales, calibration.means, options, evidence=evidence)
+    elif more:
+        integer = build(shared, scales, calibration.means, options)
     if options.bias_samples:
         integer = correct_biases(shared, integer, calibration.first[: options.bias_samples], progress=progress)
     report = QuantizeReport(calibration.samples, options.method, tuple(_rows(shared, calibration, scales)), rescaled, mixed)
