@@ -65,11 +65,13 @@ class Site:
 
     def by_column(self, weights: Array) -> Array:
         """The operator's weights as [groups, depth, outputs]."""
-        return weights[None] if self.node.op == "matmul" else weights.reshape(self.groups, self.outputs, self.depth).transpose(0, 2, 1)
+        if self.node.op == "matmul":
+            return np.asarray(weights[None])
+        return np.asarray(weights.reshape(self.groups, self.outputs, self.depth).transpose(0, 2, 1))
 
     def as_stored(self, matrix: Array, shape: tuple[int, ...]) -> Array:
         """The inverse of `by_column`. `shape`: of the weights."""
-        return matrix[0] if self.node.op == "matmul" else matrix.transpose(0, 2, 1).reshape(shape)
+        return np.asarray(matrix[0] if self.node.op == "matmul" else matrix.transpose(0, 2, 1).reshape(shape))
 
     def columns(self, value: Array, rows: int, seed: int) -> Array:
         """[groups, at most `rows`, depth + 1] float32: the input as the sums see it, at places that depend on the seed only."""

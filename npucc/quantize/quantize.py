@@ -94,13 +94,15 @@ def quantize(
     _refuse_unsupported(graph)
     ordered = _in_operand_order(graph)
     samples = _made_up(graph) if feeds is None else feeds
-    calibration = calibrate(ordered, samples, limit=options.samples, keep=max(options.bias_samples, options.round_samples, SAMPLES), progress=progress)
+    keep = max(options.bias_samples, options.round_samples, SAMPLES)
+    calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
     widened = widen(shared, groups, calibration)
     shared, calibration = widened.graph, widened.calibration
     scales = choose_scales(shared, groups, calibration, options, wide=widened.wide, long=widened.long)
     integer = build(shared, scales, calibration.means, options)
-    more, mixed = set(), Mixed()
+    more: set[str] = set()
+    mixed = Mixed()
     if options.scheme != "int8" and feeds is not None:
         more, mixed = _more_bits(shared, integer, scales, calibration, options, target, progress)
         scales = choose_scales(shared, groups, calibration, options, wide=widened.wide | more, long=widened.long)

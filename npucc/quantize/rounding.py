@@ -142,7 +142,7 @@ def _solve(fixed: Array, lattice: Lattice, gram: Array) -> Array:
             block = slice(start, start + BLOCK)
             change = _solve_block(fixed[:, block], Lattice(lattice.factor[:, block], lattice.limit), gram[:, block, block], error, slope, start)
             slope += gram[:, :, block] @ change
-    return np.ldexp(fixed + error, -FRACTION)
+    return np.asarray(np.ldexp(fixed + error, -FRACTION))
 
 
 def _solve_block(fixed: Array, lattice: Lattice, gram: Array, error: Array, slope: Array, start: int) -> Array:
