@@ -17,6 +17,7 @@ from npucc import arithmetic
 from npucc.errors import QuantizeError
 from npucc.graph import Editor, Graph, Node, Quant, Tensor
 from npucc.ops import OPS
+from npucc.quantize.calibrate import summed_axis
 from npucc.quantize.constants import (
     LARGEST_WEIGHT,
     MatrixConstants,
@@ -37,9 +38,14 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def build(
-    graph: Graph, scales: Scales, means: Mapping[str, Array], options: QuantizeOptions, *, evidence: Mapping[str, Evidence] | None = None
+    graph: Graph,
+    scales: Scales,
+    means: Mapping[tuple[str, int], Array],
+    options: QuantizeOptions,
+    *,
+    evidence: Mapping[str, Evidence] | None = None,
 ) -> Graph:
-    """The integer graph. `means`: per channel, of the first operand of each matrix operator.
+    """The integer graph. `means`: of the first operand of each matrix operator, per (tensor, axis).
 
     `evidence`: per weights what their layers read; weights without are rounded to the nearest.
     """
@@ -60,7 +66,7 @@ class _Builder:
 
     graph: Graph
     scales: Scales
-    means: Mapping[str, Array]
+    means: Mapping[tuple[str, int], Array]
     options: QuantizeOptions
     evidence: Mapping[str, Evidence]
     editor: Editor
@@ -135,7 +141,7 @@ class _Builder:
 
     def _corrected(self, node: Node, weights: Array, bias: Array | None, source: Quant, constants: MatrixConstants) -> MatrixConstants:
         """Add to the bias what rounding the weights takes from the mean of each output channel: (w − stored w) · mean of x."""
-        error = mean_error(node, weights.astype(np.float64) - dequantized(constants), self.means[node.inputs[0]])
+        error = mean_error(node, weights.astype(np.float64) - dequantized(constants), self.means[node.inputs[0], summed_axis(self.graph, node)])
         if error is None or not error.any():
             return constants
         whole = error if bias is None else bias.astype(np.float64) + error

@@ -32,12 +32,13 @@ SOFTMAX_DEPTH = 16.0  # exp(−16) is less than a ten-thousandth of an 8-bit ste
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`histograms`: of every tensor that is computed (not merely moved) or read in; `means`: per channel, of what matrix operators read;
+    """`histograms`: of every tensor that is computed (not merely moved) or read in; `means`: per
+    (tensor, axis): along the axis that a matrix operator sums over;
     `first`: the first few feeds; `operands`: histograms of what matrix operators read that is merely moved;
     `loudness`: root mean square of each float graph input, sample by sample."""
 
     histograms: dict[str, Histogram]
-    means: dict[str, Array]
+    means: dict[tuple[str, int], Array]
     samples: int
     first: tuple[Mapping[str, Array], ...] = ()
     operands: dict[str, Histogram] = field(default_factory=dict)
@@ -48,7 +49,7 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
     """Run at most `limit` samples of the float graph; hand back the first `keep`. Raises QuantizeError for samples that do not fit, and for NaN."""
     histograms = {name: Histogram() for name in measured(graph)}
     axes = channel_axes(graph)
-    sums = {name: np.zeros(graph.tensors[name].shape[axis]) for name, axis in axes.items()}
+    sums = {(name, axis): np.zeros(graph.tensors[name].shape[axis]) for name, several in axes.items() for axis in several}
     scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
     operands = {name: Histogram() for name in moved_operands(graph) if name not in histograms}
     loudness: dict[str, list[float]] = {name: [] for name in graph.inputs if np.dtype(graph.tensors[name].dtype).kind == "f"}
@@ -58,8 +59,8 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
     for feed in _checked(graph, islice(feeds, limit)):
         for name, value in run(feed).items():
             _refuse_nan(graph, name, value)
-            if name in axes:
-                sums[name] += _channel_means(value, axes[name])
+            for axis in axes.get(name, ()):
+                sums[name, axis] += _channel_means(value, axis)
             if name in histograms:
                 histograms[name].add(_near_the_top(value, scores[name]) if name in scores else value)
             if name in operands:
@@ -72,7 +73,7 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
             progress("calibrate", count, total)
     if not count:
         raise QuantizeError("there are no calibration samples", hint="give at least one feed {input name: array}, or None for made-up inputs")
-    return Calibration(histograms, {name: value / count for name, value in sums.items()}, count, tuple(first), operands, loudness)
+    return Calibration(histograms, {key: value / count for key, value in sums.items()}, count, tuple(first), operands, loudness)
 
 
 def measured(graph: Graph) -> tuple[str, ...]:
@@ -88,13 +89,18 @@ def moved_operands(graph: Graph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for node in graph if OPS[node.op].matrix for name in node.inputs[:2] if name in moved))
 
 
-def channel_axes(graph: Graph) -> dict[str, int]:
-    """Per first operand of a matrix operator with constant weights: the dimension that its sums run over."""
-    axes = {}
+def channel_axes(graph: Graph) -> dict[str, set[int]]:
+    """Per first operand of matrix operators with constant weights: the dimensions that their sums run over."""
+    axes: dict[str, set[int]] = {}
     for node in graph:
         if OPS[node.op].matrix and not graph.tensors[node.inputs[0]].is_constant and graph.tensors[node.inputs[1]].is_constant:
-            axes[node.inputs[0]] = len(graph.tensors[node.inputs[0]].shape) - 1 if node.op == "matmul" else 1
+            axes.setdefault(node.inputs[0], set()).add(summed_axis(graph, node))
     return axes
+
+
+def summed_axis(graph: Graph, node: Node) -> int:
+    """The dimension of a matrix operator's first operand that its sums run over."""
+    return len(graph.tensors[node.inputs[0]].shape) - 1 if node.op == "matmul" else 1
 
 
 def softmax_axis(graph: Graph, name: str) -> int | None:

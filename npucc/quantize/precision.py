@@ -236,8 +236,7 @@ def _with_copies(calibration: Calibration, groups: Groups, copies: Mapping[str, 
     histograms, means = dict(calibration.histograms), dict(calibration.means)
     for name, copy in copies.items():
         histograms[copy] = _histogram(calibration, groups, name)
-        if name in means:
-            means[copy] = means[name]
+        means |= {(copy, axis): values for (original, axis), values in calibration.means.items() if original == name}
     return replace(calibration, histograms=histograms, means=means)
 
 

@@ -1,0 +1,212 @@
+"""What must hold of every model that npucc compiles, checked on one of them.
+
+The one big idea: each check is a function that returns what is wrong, with a number of its own; so a search for failures can say which promise a
+model breaks, and shrink towards the smallest model that breaks that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+import npucc
+from isa import check as check_program
+from isa.target import Target, load_target
+from npucc import backend, reference, segments
+from npucc.errors import CompileError
+from npucc.export import to_onnx
+from npucc.frontend import import_model
+from npucc.graph import Graph
+from npucc.lowering import lower
+from npucc.ops import OPS
+from runtime import Machine
+from tests.fuzz.random_models import RandomModel
+from tests.npucc.float_graphs import exact_session, run_session
+from tests.npucc.onnx_models import fused, run
+
+Array = np.ndarray[Any, np.dtype[Any]]
+EDGE = load_target("edge")
+TARGETS = (
+    EDGE,
+    load_target("cube"),
+    replace(EDGE, name="7x5", rows=7, cols=5, spm_bytes=20_000, acc_bytes=3_000),
+    replace(load_target("cube"), name="3x5x2", rows=3, cols=5, depth=2, spm_bytes=30_001, acc_bytes=2_000, requantize="q31.rne"),
+    replace(EDGE, name="starved", rows=3, cols=2, spm_bytes=9_000, acc_bytes=512, dataflow="os", shadow_weights=False, requantize="q31.tfl"),
+)
+FLOAT_TOLERANCE = 5e-4  # of the largest value
+LOST_DB = 9.0  # the most by which npucc may be worse than plain rounding of every tensor to its range
+ENOUGH_DB = 25.0
+
+
+class Broken(AssertionError):
+    """A promise that does not hold."""
+
+
+class Case:
+    """A random model, and what is made of it as it is asked for."""
+
+    def __init__(self, net: RandomModel) -> None:
+        self.net, self.proto, self.feeds = net, net.proto, net.feeds()
+
+    @cached_property
+    def package(self) -> npucc.Package:
+        return npucc.compile(self.proto, calibration=self.feeds)
+
+    @cached_property
+    def graph(self) -> Graph:
+        return self.package.graph
+
+    @cached_property
+    def expected(self) -> list[Array]:
+        """The float outputs for the first feed."""
+        return run(self.proto, self.feeds[0])
+
+
+def floats_keep_their_values(case: Case) -> None:
+    """The imported graph, and the fused one, yield what onnxruntime yields."""
+    imported = import_model(case.proto, host=True)
+    if segments.host_nodes(imported):
+        return
+    for stage, graph in (("import", imported), ("passes", fused(imported)[0])):
+        for name, want, have in zip(graph.outputs, case.expected, run(to_onnx(graph), case.feeds[0]), strict=True):
+            _close(f"after {stage}, {name}", have, want, case.net.steep, name)
+
+
+def _close(what: str, have: Array, want: Array, steep: set[str], name: str) -> None:
+    if have.shape != want.shape or have.dtype != want.dtype:
+        raise Broken(f"{what} is {have.dtype}{list(have.shape)}, not {want.dtype}{list(want.shape)}")
+    error = np.abs(have.astype(np.float64) - want.astype(np.float64))
+    limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(want.astype(np.float64)).max()))
+    allowed = 0.05 if name in steep else 0.0
+    if not (error <= limit).mean() >= 1 - allowed:
+        raise Broken(f"{what} is off by {error.max():.3g}, allowed {limit:.3g}")
+
+
+def machine_equals_reference(case: Case) -> None:
+    """On every target, each named tensor is what the reference computes; where memory is too small, the error says so."""
+    for target in TARGETS:
+        try:
+            lowered = lower(case.graph, target)
+        except CompileError as error:
+            if target.spm_bytes < 1 << 20 and "does not fit" in error.message:
+                continue
+            raise
+        check_program(lowered.program)
+        machine = Machine(lowered.program, lowered.constants, host=_engine(case.graph))
+        expected = reference.run(case.graph, case.feeds[0], requantize=target.requantize)
+        result = machine.run(case.feeds[0], dump=True)
+        for name, stored in {**result.tensors, **result.raw}.items():
+            _equal(f"{name} on {target.name}", stored, expected[name])
+        for seed in range(2):
+            for name, stored in machine.run(case.feeds[0], order="random", seed=seed).raw.items():
+                _equal(f"{name} on {target.name} in random order {seed}", stored, expected[name])
+        _same_text(lowered.program)
+
+
+def _same_text(program: Any) -> None:
+    from isa import format_program, parse_program
+
+    text = format_program(program)
+    if format_program(parse_program(text)) != text:
+        raise Broken("the program's text changes when it is read and written")
+
+
+def _engine(graph: Graph) -> segments.Engine:
+    return segments.Engine(tuple(segments.attributes_of(node).model for node in segments.host_nodes(graph)))
+
+
+def _equal(what: str, have: Array, want: Array) -> None:
+    if have.shape != want.shape or not np.array_equal(have.astype(np.float64), want.astype(np.float64), equal_nan=True):
+        different = int((have != want).sum()) if have.shape == want.shape else "all"
+        raise Broken(f"{what}: {different} of {want.size} differ")
+
+
+#: operators whose last step onnxruntime may compute in float: one step off at most
+IN_FLOAT = frozenset(
+    {"conv_transpose", "softmax", "layer_norm", "table", "reduce_mean", "reduce_sum", "average_pool", "resize", "add", "sub", "mul", "div",
+     "max", "min", "where", "matmul", "conv"}
+)  # fmt: skip
+
+
+def export_agrees(case: Case) -> None:
+    """Each node, exported alone and run by onnxruntime on the reference's own integers, gives these integers; then the model as a whole."""
+    if segments.host_nodes(case.graph):
+        return
+    for feed in case.feeds[:2]:
+        expected = reference.run(case.graph, feed)
+        found = run_session(exact_session(to_onnx(case.graph)), feed)
+        for name, value in found.items():
+            difference = np.abs(_stored(case.graph, name, value) - expected[name].astype(np.int64))
+            if difference.max() > 1:
+                raise Broken(f"{name}: onnxruntime differs by {difference.max()} steps in {int((difference > 0).sum())} of {difference.size}")
+
+
+def _stored(graph: Graph, name: str, value: Array) -> Array:
+    tensor = graph.tensors[name]
+    if tensor.quant is None or tensor.dtype != "float32":
+        return value.astype(np.int64)
+    return np.rint(value.astype(np.float64) / float(tensor.quant.scale)).astype(np.int64) + tensor.quant.zero
+
+
+def errors_are_small(case: Case) -> None:
+    """The quantized outputs are about as close to the float model as rounding every tensor to 8 bits over its range allows."""
+    rounded = _plainly_rounded(case.net)
+    results = [case.package.run(feed).outputs for feed in case.feeds]
+    for name in case.net.outputs:
+        if name in case.net.steep or case.net.values[name][0].dtype.kind != "f":
+            continue
+        want = np.stack(case.net.values[name])
+        have, plain = sqnr(want, np.stack([result[name] for result in results])), sqnr(want, np.stack(rounded[name]))
+        if have < min(plain - LOST_DB, ENOUGH_DB):
+            raise Broken(f"{name} has {have:.1f} dB, plain rounding {plain:.1f} dB")
+
+
+def sqnr(want: Array, have: Array) -> float:
+    """Signal to noise in dB; the mean counts as no signal."""
+    signal = float(((want - want.mean()) ** 2).sum()) + 1e-4 * float((want**2).sum())
+    return 10 * float(np.log10(max(signal, 1e-12) / max(float(((want - have) ** 2).sum()), 1e-12)))
+
+
+def _plainly_rounded(net: RandomModel) -> dict[str, list[Array]]:
+    """Every float tensor rounded to 255 steps between its least and largest value."""
+    values = {name: _rounded(net.values[name]) for name in net.inputs}
+    for node in net.nodes:
+        samples = [node.session.run(None, {name: values[name][index] for name in node.reads}) for index in range(len(net.values[net.inputs[0]]))]
+        for index, name in enumerate(node.proto.output):
+            values[name] = _rounded([sample[index] for sample in samples])
+    return values
+
+
+def _rounded(samples: list[Array]) -> list[Array]:
+    if np.asarray(samples[0]).dtype.kind != "f":
+        return samples
+    low, high = min(0.0, *(float(sample.min()) for sample in samples)), max(0.0, *(float(sample.max()) for sample in samples))
+    step = (high - low) / 255 or 1.0
+    return [np.asarray(np.rint(sample / step) * step, np.float32) for sample in samples]
+
+
+def float_mode_equals_onnxruntime(case: Case) -> None:
+    """Float mode is onnxruntime."""
+    prepared = backend.prepare(case.proto)
+    for feed in case.feeds[:2]:
+        for name, want, have in zip(case.net.outputs, run(case.proto, feed), prepared.run(feed), strict=True):
+            _close(f"float mode, {name}", np.asarray(have), want, case.net.steep, name)
+
+
+CHECKS: tuple[Callable[[Case], None], ...] = (
+    floats_keep_their_values, machine_equals_reference, export_agrees, errors_are_small, float_mode_equals_onnxruntime,
+)  # fmt: skip
+
+
+def failures(net: RandomModel) -> Iterator[tuple[str, str]]:
+    """(check, what is wrong) for the promises that the model breaks."""
+    case = Case(net)
+    for check in CHECKS:
+        try:
+            check(case)
+        except Exception as error:
+            yield check.__name__, f"{type(error).__name__}: {error}"
