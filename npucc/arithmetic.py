@@ -152,10 +152,18 @@ DIRECT: dict[scalar.Expression, str] = {"x": "cvt", ("sqrt", "x"): "sqrt", ("pow
 
 
 def without_table(expression: scalar.Expression, source: Quant) -> str:
-    """The instruction that computes a function of a tensor too wide for a full table, exactly as it is; "" if there is none."""
+    """The instruction that computes a function of a tensor too wide for a full table, exactly as it is; "" if there is none.
+
+    A mere clip is `cvt` with its limits (see `direct_bounds`).
+    """
     if source.dtype in ("s16", "s32"):
-        return DIRECT.get(expression, "")
+        return "cvt" if scalar.is_clip(expression) else DIRECT.get(expression, "")
     return ""
+
+
+def direct_bounds(expression: scalar.Expression, result: Quant) -> tuple[int, int]:
+    """Lowest and highest stored result of an instruction that takes the place of a table."""
+    return clamp_bounds(scalar.is_clip(expression), result)
 
 
 def _values(expression: scalar.Expression, stored: np.ndarray, source: Quant) -> np.ndarray:

@@ -367,7 +367,8 @@ def _table(call: Call) -> Array:
     direct = arithmetic.without_table(call.attributes.expression, source)
     if direct:
         functions: dict[str, Callable[[Array], Array]] = {"sqrt": lambda x: np.sqrt(np.maximum(x, F32(0))), "mul": lambda x: x * x}
-        return call.quantized(functions[direct](real) if direct in functions else real)
+        bounds = arithmetic.direct_bounds(call.attributes.expression, call.quant)
+        return np.clip(call.quantized(functions[direct](real) if direct in functions else real), *bounds)
     values = arithmetic.table(call.attributes.expression, source, call.quant)
     found = _look_up(values, call.operand(0).stored)
     return call.clamp(np.rint(found.astype(F32) * F32(2.0**-values.fraction_bits)).astype(np.float64)) if values.fraction_bits else found

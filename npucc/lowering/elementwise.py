@@ -196,7 +196,8 @@ def emit_elementwise(emitter: Emitter, node: Node, result: Tile, tiles: Sequence
         name = arithmetic.without_table(node.attributes.expression, quants[0])
         own, operands = quant_pair(quants[0]), tiles * 2 if name == "mul" else tiles
         read = {"qa": own, "qb": own} if name == "mul" else {"qx": own}
-        emitter.vector(name, result, *operands, **read, qy=quant_pair(after), clamp=arithmetic.RANGES[after.dtype])
+        bounds = arithmetic.direct_bounds(node.attributes.expression, after)
+        emitter.vector(name, result, *operands, **read, qy=quant_pair(after), clamp=bounds)
         return
     if isinstance(node.attributes, Compare):
         emitter.vector("cmp", result, *tiles, op=node.attributes.kind, qa=quant_pair(quants[0]), qb=quant_pair(quants[1]))

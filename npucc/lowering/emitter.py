@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from isa.program import Instruction, Tile, Value, dense_strides
+from isa.program import DTYPES, Instruction, Tile, Value, dense_strides
 from isa.spec import SPEC
 from isa.target import Target
 from npucc.errors import CompileError
@@ -109,7 +109,8 @@ class Emitter:
         return Ring((0, size) if 2 * size <= self.target.acc_bytes else (0,))
 
     def issue(self, name: str, *tiles: Tile, **attributes: Value) -> None:
-        """Append an instruction; attributes equal to the table's default are left out."""
+        """Append an instruction; attributes equal to the table's default are left out, and the one stride of a single element is its size."""
+        tiles = tuple(replace(tile, strides=(DTYPES[tile.dtype],)) if tile.shape == (1,) else tile for tile in tiles)
         defaults = {attribute.name: attribute.default for attribute in SPEC[name].attributes}
         kept = tuple((key, value) for key, value in attributes.items() if value != defaults[key])
         self.instructions.append(Instruction(name, tiles, kept))
@@ -174,6 +175,10 @@ class Emitter:
         shape, (left, right) = keep_dimensions(result.shape, result.strides, source.strides)
         if len(shape) > MOST_DMA_DIMENSIONS:
             shape, (left, right) = merge_dimensions(result.shape, result.strides, source.strides)
+        if len(shape) > MOST_DMA_DIMENSIONS:
+            for index in range(shape[0]):
+                self._transfer(name, *(_part(tile, shape, own, index) for tile, own in ((result, left), (source, right))))
+            return
         self.issue(name, replace(result, shape=shape, strides=left), replace(source, shape=shape, strides=right))
 
     def _copy(self, result: Tile, source: Tile) -> None:
@@ -183,6 +188,11 @@ class Emitter:
         """An elementwise instruction, its dimensions merged as far as all tiles allow."""
         shape, strides = merge_dimensions(tiles[0].shape, *(tile.strides for tile in tiles))
         self.issue(name, *(replace(tile, shape=shape, strides=own) for tile, own in zip(tiles, strides, strict=True)), **attributes)
+
+
+def _part(tile: Tile, shape: tuple[int, ...], strides: tuple[int, ...], index: int) -> Tile:
+    """The tile under another shape, at one index of its first dimension."""
+    return replace(tile, address=tile.address + index * strides[0], shape=shape[1:], strides=strides[1:])
 
 
 CONSTANTS = "\0constants"  # no tensor has this name

@@ -139,7 +139,7 @@ def _moved_constant(editor: Editor, name: str, move: Node, before: Shape, after:
     data = editor.tensors[name].data
     assert data is not None
     if data.size == 1:
-        return name
+        return name if data.ndim <= len(before) else editor.constant(name, data.reshape(()))
     full = data.reshape((1,) * (len(after) - data.ndim) + data.shape)
     if isinstance(move.attributes, ops.Transpose):
         moved = full.transpose(np.argsort(move.attributes.permutation))

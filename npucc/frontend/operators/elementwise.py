@@ -82,7 +82,7 @@ def prelu(node: NodeImport) -> str:
     x = node.input(0)
     if node.is_constant(1):
         slope = node.floats(1, "slope")
-        if slope.size and np.all(slope == slope.flat[0]):
+        if slope.size and np.all(slope == slope.flat[0]) and np.broadcast_shapes(node.shape(0), slope.shape) == node.shape(0):
             return node.table(("leaky_relu", "x", float(slope.flat[0])), x)
     negative = node.binary("mul", node.table(("min", "x", 0.0), x), node.input(1))
     return node.binary("add", node.table(("relu", "x"), x), negative)
@@ -134,7 +134,8 @@ def modulo(node: NodeImport) -> str:
         raise node.refuse("its divisor is not a single constant")
     divisor = float(node.floats(1, "divisor").reshape(()))
     quotient = ("trunc" if node.integer("fmod", 0) else "floor", ("div", "x", divisor))
-    return node.table(("sub", "x", ("mul", divisor, quotient)), node.input(0))
+    remainder = node.table(("sub", "x", ("mul", divisor, quotient)), node.input(0))
+    return node.reshape(remainder, np.broadcast_shapes(node.shape(0), node.shape(1)))
 
 
 def _compare(kind: str) -> Run:
