@@ -1,12 +1,12 @@
 """What must hold of every model that npucc compiles, checked on one of them.
 
-The one big idea: each check is a function that returns what is wrong, with a number of its own; so a search for failures can say which promise a
-model breaks, and shrink towards the smallest model that breaks that one.
+The one big idea: each check is a function that raises where its promise is broken, so that a search can shrink towards the smallest model that
+breaks this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import npucc
+from isa import Program, format_program, parse_program
 from isa import check as check_program
-from isa.target import Target, load_target
+from isa.target import load_target
 from npucc import arithmetic, backend, reference, segments
 from npucc.errors import CompileError
 from npucc.export import to_onnx
@@ -29,17 +30,17 @@ from tests.npucc.float_graphs import exact_session, run_session
 from tests.npucc.onnx_models import fused, run
 
 Array = np.ndarray[Any, np.dtype[Any]]
-EDGE = load_target("edge")
-TARGETS = (
-    EDGE,
-    load_target("cube"),
+EDGE, CUBE = load_target("edge"), load_target("cube")
+#: next to `edge`, for which every model is compiled
+SMALL = (
+    CUBE,
     replace(EDGE, name="7x5", rows=7, cols=5, spm_bytes=20_000, acc_bytes=3_000),
-    replace(load_target("cube"), name="3x5x2", rows=3, cols=5, depth=2, spm_bytes=30_001, acc_bytes=2_000, requantize="q31.rne"),
+    replace(CUBE, name="3x5x2", rows=3, cols=5, depth=2, spm_bytes=30_001, acc_bytes=2_000, requantize="q31.rne"),
     replace(EDGE, name="starved", rows=3, cols=2, spm_bytes=9_000, acc_bytes=512, dataflow="os", shadow_weights=False, requantize="q31.tfl"),
 )
 FLOAT_TOLERANCE = 5e-4  # of the largest value
 LOST_DB = 9.0  # the most by which npucc may be worse than plain rounding of every tensor to its range
-ENOUGH_DB = 25.0
+ENOUGH_DB = 20.0
 
 
 class Broken(AssertionError):
@@ -87,29 +88,27 @@ def _close(what: str, have: Array, want: Array, steep: set[str], name: str) -> N
 
 
 def machine_equals_reference(case: Case) -> None:
-    """On every target, each named tensor is what the reference computes; where memory is too small, the error says so."""
-    for target in TARGETS:
-        try:
-            lowered = lower(case.graph, target)
-        except CompileError as error:
-            if target.spm_bytes < 1 << 20 and "does not fit" in error.message:
-                continue
+    """On two targets, each named tensor is what the reference computes, in random order too. Where memory is too small, the error says so."""
+    small = SMALL[len(case.graph.nodes) % len(SMALL)]
+    _runs_exactly(case, case.package.program, case.package.contents.constants)
+    try:
+        lowered = lower(case.graph, small)
+    except CompileError as error:
+        if "does not fit" not in error.message:
             raise
-        check_program(lowered.program)
-        machine = Machine(lowered.program, lowered.constants, host=_engine(case.graph))
-        expected = reference.run(case.graph, case.feeds[0], requantize=target.requantize)
-        result = machine.run(case.feeds[0], dump=True)
-        for name, stored in {**result.tensors, **result.raw}.items():
-            _equal(f"{name} on {target.name}", stored, expected[name])
-        for seed in range(2):
-            for name, stored in machine.run(case.feeds[0], order="random", seed=seed).raw.items():
-                _equal(f"{name} on {target.name} in random order {seed}", stored, expected[name])
-        _same_text(lowered.program)
+        return
+    check_program(lowered.program)
+    _runs_exactly(case, lowered.program, lowered.constants)
 
 
-def _same_text(program: Any) -> None:
-    from isa import format_program, parse_program
-
+def _runs_exactly(case: Case, program: Program, constants: bytes) -> None:
+    machine, target = Machine(program, constants, host=_engine(case.graph)), program.target
+    expected = reference.run(case.graph, case.feeds[0], requantize=target.requantize)
+    result = machine.run(case.feeds[0], dump=True)
+    for name, stored in {**result.tensors, **result.raw}.items():
+        _equal(f"{name} on {target.name}", stored, expected[name])
+    for name, stored in machine.run(case.feeds[0], order="random", seed=len(program.layers)).raw.items():
+        _equal(f"{name} on {target.name} in random order", stored, expected[name])
     text = format_program(program)
     if format_program(parse_program(text)) != text:
         raise Broken("the program's text changes when it is read and written")
@@ -179,9 +178,9 @@ def errors_are_small(case: Case) -> None:
 
 
 def sqnr(want: Array, have: Array) -> float:
-    """Signal to noise in dB; the mean counts as no signal."""
-    signal = float(((want - want.mean()) ** 2).sum()) + 1e-4 * float((want**2).sum())
-    return 10 * float(np.log10(max(signal, 1e-12) / max(float(((want - have) ** 2).sum()), 1e-12)))
+    """Signal to noise in dB."""
+    noise = float(((want - have).astype(np.float64) ** 2).sum())
+    return 10 * float(np.log10(max(float((want.astype(np.float64) ** 2).sum()), 1e-12) / max(noise, 1e-12)))
 
 
 def _plainly_rounded(net: RandomModel) -> dict[str, list[Array]]:
@@ -210,16 +209,5 @@ def float_mode_equals_onnxruntime(case: Case) -> None:
             _close(f"float mode, {name}", np.asarray(have), want, case.net.steep, name)
 
 
-CHECKS: tuple[Callable[[Case], None], ...] = (
-    floats_keep_their_values, machine_equals_reference, export_agrees, errors_are_small, float_mode_equals_onnxruntime,
-)  # fmt: skip
-
-
-def failures(net: RandomModel) -> Iterator[tuple[str, str]]:
-    """(check, what is wrong) for the promises that the model breaks."""
-    case = Case(net)
-    for check in CHECKS:
-        try:
-            check(case)
-        except Exception as error:
-            yield check.__name__, f"{type(error).__name__}: {error}"
+Check = Callable[[Case], None]
+CHECKS: tuple[Check, ...] = (floats_keep_their_values, machine_equals_reference, export_agrees, errors_are_small, float_mode_equals_onnxruntime)

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 from hypothesis import reject
 from hypothesis import strategies as st
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -116,7 +116,8 @@ class RandomModel:
         reads = tuple(dict.fromkeys(name for name in inputs if name and name not in self.constants))
         try:
             alone = session(self._model([proto], reads, names), optimize=False)
-            samples = [[np.asarray(value) for value in alone.run(None, {name: self.values[name][index] for name in reads})] for index in range(SAMPLES)]
+            feeds = [{name: self.values[name][index] for name in reads} for index in range(SAMPLES)]
+            samples = [[np.asarray(value) for value in alone.run(None, feed)] for feed in feeds]
         except Exception:
             return []
         if not all(_sensible(value) for sample in samples for value in sample):
@@ -206,7 +207,7 @@ def unary(net: RandomModel, x: str) -> None:
 def bounded(net: RandomModel, x: str) -> None:
     """Functions that are not defined, or steep, for some values."""
     low, high = net.lowest(x), net.highest(x)
-    fitting = {"Exp": high < 5, "Log": low > 0.05, "Sqrt": low > 0.01, "Reciprocal": low > 0.1 or high < -0.1, "Sinh": -4 < low and high < 4}
+    fitting = {"Exp": high < 5, "Log": low > 0.05, "Sqrt": low > 0.01, "Reciprocal": low > 0.1 or high < -0.1, "Sinh": low > -4 and high < 4}
     operators = [name for name, fits in fitting.items() if fits]
     if operators:
         net.add(net.pick(*operators), [x])
@@ -226,8 +227,8 @@ def _operand(net: RandomModel, x: str) -> str:
         return str(net.pick(*fitting))
     kept = [size if net.flip() else 1 for size in shape]
     start = net.between(0, len(kept))
-    values = net.random.normal(*net.pick((0, 1), (1, 0.3), (3, 1)), kept[start:])
-    return net.constant(values)
+    mean, spread = net.pick((0.0, 1.0), (1.0, 0.3), (3.0, 1.0))
+    return net.constant(net.random.normal(mean, spread, kept[start:]))
 
 
 def _broadcasts(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
