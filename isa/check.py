@@ -93,8 +93,8 @@ def _line_findings(program: Program) -> Iterator[Finding]:
                 yield Finding(
                     instruction.line,
                     0,
-                    f"a loop of {instruction.count} iterations at depth {len(counts)}",
-                    "loops count from 1 and nest at most 8 deep",
+                    f"a loop of {instruction.count} iterations over {len(instruction.body)} lines at depth {len(counts)}",
+                    "loops count from 1, hold at least one line and nest at most 8 deep",
                 )
             elif (id(instruction), counts) not in seen:
                 seen.add((id(instruction), counts))
@@ -105,7 +105,7 @@ def _line_findings(program: Program) -> Iterator[Finding]:
 def _static(body: tuple[Instruction | Loop, ...], counts: tuple[int, ...]) -> Iterator[tuple[Instruction | Loop, tuple[int, ...]]]:
     """Each instruction once with the counts of its loops, outermost first; and each impossible loop."""
     for item in body:
-        if not isinstance(item, Loop) or item.count < 1 or len(counts) >= len(LOOP_VARIABLES):
+        if not isinstance(item, Loop) or item.count < 1 or not item.body or len(counts) >= len(LOOP_VARIABLES):
             yield item, counts
         else:
             yield from _static(item.body, (*counts, item.count))

@@ -82,7 +82,7 @@ class Compare(Attributes):
 class Table(Attributes):
     """Any function of one variable, as an expression: "x", a float, or (function, argument, …) with the functions of npucc.scalar."""
 
-    expression: Any = "x"
+    expression: scalar.Expression = "x"
 
     def text(self) -> str:
         return f" expression={scalar.text(self.expression)}"

@@ -154,6 +154,17 @@ def gelu(*, tanh: bool = False) -> Expression:
     return ("mul", ("mul", 0.5, "x"), ("add", 1.0, ("tanh", ("mul", math.sqrt(2 / math.pi), cubic))))
 
 
+def is_expression(value: object) -> bool:
+    """Whether a value that came from elsewhere has the form of an Expression."""
+    if not isinstance(value, tuple):
+        return value == "x" or (isinstance(value, int | float) and not isinstance(value, bool))
+    function = FUNCTIONS.get(value[0]) if value and isinstance(value[0], str) else None
+    if function is None or len(value) != 1 + function.arity:
+        return False
+    constants = value[len(value) - len(function.onnx_attributes) :]
+    return all(is_expression(part) for part in value[1:]) and all(isinstance(part, int | float) for part in constants)
+
+
 def evaluate(expression: Expression, x: Floats) -> Floats:
     """The expression at every element of `x`, each operation rounded to float32. Same shape as `x`; may hold NaN and infinities."""
     x = np.asarray(x, np.float32)

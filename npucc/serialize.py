@@ -15,6 +15,7 @@ import numpy as np
 
 from isa.errors import PackageError
 from isa.program import DTYPES
+from npucc import scalar
 from npucc.errors import GraphError
 from npucc.graph import Graph, Node, Quant, Tensor, make_graph
 from npucc.ops import OPS, Attributes
@@ -56,7 +57,9 @@ def from_bytes(text: bytes, blob: bytes, *, file: str = "") -> Graph:
         for name in (*inputs, *outputs):
             if name not in known:
                 raise _MalformedError(f"graph input or output {name!r} is no tensor")
-        return make_graph(_get(record, "name", str), nodes, known, inputs, outputs)
+        graph = make_graph(_get(record, "name", str), nodes, known, inputs, outputs)
+        _refuse_missing_scales(graph)
+        return graph
     except GraphError as error:
         raise _damaged(error.message, file) from error
     except _MalformedError as error:
@@ -175,6 +178,17 @@ def _refuse_duplicates(kind: str, names: list[str]) -> None:
         seen.add(name)
 
 
+def _refuse_missing_scales(graph: Graph) -> None:
+    """An integer graph has a scale for whatever is computed outside the host's segments, and for weights."""
+    if all(tensor.quant is None for tensor in graph.tensors.values()):
+        return
+    for node in graph:
+        for name in () if OPS[node.op].host else (*node.inputs, *node.outputs):
+            tensor = graph.tensors.get(name)
+            if tensor is not None and tensor.quant is None and (not tensor.is_constant or OPS[node.op].matrix):
+                raise _MalformedError(f"tensor {name!r} of node {node.name!r} has no scale")
+
+
 def _shape(record: dict[str, Any]) -> tuple[int, ...]:
     shape = tuple(_items(record, "shape", int))
     if len(shape) > _MAX_RANK or any(size < 0 for size in shape) or math.prod(shape) >= 1 << 62:
@@ -261,6 +275,8 @@ def _is_like(value: Any, default: Any, kind: str) -> bool:
     """Whether an attribute has the type that its field says (`Any` takes everything)."""
     if kind == "Any":
         return True
+    if kind == "scalar.Expression":
+        return scalar.is_expression(value)
     if kind == "Clamp":
         return value is None or (_numbers(value, int | float) and len(value) == 2)
     if isinstance(default, tuple):

@@ -210,7 +210,7 @@ def test_programs_built_in_python_are_quoted() -> None:
         (Instruction("fill", (replace(tile, steps=(4,)),)), "`fill %0x0+0x4*i:s8[4]`: operand y of fill is %0x0+0x4*i:s8[4]"),
         (Instruction("cmp", (replace(tile, dtype="u8"), tile), (("op", "is"),)), "`cmp %0x0:u8[4], %0x0:s8[4] op=is`: op is 'is'"),
         (Instruction("fold", (tile,)), "unknown instruction 'fold'"),
-        (Loop(0, ()), "a loop of 0 iterations at depth 0"),
+        (Loop(0, ()), "a loop of 0 iterations over 0 lines at depth 0"),
     )
     for item, message in wrong:
         assert [remark.message for remark in findings(program_of((item,)))] == [message]

@@ -76,6 +76,7 @@ def test_every_operators_attributes_survive(record: Any) -> None:
     for name, field in record.attributes.__dataclass_fields__.items():
         default = field.default
         values[name] = tuple(type(v)(v + 1) for v in default) if isinstance(default, tuple) and default else other[type(default)]
+    values |= {"expression": ("tanh", "x")} if "expression" in values else {}
     attributes: Attributes = record.attributes(**values)
     blob = bytearray()
     stored = json.loads(json.dumps(serialize._node_record(Node("n", record.name, (), ("y",), attributes), blob)))
