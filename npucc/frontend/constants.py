@@ -58,6 +58,12 @@ class Constants:
     def set(self, name: str, value: np.ndarray) -> None:
         self._values[name] = value
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Take back what was set or deferred."""
+        for name in names:
+            self._values.pop(name, None)
+            self._waiting.pop(name, None)
+
     def defer(self, node: NodeProto) -> None:
         """Note a node whose inputs are all constant. A `Constant` node is read at once."""
         if node.op_type == "Constant":
@@ -129,11 +135,16 @@ class Constants:
 
     def _run_waiting(self) -> None:
         nodes = list({id(node): node for node in self._waiting.values()}.values())
+        waiting = dict(self._waiting)
         self._waiting.clear()
-        while nodes:
-            count = self._inferable(nodes)
-            self._run(nodes[:count])
-            nodes = nodes[count:]
+        try:
+            while nodes:
+                count = self._inferable(nodes)
+                self._run(nodes[:count])
+                nodes = nodes[count:]
+        except ImportModelError:
+            self._waiting |= {name: node for name, node in waiting.items() if name not in self._values}
+            raise
 
     def _inferable(self, nodes: list[NodeProto]) -> int:
         """How many of the nodes, from the first on, have results whose sizes are known without running them (at least 1)."""

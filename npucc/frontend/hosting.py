@@ -26,7 +26,7 @@ from npucc.segments import RAW, first_line
 BETWEEN = "it lies between host nodes that exchange a tensor without a fixed shape"
 OPEN = "object"  # element type of a tensor that exists within a segment only
 #: results that are no tensors, or hold none: never folded into constants
-NO_TENSORS = re.compile(r"Sequence|Optional|String|Regex|LabelEncoder|Tokenizer")
+NO_TENSORS = re.compile(r"(?<!Reverse)Sequence|Optional|String|Regex|LabelEncoder|Tokenizer")
 IR_VERSION = 8  # of a segment, at least
 _TYPE = re.compile(r"(tensor|seq|optional)\((.*)\)$")
 _ELEMENTS = {
@@ -83,7 +83,8 @@ class Hosting:
                 f"operator {title(proto)} has no place on the NPU ({reason}), and onnxruntime does not run it either: {first_line(error)}",
                 file=self.file, node=proto.name, hint="replace the node by standard operators, or cut the model before it",
             ) from None  # fmt: skip
-        return {value.name: _parse_type(value.type, value.shape) for value in session.get_outputs()}
+        ranked = _ranked_outputs(model)  # onnxruntime gives the shape [] to a scalar and to a tensor of unknown rank
+        return {value.name: _parse_type(value.type, value.shape if value.shape or value.name in ranked else None) for value in session.get_outputs()}
 
     def model(
         self, nodes: Sequence[NodeProto], inputs: Mapping[str, TypeProto], outputs: Iterable[ValueInfoProto], *, probe: bool = False
@@ -128,10 +129,7 @@ class Hosting:
             for name in node.inputs:
                 if name in self.open and node.name in self.nodes:
                     bundles.union(node.name, graph.producers[name])
-        quotient = nx.DiGraph()
-        quotient.add_nodes_from(bundles[name] for name in graph.nodes)
-        quotient.add_edges_from((bundles[a], bundles[b]) for a, b in graph.topology.edges if bundles[a] != bundles[b])
-        self._refuse_cycles(graph, quotient)
+        quotient = self._quotient(graph, bundles)
         levels: dict[str, int] = {}
         for name in nx.topological_sort(quotient):
             own = name in self.nodes
@@ -143,15 +141,20 @@ class Hosting:
                 groups.setdefault(levels[bundles[node.name]], []).append(node.name)
         return [groups[level] for level in sorted(groups)]
 
-    def _refuse_cycles(self, graph: Graph, quotient: nx.DiGraph) -> None:
-        """NPU nodes between two host nodes that must be in one segment go to the host, too."""
-        forced: dict[str, str] = {}
-        for component in nx.strongly_connected_components(quotient):
-            if len(component) > 1:
-                between = [graph.nodes[name] for name in component if name not in self.nodes]
-                forced |= {source: BETWEEN for node in between for source in node.sources}
-        if forced:
-            raise MustBeHosted(forced)
+    def _quotient(self, graph: Graph, bundles: nx.utils.UnionFind) -> nx.DiGraph:
+        """The graph of the bundles, without cycles: host bundles on a cycle are joined. NPU nodes on one must go to the host, too."""
+        while True:
+            quotient = nx.DiGraph()
+            quotient.add_nodes_from(bundles[name] for name in graph.nodes)
+            quotient.add_edges_from((bundles[a], bundles[b]) for a, b in graph.topology.edges if bundles[a] != bundles[b])
+            cycles = [component for component in nx.strongly_connected_components(quotient) if len(component) > 1]
+            between = [graph.nodes[name] for component in cycles for name in component if name not in self.nodes]
+            if between:
+                raise MustBeHosted({source: BETWEEN for node in between for source in node.sources})
+            if not cycles:
+                return quotient
+            for component in cycles:
+                bundles.union(*component)
 
     def _merge(self, graph: Graph, editor: Editor, members: list[str], of_graph: Mapping[str, list[str]], types: Mapping[str, int]) -> None:
         """Put one host node in the place of the members."""
@@ -175,6 +178,15 @@ class Hosting:
         for name in made:
             if name not in left:
                 editor.tensors.pop(name, None)
+
+
+def _ranked_outputs(model: onnx.ModelProto) -> set[str]:
+    """The outputs of which onnx can infer a shape."""
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # noqa: BLE001  onnx raises several kinds, none of them documented
+        return set()
+    return {value.name for value in inferred.graph.output if value.type.tensor_type.HasField("shape")}
 
 
 def title(proto: NodeProto) -> str:

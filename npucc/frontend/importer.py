@@ -8,22 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from npucc.errors import GraphError, ImportModelError
 from npucc.frontend.constants import NOT_CONSTANT, Constants
+from npucc.frontend.functions import body_of
 from npucc.frontend.hosting import NO_TENSORS, Hosting, MustBeHosted, title
 from npucc.frontend.load import default_opset, load_model
 from npucc.frontend.node import Emitted, NodeImport
 from npucc.frontend.operators import OPERATORS
-from npucc.frontend.prepare import NUMBERS, Input, bind_inputs, element_type, numpy_name, prepare, reads, type_name
+from npucc.frontend.prepare import FLOATS, NUMBERS, Input, bind_inputs, element_type, numpy_name, prepare, reads, type_name
 from npucc.graph import Editor, Graph, Node, Tensor
 from npucc.ops import Reshape, Table
 
 LARGEST_TENSOR = 1 << 31  # elements
 CONTROL_FLOW = ("If", "Loop", "Scan")
 #: operators that need no importer: their results are known when the model is compiled
-FOLDED = {"Constant": "", "Shape": "the input's shape is fixed", "Size": "the input's shape is fixed"}
+FOLDED = {
+    "Constant": "", "Shape": "the input's shape is fixed", "Size": "the input's shape is fixed", "EyeLike": "the input's shape is fixed",
+    **dict.fromkeys(("ConstantOfShape", "Range", "HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix"), "constant inputs"),
+}  # fmt: skip
 BOOLEAN_RESULTS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"})
 
 
@@ -62,12 +66,14 @@ class _Importer:
         self.nodes = prepare(model, file)
         self.constants = Constants(model, file)
         self.opset = default_opset(model)
+        self.opsets = list(model.opset_import)
         self.forced = forced or {}
         self.hosting = None if forced is None else Hosting(list(model.opset_import), self.constants, file, model.ir_version)
         self.editor = Editor(name=model.graph.name)
         self.outputs = list(model.graph.output)
         self.tensors: dict[str, str] = {}  # ONNX tensor to graph tensor
         self.types: dict[str, int] = {}  # ONNX tensor to ONNX element type
+        self.origin = ""  # the node whose function body is being taken
         self.reserved = {name for node in self.nodes for name in node.output} | {value.name for value in model.graph.initializer}
 
     def run(self) -> Graph:
@@ -105,8 +111,10 @@ class _Importer:
             self._to_host(node, reason)
         elif node.op_type not in NOT_CONSTANT and all(name in self.constants for name in names):
             self.constants.defer(node)
-        elif node.op_type in ("Shape", "Size"):
+        elif node.op_type in ("Shape", "Size", "EyeLike"):
             self.constants.set(node.output[0], self._shape_value(node))
+        elif node.op_type == "CastLike" and node.input[0] in self.constants:
+            self.constants.set(node.output[0], _as_type(self.constants.value(node.input[0]), self.types[node.input[1]]))
         elif node.op_type == "If" and node.input[0] in self.constants:
             self._take_branch(node)
         else:
@@ -151,18 +159,62 @@ class _Importer:
 
     def _shape_value(self, node: NodeProto) -> np.ndarray:
         shape = self.editor.tensors[self.tensors[node.input[0]]].shape
+        bounds = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == "Size":
             return np.array(math.prod(shape), np.int64)
-        bounds = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type == "EyeLike":
+            return _as_type(np.eye(*shape, k=bounds.get("k", 0)), bounds.get("dtype", self.types[node.input[0]]))
         return np.array(shape[bounds.get("start", 0) : bounds.get("end", len(shape))], np.int64)
 
     def _import(self, proto: NodeProto) -> None:
+        """By its record, else by its function body, else on the host, else by a function body of which a part is on the host."""
         try:
             self._import_as_canonical(proto)
         except ImportModelError as error:
+            body = body_of(proto, self._known_types(proto), self.opsets)
+            if self._take_body(proto, body, host=False):
+                return
             if self.hosting is None:
                 raise
-            self._to_host(proto, error.message)
+            try:
+                self._to_host(proto, error.message)
+            except ImportModelError:
+                if not self._take_body(proto, body, host=True):
+                    raise
+
+    def _known_types(self, proto: NodeProto) -> dict[str, TypeProto]:
+        """The types of a node's inputs; floats are float32."""
+        known = {}
+        for name in filter(None, proto.input):
+            if name in self.constants:
+                value = self.constants.value(name)
+                known[name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            else:
+                kind = TensorProto.FLOAT if self.types[name] in FLOATS else self.types[name]
+                known[name] = helper.make_tensor_type_proto(kind, self.editor.tensors[self.tensors[name]].shape)
+        return known
+
+    def _take_body(self, proto: NodeProto, body: Sequence[NodeProto], *, host: bool) -> bool:
+        """Take the nodes of a function body in the place of a node. Whether that went well; if not, nothing has changed."""
+        if not body:
+            return False
+        before = len(self.editor.nodes), len(self.editor.tensors), len(self.tensors), len(self.types)
+        outer, origin, self.origin = self.hosting, self.origin, self.origin or proto.name
+        self.hosting = self.hosting if host else None
+        try:
+            for node in body:
+                self._take(node)
+        except ImportModelError:
+            for name in list(self.editor.nodes)[before[0] :]:
+                self.editor.remove_node(name)
+            for known, count in ((self.editor.tensors, before[1]), (self.tensors, before[2]), (self.types, before[3])):
+                for name in list(known)[count:]:
+                    del known[name]
+            self.constants.forget(name for node in body for name in node.output)
+            return False
+        finally:
+            self.hosting, self.origin = outer, origin
+        return True
 
     def _import_as_canonical(self, proto: NodeProto) -> None:
         record = OPERATORS.get((proto.domain if proto.domain != "ai.onnx" else "", proto.op_type))
@@ -191,6 +243,10 @@ class _Importer:
                 continue
             if result in made and result not in renamed:
                 renamed[result] = output
+            known = self.editor.tensors[result].data if result in self.editor.tensors else None
+            if known is not None:
+                self.constants.set(output, known)
+                continue
             self.tensors[output] = renamed.get(result, result)
             self.types[output] = self._result_type(node)
         for index, emitted in enumerate(node.emitted):
@@ -217,7 +273,7 @@ class _Importer:
         self.editor.add_tensor(Tensor(output, emitted.shape, emitted.dtype, source=source, wide=emitted.wide))
         inputs = tuple(renamed.get(name, name) for name in emitted.inputs)
         name = node.name if index == len(node.emitted) - 1 else f"{node.name}/{emitted.op}"
-        self.editor.add_node(Node(self._fresh_node(name), emitted.op, inputs, (output,), emitted.attributes, (node.name,)))
+        self.editor.add_node(Node(self._fresh_node(name), emitted.op, inputs, (output,), emitted.attributes, (self.origin or node.name,)))
 
     def _fresh_node(self, name: str) -> str:
         return name if name not in self.editor.nodes else self.editor.fresh(name)
@@ -225,7 +281,7 @@ class _Importer:
     def _add_output(self, name: str, dtype: int) -> None:
         """Make `name` a graph output: the tensor takes that name, or a node is put before the output where it can't."""
         if name in self.constants:
-            raise ImportModelError(f"output {name!r} is a constant", file=self.file, hint="remove it from the model's outputs")
+            self._copy_constant(name)
         if name not in self.tensors:
             self._host_producer(name)
             raise ImportModelError(
@@ -246,6 +302,15 @@ class _Importer:
             self.editor.add_tensor(replace(self.editor.tensors[name], dtype=numpy_name(dtype)))
         self.editor.outputs.append(name)
 
+    def _copy_constant(self, name: str) -> None:
+        value = self.constants.value(name)
+        if not value.size:
+            raise ImportModelError(f"output {name!r} has shape {list(value.shape)}: no elements", file=self.file, hint="remove it from the outputs")
+        stored = self.editor.constant(f"{name}/constant", value if value.dtype == bool else value.astype(np.float32))
+        self.editor.add_tensor(Tensor(name, value.shape, self.editor.tensors[stored].dtype, source=name))
+        self.editor.add_node(Node(self._fresh_node(name), "reshape", (stored,), (name,), Reshape(value.shape), (name,)))
+        self.tensors[name] = name
+
     def _rename(self, tensor: Tensor, producer: Node, name: str) -> None:
         self.editor.add_tensor(replace(tensor, name=name, source=name))
         self.editor.add_node(replace(producer, outputs=tuple(name if output == tensor.name else output for output in producer.outputs)))
@@ -257,6 +322,11 @@ class _Importer:
         whole = np.dtype(tensor.dtype).kind in "iu"  # moved, as no table holds every integer
         operation = ("reshape", Reshape(tensor.shape)) if whole else ("table", Table("x"))
         self.editor.add_node(Node(self._fresh_node(name), operation[0], (tensor.name,), (name,), operation[1], (name,)))
+
+
+def _as_type(value: np.ndarray, dtype: int) -> np.ndarray:
+    """The value as an ONNX element type; every float type is float32."""
+    return value.astype(np.float32 if dtype in FLOATS else numpy_name(dtype))
 
 
 def _unsupported_hint(node: NodeProto) -> str:

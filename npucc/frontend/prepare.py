@@ -41,7 +41,7 @@ def prepare(model: ModelProto, file: str) -> list[NodeProto]:
     if model.functions:
         model.CopyFrom(onnx.inliner.inline_local_functions(model))
     for node in model.graph.node:
-        _widen_floats(node)
+        widen_floats(node)
     nodes = _sorted_alive(model.graph, file)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -113,7 +113,7 @@ def _name_uniquely(nodes: Iterable[NodeProto]) -> None:
         node.name = name
 
 
-def _widen_floats(node: NodeProto) -> None:
+def widen_floats(node: NodeProto) -> None:
     """float16, bfloat16 and double become float32 in the node's attributes: everything is computed in float32."""
     for attribute in node.attribute:
         if attribute.type == AttributeProto.TENSOR and attribute.t.data_type in FLOATS[1:]:
@@ -123,7 +123,7 @@ def _widen_floats(node: NodeProto) -> None:
             attribute.i = TensorProto.FLOAT
         elif attribute.type == AttributeProto.GRAPH:
             for inner in attribute.g.node:
-                _widen_floats(inner)
+                widen_floats(inner)
 
 
 def _check(model: ModelProto, file: str) -> None:

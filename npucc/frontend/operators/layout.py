@@ -84,7 +84,14 @@ def split(node: NodeImport) -> list[str]:
     if sum(sizes) != size or len(sizes) != len(node.outputs) or min(sizes) < 0:
         raise node.refuse(f"can't split {size} into {sizes} for {len(node.outputs)} outputs", hint="check the input shapes")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [node.slice(node.input(0), axis, start, part) if output else "" for start, part, output in zip(starts, sizes, node.outputs, strict=True)]
+    return [_part(node, axis, start, part) if output else "" for start, part, output in zip(starts, sizes, node.outputs, strict=True)]
+
+
+def _part(node: NodeImport, axis: int, start: int, size: int) -> str:
+    """Part of an axis; without elements it is a constant."""
+    if size:
+        return node.slice(node.input(0), axis, start, size)
+    return node.new_constant(np.zeros([0 if i == axis else size for i, size in enumerate(node.shape(0))]), "empty")
 
 
 def slice_(node: NodeImport) -> str:
