@@ -199,12 +199,12 @@ class NodeImport:
         name = self._fresh(f"{next(filter(None, self.outputs))}/{stem}")
         return self._editor.add_tensor(Tensor(name, tuple(array.shape), str(array.dtype), array))
 
-    def table(self, expression: scalar.Expression, tensor: str, *, dtype: str = "float32") -> str:
+    def table(self, expression: scalar.Expression, tensor: str, *, dtype: str = "float32", wide: bool = False) -> str:
         """A function of one tensor; of a constant it is another constant."""
         known = self._known(tensor)
         if known is not None:
             return self.new_constant(scalar.evaluate(expression, known), "constant")
-        return self.emit("table", (tensor,), ops.Table(scalar.simplify(expression)), dtype=dtype)
+        return self.emit("table", (tensor,), ops.Table(scalar.simplify(expression)), dtype=dtype, wide=wide)
 
     def binary(self, op: str, first: str, second: str) -> str:
         return self.emit(op, (first, second), ops.Binary())

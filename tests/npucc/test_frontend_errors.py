@@ -276,7 +276,7 @@ def test_random_numbers() -> None:
         ([node("Add", "x w", "y")], (2, 3), {"w": normal(4)}, "Add does not fit its inputs of shapes [2, 3], [4]"),
         ([node("Conv", "x w", "y")], (1, 2, 4, 4), {"w": normal(3, 5, 1, 1)}, "has weights of shape [3, 5, 1, 1] and 1 groups for 2 input channels"),
         ([node("Conv", "x w", "y")], (1, 2, 4, 4), {"w": normal(3, 2, 9, 9)}, "Conv: has a kernel that spans [9, 9] on a padded input of [4, 4]"),
-        ([node("Conv", "x w", "y")], (1, 2, 4, 4, 4), {"w": normal(3, 2, 1, 1, 1)}, "supported are 1-D and 2-D convolutions"),
+        ([node("Conv", "x w", "y")], (1, 2, 4, 4, 4, 4), {"w": normal(3, 2, 1, 1, 1, 1)}, "supported are 1-D to 3-D convolutions"),
         ([node("Transpose", "x", "y", perm=[0, 0])], (2, 3), {}, "Transpose: perm=[0, 0] does not fit an input of shape [2, 3]"),
         ([node("Concat", "x w", "y", axis=0)], (2, 3), {"w": normal(2, 4)}, "Concat: its inputs have shapes [2, 3], [2, 4]"),
         ([node("Softmax", "x", "y", axis=5)], (2, 3), {}, "Softmax: axis 5 is outside a tensor of rank 2"),

@@ -172,14 +172,19 @@ def gather(node: NodeImport) -> str:
     axis = node.axis(node.integer("axis", 0), len(shape))
     if not node.is_constant(1):
         return node.emit("gather", (node.input(0), node.input(1)), ops.Gather(axis))
-    indices = node.constant(1, "indices")
+    return take(node, node.input(0), axis, node.constant(1, "indices"))
+
+
+def take(node: NodeImport, x: str, axis: int, indices: np.ndarray) -> str:
+    """The slices of x at constant positions along an axis."""
+    shape = node.shape_of(x)
     flat = [int(index) for index in indices.reshape(-1)]
     if not flat or not -shape[axis] <= min(flat) <= max(flat) < shape[axis]:
         raise node.refuse(f"an index is outside 0 to {shape[axis] - 1}, or there is none", hint="check the input shapes")
     runs = _runs([index % shape[axis] for index in flat])
     if len(runs) > MOST_PIECES:
-        return node.emit("gather", (node.input(0), node.new_constant(indices, "indices")), ops.Gather(axis))
-    parts = [node.slice(node.input(0), axis, start, count, step) for start, count, step in runs]
+        return node.emit("gather", (x, node.new_constant(indices, "indices")), ops.Gather(axis))
+    parts = [node.slice(x, axis, start, count, step) for start, count, step in runs]
     joined = parts[0] if len(parts) == 1 else node.emit("concat", parts, ops.Concat(axis))
     return node.reshape(joined, (*shape[:axis], *indices.shape, *shape[axis + 1 :]))
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from npucc import ops
 from npucc.frontend.node import Importer, NodeImport
-from npucc.frontend.operators.windows import as_pair, auto_pad, explicit_pads, in_2d, pair, read_windows
+from npucc.frontend.operators.windows import (
+    Sizes, Windows, as_sizes, attribute_sizes, auto_pad, explicit_pads, fold_depth, in_2d, read_windows, unfold_depth,
+)  # fmt: skip
 
 
 def _weights(node: NodeImport) -> np.ndarray:
-    """Convolution weights, [a, b, kh, kw]."""
+    """Convolution weights, [a, b, kh, kw], or [a, b, kd, kh, kw]."""
     weights = node.floats(1, "weights")
-    if weights.ndim != node.rank() or weights.ndim not in (3, 4):
+    if weights.ndim != node.rank() or weights.ndim not in (3, 4, 5):
         raise node.refuse(
-            f"has weights of shape {list(weights.shape)} and an input of shape {list(node.shape(0))}; supported are 1-D and 2-D convolutions"
+            f"has weights of shape {list(weights.shape)} and an input of shape {list(node.shape(0))}; supported are 1-D to 3-D convolutions"
         )
-    return weights if weights.ndim == 4 else weights[:, :, None, :]
+    return weights[:, :, None, :] if weights.ndim == 3 else weights
 
 
 def _bias(node: NodeImport, channels: int) -> tuple[str, ...]:
@@ -42,10 +45,16 @@ def conv(node: NodeImport) -> str:
         )
     kernel = node.integers("kernel_shape")
     windows = read_windows(node, weights.shape[2:])
-    if kernel is not None and as_pair(kernel, 1) != weights.shape[2:]:
+    if kernel is not None and as_sizes(kernel, 1) != weights.shape[2:]:
         raise node.refuse(f"kernel_shape={kernel} does not fit weights of shape {list(weights.shape)}", hint="the model is damaged; export it again")
-    attributes = ops.Conv(windows.strides, windows.pads, windows.dilations, groups)
-    inputs = (_weight_input(node, weights), *_bias(node, weights.shape[0]))
+    plane = windows.plane()
+    attributes = ops.Conv(plane.strides, plane.pads, plane.dilations, groups)  # type: ignore[arg-type]
+    bias = _bias(node, weights.shape[0])
+    if weights.ndim == 5:
+        flat = node.new_constant(weights.reshape(weights.shape[0], -1, *weights.shape[3:]), "weights")
+        images = fold_depth(node, node.input(0), windows)
+        return unfold_depth(node, node.emit("conv", (images, flat, *bias), attributes), node.shape(0)[0])
+    inputs = (_weight_input(node, weights), *bias)
     return in_2d(node, node.input(0), lambda x: node.emit("conv", (x, *inputs), attributes))
 
 
@@ -62,31 +71,49 @@ def conv_transpose(node: NodeImport) -> str:
             f"has weights of shape {list(weights.shape)} and {groups} groups for {node.shape(0)[1]} input channels",
             hint="the model is damaged; export it again",
         )
-    attributes = _transpose_attributes(node, as_pair(weights.shape[2:], 1), groups)
-    inputs = (_weight_input(node, weights), *_bias(node, weights.shape[1] * groups))
+    windows, output_padding = _transpose_windows(node, as_sizes(weights.shape[2:], 1))
+    plane = windows.plane()
+    attributes = ops.ConvTranspose(plane.strides, plane.pads, plane.dilations, groups, output_padding[-2:])  # type: ignore[arg-type]
+    bias = _bias(node, weights.shape[1] * groups)
+    if weights.ndim == 5:
+        images = fold_depth(node, _spread_depth(node, windows, output_padding[0]), replace(windows, strides=(1, 1, 1), begins=(0,) * 3, ends=(0,) * 3))
+        swapped = weights[:, :, ::-1].swapaxes(1, 2)
+        flat = node.new_constant(swapped.reshape(-1, *swapped.shape[2:]), "weights")
+        return unfold_depth(node, node.emit("conv_transpose", (images, flat, *bias), attributes), node.shape(0)[0])
+    inputs = (_weight_input(node, weights), *bias)
     return in_2d(node, node.input(0), lambda x: node.emit("conv_transpose", (x, *inputs), attributes))
 
 
-def _transpose_attributes(node: NodeImport, kernel: tuple[int, int], groups: int) -> ops.ConvTranspose:
-    """Pads follow from output_shape or auto_pad where those are given."""
-    strides, dilations, output_padding = pair(node, "strides", 1), pair(node, "dilations", 1), pair(node, "output_padding", 0)
-    size = as_pair(node.shape(0)[2:], 1)
-    full = [(size[i] - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 + output_padding[i] for i in (0, 1)]
-    mode = auto_pad(node)
-    wanted = node.integers("output_shape")
-    if wanted is None and mode == "NOTSET":
-        begins, ends = explicit_pads(node)
-        return ops.ConvTranspose(strides, (*begins, *ends), dilations, groups, output_padding)
-    if wanted is None and mode == "VALID":
-        return ops.ConvTranspose(strides, (0, 0, 0, 0), dilations, groups, output_padding)
-    target = as_pair(wanted[-(node.rank() - 2) :], 1) if wanted else (size[0] * strides[0], size[1] * strides[1])
+def _spread_depth(node: NodeImport, windows: Windows, extra: int) -> str:
+    """The volume with stride − 1 empty slices after each, and as many around as a plain convolution over the depth needs."""
+    n, c, d, h, w = node.shape(0)
+    x, stride, reach = node.input(0), windows.strides[0], windows.spans()[0] - 1
+    if stride > 1:
+        spread = node.emit("pad", (node.reshape(x, (n, c, d, 1, h, w)),), ops.Pad((0,) * 6, (0, 0, 0, stride - 1, 0, 0)))
+        x = node.slice(node.reshape(spread, (n, c, d * stride, h, w)), 2, 0, (d - 1) * stride + 1)
+    before, after = reach - windows.begins[0], reach - windows.ends[0] + extra
+    start, size = max(0, -before), node.shape_of(x)[2] - max(0, -before) - max(0, -after)
+    x = node.slice(x, 2, start, size)
+    return node.emit("pad", (x,), ops.Pad((0, 0, max(0, before), 0, 0), (0, 0, max(0, after), 0, 0))) if max(before, after) > 0 else x
+
+
+def _transpose_windows(node: NodeImport, kernel: Sizes) -> tuple[Windows, Sizes]:
+    """(windows, output padding). Pads follow from output_shape or auto_pad where those are given."""
+    strides, dilations, output_padding = (attribute_sizes(node, name, default) for name, default in (("strides", 1), ("dilations", 1), ("output_padding", 0)))
+    size, mode, wanted = as_sizes(node.shape(0)[2:], 1), auto_pad(node), node.integers("output_shape")
+    axes, none = range(len(size)), (0,) * len(size)
+    if wanted is None and mode in ("NOTSET", "VALID"):
+        begins, ends = explicit_pads(node) if mode == "NOTSET" else (none, none)
+        return Windows(kernel, strides, dilations, begins, ends, none), output_padding
+    full = [(size[i] - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 + output_padding[i] for i in axes]
+    target = as_sizes(wanted[-(node.rank() - 2) :], 1) if wanted else tuple(size[i] * strides[i] for i in axes)
     if wanted:  # a larger size is reached by padding; auto_pad leaves it smaller, as onnxruntime does
-        output_padding = (output_padding[0] + max(0, target[0] - full[0]), output_padding[1] + max(0, target[1] - full[1]))
-    total = [max(0, full[i] - target[i]) for i in (0, 1)]
-    small = (total[0] // 2, total[1] // 2)
-    large = (total[0] - small[0], total[1] - small[1])
-    pads = (*small, *large) if mode == "SAME_UPPER" else (*large, *small)
-    return ops.ConvTranspose(strides, pads, dilations, groups, output_padding)
+        output_padding = tuple(output_padding[i] + max(0, target[i] - full[i]) for i in axes)
+    total = [max(0, full[i] - target[i]) for i in axes]
+    small = tuple(each // 2 for each in total)
+    large = tuple(each - each // 2 for each in total)
+    begins, ends = (small, large) if mode == "SAME_UPPER" else (large, small)
+    return Windows(kernel, strides, dilations, begins, ends, none), output_padding
 
 
 def gemm(node: NodeImport) -> str:
@@ -210,8 +237,8 @@ def _product(node: NodeImport, left: tuple[str, str], right: tuple[str, str], re
 
 
 TABLE: tuple[Importer, ...] = (
-    Importer("Conv", conv, "1-D and 2-D, constant weights"),
-    Importer("ConvTranspose", conv_transpose, "1-D and 2-D, constant weights"),
+    Importer("Conv", conv, "1-D to 3-D, constant weights"),
+    Importer("ConvTranspose", conv_transpose, "1-D to 3-D, constant weights"),
     Importer("Gemm", gemm),
     Importer("MatMul", matmul),
     Importer("Einsum", einsum, "one or two operands"),

@@ -1,25 +1,37 @@
-"""Resize and Upsample."""
+"""Resize and Upsample.
+
+The one big idea: every resize is separable. Nearest and linear over height and width have an operator of their own; whatever else there is
+(cubic, antialiased, cropped, over other dimensions) is a look-up or a product with a constant matrix, dimension by dimension.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
-from npucc import ops
+import numpy as np
+
+from npucc import arithmetic, ops
 from npucc.frontend.node import Importer, NodeImport
+from npucc.frontend.operators.indexing import along, select
+from npucc.frontend.operators.layout import take
 from npucc.frontend.operators.windows import in_2d
 
-COORDINATES = ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric")
+DIRECT = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+COORDINATES = (*DIRECT, "half_pixel_symmetric", "tf_crop_and_resize")
+MODES = ("nearest", "linear", "cubic")
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What a node asks for, per dimension of its input."""
+    """What a node asks for, per dimension of its input. `roi`: start and end of the crop, in shares of the dimension."""
 
     sizes: list[int]
     scales: list[float]
     mode: str
     coordinates: str
     nearest_mode: str
+    roi: list[tuple[float, float]] = field(default_factory=list)
 
 
 def upsample(node: NodeImport) -> str:
@@ -36,41 +48,123 @@ def resize(node: NodeImport) -> str:
     if node.opset < 11:
         return upsample(node)
     shape = node.shape(0)
-    for name in ("antialias", "exclude_outside"):
-        if node.integer(name, 0):
-            raise node.refuse(f"{name} is set, which is not supported")
-    if node.word("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise node.refuse("keep_aspect_ratio_policy is not 'stretch', which is not supported")
     axes = [node.axis(axis, len(shape)) for axis in (node.integers("axes") or range(len(shape)))]
     sizes, scales = list(shape), [1.0] * len(shape)
     if node.has(3) and 0 not in node.shape(3):
-        for axis, size in zip(axes, node.integers_input(3, "sizes"), strict=True):
-            sizes[axis], scales[axis] = size, size / shape[axis]
+        wanted = _kept_aspect(node, [shape[axis] for axis in axes], node.integers_input(3, "sizes"))
+        for axis, (size, scale) in zip(axes, wanted, strict=True):
+            sizes[axis], scales[axis] = size, scale
     else:
         for axis, scale in zip(axes, node.floats(2, "scales").reshape(-1), strict=True):
             sizes[axis], scales[axis] = int(shape[axis] * scale), float(scale)
     words = node.word("mode", "nearest"), node.word("coordinate_transformation_mode", "half_pixel"), node.word("nearest_mode", "round_prefer_floor")
-    return _resize(node, _Request(sizes, scales, *words))
+    return _resize(node, _Request(sizes, scales, *words, _roi(node, axes)))
+
+
+def _kept_aspect(node: NodeImport, shape: list[int], sizes: list[int]) -> list[tuple[int, float]]:
+    """(size, scale) per dimension, with one scale for all where the node asks for that."""
+    policy = node.word("keep_aspect_ratio_policy", "stretch")
+    ratios = [size / old for size, old in zip(sizes, shape, strict=True)]
+    if policy == "stretch":
+        return list(zip(sizes, ratios, strict=True))
+    scale = min(ratios) if policy == "not_larger" else max(ratios)
+    return [(math.floor(scale * old + 0.5), scale) for old in shape]
+
+
+def _roi(node: NodeImport, axes: list[int]) -> list[tuple[float, float]]:
+    roi = [(0.0, 1.0)] * node.rank()
+    if node.word("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        bounds = [float(value) for value in node.floats(1, "roi").reshape(-1)]
+        for index, axis in enumerate(axes):
+            roi[axis] = (bounds[index], bounds[index + len(axes)])
+    return roi
 
 
 def _resize(node: NodeImport, request: _Request) -> str:
-    """Only the last two dimensions may change."""
-    x, shape = node.input(0), node.shape(0)
-    if tuple(request.sizes) == shape and all(scale == 1 for scale in request.scales):
-        return x
-    if request.mode not in ("nearest", "linear"):
-        raise node.refuse(f"mode {request.mode!r} is not supported; supported are nearest and linear")
-    if request.coordinates not in COORDINATES:
-        raise node.refuse(f"coordinate_transformation_mode {request.coordinates!r} is not supported; supported are {', '.join(COORDINATES)}")
-    if tuple(request.sizes[:2]) != shape[:2] or len(shape) not in (3, 4):
-        raise node.refuse(f"changes shape {list(shape)} to {request.sizes}; only the spatial dimensions of [N, C, H, W] can change")
-    size = (1, request.sizes[2]) if len(shape) == 3 else (request.sizes[2], request.sizes[3])
-    scales = (1.0, request.scales[2]) if len(shape) == 3 else (request.scales[2], request.scales[3])
+    shape = node.shape(0)
+    for word, known in ((request.mode, MODES), (request.coordinates, COORDINATES)):
+        if word not in known:
+            raise node.refuse(f"{word!r} is not known; supported are {', '.join(known)}")
+    changed = [axis for axis in range(len(shape)) if request.sizes[axis] != shape[axis] or request.scales[axis] != 1]
+    if request.coordinates == "tf_crop_and_resize":
+        changed = [axis for axis in range(len(shape)) if axis in changed or request.roi[axis] != (0.0, 1.0)]
+    if not changed:
+        return node.input(0)
+    plain = request.mode != "cubic" and request.coordinates in DIRECT and not (node.integer("antialias", 0) or node.integer("exclude_outside", 0))
+    if plain and len(shape) in (3, 4) and min(changed) >= 2:
+        return _image(node, request)
+    return _by_dimension(node, request, changed)
+
+
+def _image(node: NodeImport, request: _Request) -> str:
+    """Nearest or linear over height and width."""
+    size = (request.sizes[-2] if node.rank() == 4 else 1, request.sizes[-1])
+    scales = (request.scales[-2] if node.rank() == 4 else 1.0, request.scales[-1])
     attributes = ops.Resize(request.mode, request.coordinates, request.nearest_mode, size, scales)
-    return in_2d(node, x, lambda image: node.emit("resize", (image,), attributes))
+    return in_2d(node, node.input(0), lambda image: node.emit("resize", (image,), attributes))
+
+
+def _by_dimension(node: NodeImport, request: _Request, axes: list[int]) -> str:
+    x, shape = node.input(0), node.shape(0)
+    outside = np.zeros(request.sizes, bool)
+    for axis in axes:
+        positions = _positions(request, axis, shape[axis])
+        if request.coordinates == "tf_crop_and_resize":
+            beyond = (positions < 0) | (positions > shape[axis] - 1)
+            outside |= beyond.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        if request.mode == "nearest":
+            x = take(node, x, axis, _rounded(positions, request.nearest_mode, shape[axis]))
+        else:
+            x = along(node, x, axis, _matrix(node, request, axis, positions))
+    if not outside.any():
+        return x
+    return select(node, node.new_constant(outside, "outside"), node.new_constant(node.real("extrapolation_value", 0.0), "extrapolation"), x)
+
+
+def _positions(request: _Request, axis: int, size: int) -> np.ndarray:
+    """Where each result index lies in the source."""
+    result, scale = request.sizes[axis], request.scales[axis]
+    index = np.arange(result)
+    if request.coordinates == "tf_crop_and_resize":
+        start, end = request.roi[axis]
+        if result == 1:
+            return np.array([0.5 * (start + end) * (size - 1)])
+        return np.asarray(start * (size - 1) + index * (end - start) * (size - 1) / (result - 1))
+    if request.coordinates == "half_pixel_symmetric":
+        offset = size / 2 * (1 - result / (scale * size))
+        return np.asarray(offset + (index + 0.5) / scale - 0.5)
+    return arithmetic.source_positions(size, result, scale, request.coordinates)
+
+
+def _rounded(positions: np.ndarray, mode: str, size: int) -> np.ndarray:
+    rounded = {"floor": np.floor(positions), "ceil": np.ceil(positions), "round_prefer_ceil": np.floor(positions + 0.5)}
+    return np.clip(rounded.get(mode, np.ceil(positions - 0.5)), 0, size - 1).astype(np.int64)
+
+
+def _matrix(node: NodeImport, request: _Request, axis: int, positions: np.ndarray) -> np.ndarray:
+    """[source, result]: the weight of each source index. What lies outside takes the value at the edge, or has no weight."""
+    size, scale = node.shape(0)[axis], request.scales[axis]
+    antialias = bool(node.integer("antialias", 0))
+    stretch = max(1.0, 1 / scale) if antialias else 1.0
+    reach = math.ceil((2 if request.mode == "cubic" else 1) * stretch) + 1
+    taps = np.floor(positions)[:, None].astype(np.int64) + np.arange(-reach, reach + 1)
+    distance = np.abs(taps - positions[:, None]) / stretch
+    weights = np.maximum(0, 1 - distance) if request.mode == "linear" else _cubic(distance, node.real("cubic_coeff_a", -0.75))
+    if node.integer("exclude_outside", 0) or antialias:
+        weights = np.where((taps >= 0) & (taps < size), weights, 0)
+    matrix = np.zeros((size, positions.size))
+    np.add.at(matrix, (np.clip(taps, 0, size - 1), np.arange(positions.size)[:, None]), weights / weights.sum(axis=1, keepdims=True))
+    return matrix
+
+
+def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
+    """Keys' kernel."""
+    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+    far = a * distance**3 - 5 * a * distance**2 + 8 * a * distance - 4 * a
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
 
 
 TABLE: tuple[Importer, ...] = (
-    Importer("Resize", resize, "nearest and linear, spatial dimensions"),
-    Importer("Upsample", upsample, "nearest and linear, spatial dimensions"),
+    Importer("Resize", resize, "constant sizes, all modes"),
+    Importer("Upsample", upsample, "constant scales"),
 )
