@@ -33,7 +33,7 @@ PLACES = {
     HOST: "onnxruntime, as part of a host segment",
 }
 #: what an operator group of the frontend comes down to, where it is not the vector engine
-GROUPS = {"matrix": MATRIX, "recurrent": MATRIX, "layout": MOVES}
+GROUPS = {"matrix": MATRIX, "linear": MATRIX, "recurrent": MATRIX, "transformer": MATRIX, "layout": MOVES}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from npucc.frontend.prepare import widen_floats
 DOMAINS = ("", "ai.onnx", "ai.onnx.preview")
 #: operators whose function body comes down to the NPU; others of this kind are worth a try, too
 EXPANDED = {
-    "AffineGrid": "constant size", "Attention": "its function body", "CausalConvWithState": "constant weights",
-    "MeanVarianceNormalization": "its function body", "NegativeLogLikelihoodLoss": "constant targets",
+    "Attention": "its function body", "CausalConvWithState": "constant weights",
+    "NegativeLogLikelihoodLoss": "constant targets",
     "SoftmaxCrossEntropyLoss": "constant labels", "SwiGLU": "its function body",
 }  # fmt: skip
 

@@ -163,7 +163,7 @@ class _Importer:
         if node.op_type == "Size":
             return np.array(math.prod(shape), np.int64)
         if node.op_type == "EyeLike":
-            return _as_type(np.eye(*shape, k=bounds.get("k", 0)), bounds.get("dtype", self.types[node.input[0]]))
+            return _as_type(np.eye(shape[0], shape[1], k=bounds.get("k", 0)), bounds.get("dtype", self.types[node.input[0]]))
         return np.array(shape[bounds.get("start", 0) : bounds.get("end", len(shape))], np.int64)
 
     def _import(self, proto: NodeProto) -> None:

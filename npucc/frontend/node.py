@@ -60,6 +60,7 @@ class NodeImport:
         reserved: set[str],
     ) -> None:
         self.name, self.operator, self.opset, self.file = proto.name, proto.op_type, opset, file
+        self.proto = proto
         self.inputs = tuple(proto.input)
         self.outputs = tuple(proto.output)
         self.emitted: list[Emitted] = []

@@ -21,6 +21,8 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorPr
 NUMBERS = frozenset(
     {*FLOATS, TensorProto.BOOL, *(getattr(TensorProto, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64))}
 )  # the element types that inputs and outputs may have
+MICROSOFT = "com.microsoft"
+STRAYS = frozenset({"SimplifiedLayerNormalization"})  # onnxruntime's own, which it keeps in the default domain, where ONNX does not know them
 LARGEST_CHECKED = 1 << 30  # bytes; the checker copies the model
 
 
@@ -42,6 +44,10 @@ def prepare(model: ModelProto, file: str) -> list[NodeProto]:
         model.CopyFrom(onnx.inliner.inline_local_functions(model))
     for node in model.graph.node:
         widen_floats(node)
+        if node.op_type in STRAYS and node.domain in ("", "ai.onnx"):
+            node.domain = MICROSOFT
+    if MICROSOFT not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     nodes = _sorted_alive(model.graph, file)
     del model.graph.node[:]
     model.graph.node.extend(nodes)

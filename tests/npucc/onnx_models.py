@@ -47,7 +47,9 @@ def model(
     results = [helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), None) for name in outputs]
     stored = [numpy_helper.from_array(as_array(value), name) for name, value in (constants or {}).items()]
     graph = helper.make_graph(list(nodes), "test", values, results, stored)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    domains = sorted({node.domain for node in nodes} - {"", "my.company"})
+    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=8)
 
 
 def as_array(value: Any) -> np.ndarray:

@@ -214,7 +214,7 @@ def test_two_names_for_one_output_and_an_input_as_output() -> None:
 def test_second_results_may_be_declared_but_not_read() -> None:
     assert_agrees(model([node("Dropout", "x", "y mask"), node("Relu", "y", "z")], {"x": (2, 3)}, ["z"], opset=11))
     with pytest.raises(ImportModelError, match="a second result that is not supported"):
-        import_model(model([node("Dropout", "x", "y mask"), node("Cast", "mask", "z", to=1)], {"x": (2, 3)}, ["z"], opset=11))
+        import_model(model([node("MaxPool", "x", "y i", kernel_shape=[2]), node("Cast", "i", "z", to=1)], {"x": (2, 3, 4)}, ["z"], opset=12))
 
 
 # ---- structure

@@ -37,16 +37,19 @@ def scalar(name: str, value: int, *dims: int) -> onnx.TensorProto:
 
 
 def sandwich() -> onnx.ModelProto:
-    """conv (NPU), CumSum (host), mean (NPU), Det-free TopK (host), mul (NPU), with an integer output."""
+    """conv (NPU), Inverse (host), mean (NPU), hash and places of a MaxPool (host), with integer outputs."""
     weights = np.random.default_rng(0).normal(0, 0.2, (8, 3, 3, 3)).astype(np.float32)
+    shift = onnx.numpy_helper.from_array(8 * np.eye(8, dtype=np.float32), "shift")
     nodes = [
-        h.make_node("Conv", ["x", "w"], ["c"], "conv", pads=[1, 1, 1, 1]), h.make_node("CumSum", ["c", "axis"], ["s"], "cumsum"),
-        h.make_node("ReduceMean", ["s"], ["m"], "mean", axes=[2, 3], keepdims=0), h.make_node("EyeLike", ["m"], ["e"], "eye"),
-        h.make_node("Mul", ["m", "m"], ["square"], "square"), h.make_node("TopK", ["square", "k"], ["v", "i"], "topk"),
+        h.make_node("Conv", ["x", "w"], ["c"], "conv", pads=[1, 1, 1, 1]), h.make_node("Add", ["c", "shift"], ["d"], "add"),
+        h.make_node("Inverse", ["d"], ["s"], "inverse", domain="com.microsoft"),
+        h.make_node("ReduceMean", ["s"], ["m"], "mean", axes=[3], keepdims=0),
+        h.make_node("MurmurHash3", ["m"], ["e"], "hash", domain="com.microsoft", positive=0),
+        h.make_node("Mul", ["m", "m"], ["square"], "square"), h.make_node("MaxPool", ["square"], ["v", "i"], "places", kernel_shape=[2]),
         h.make_node("Tanh", ["v"], ["y"], "tanh"),
     ]  # fmt: skip
-    outputs = {"y": (T.FLOAT, [1, 3]), "i": (T.INT64, [1, 3]), "e": (T.FLOAT, [1, 8])}
-    return model(nodes, outputs, [1, 3, 8, 8], onnx.numpy_helper.from_array(weights, "w"), scalar("axis", 3), scalar("k", 3, 1))
+    outputs = {"y": (T.FLOAT, [1, 8, 7]), "i": (T.INT64, [1, 8, 7]), "e": (T.INT32, [1, 8, 8])}
+    return model(nodes, outputs, [1, 3, 8, 8], onnx.numpy_helper.from_array(weights, "w"), shift)
 
 
 def counted() -> onnx.ModelProto:
@@ -62,12 +65,12 @@ def counted() -> onnx.ModelProto:
 def between() -> onnx.ModelProto:
     """An NPU operator between two host nodes that exchange a tensor of unknown size."""
     nodes = [
-        h.make_node("NonZero", ["x"], ["nz"], "nonzero"), h.make_node("CumSum", ["x", "axis"], ["c"], "cumsum"),
+        h.make_node("NonZero", ["x"], ["nz"], "nonzero"), h.make_node("Inverse", ["x"], ["c"], "inverse", domain="com.microsoft"),
         h.make_node("Shape", ["nz"], ["s"], "shape"), h.make_node("Cast", ["s"], ["f"], "cast", to=T.FLOAT),
         h.make_node("Exp", ["f"], ["e"], "exp"), h.make_node("ReduceSum", ["nz"], ["t"], "sum", keepdims=0),
         h.make_node("Cast", ["t"], ["tf"], "cast2", to=T.FLOAT), h.make_node("Add", ["c", "tf"], ["y"], "add"),
     ]  # fmt: skip
-    return model(nodes, {"y": (T.FLOAT, [4, 8]), "e": (T.FLOAT, [2])}, [4, 8], scalar("axis", 1))
+    return model(nodes, {"y": (T.FLOAT, [8, 8]), "e": (T.FLOAT, [2])}, [8, 8])
 
 
 def branch() -> onnx.ModelProto:
@@ -132,12 +135,12 @@ def test_float_mode_gives_what_onnxruntime_gives(name: str) -> None:
 
 
 def test_segments_are_few_and_the_reasons_are_kept(tmp_path: Path) -> None:
-    """EyeLike does not depend on the second CumSum-to-TopK stretch, so it shares a segment."""
+    """The hash does not depend on the stretch from the inverse to the places, so it shares a segment."""
     proto = sandwich()
     package = npucc.compile(proto, calibration=[sample(proto)])
     package.save(tmp_path / "a.npu")
     loaded = npucc.load(tmp_path / "a.npu")
-    assert {(node.name, node.segment) for node in loaded.host_nodes} == {("cumsum", 0), ("eye", 1), ("topk", 1)}
+    assert {(node.name, node.segment) for node in loaded.host_nodes} == {("inverse", 0), ("hash", 1), ("places", 1)}
     assert all(node.reason for node in loaded.host_nodes)
     assert sorted(name for name in loaded.contents.members if name.startswith("host/")) == ["host/0.onnx", "host/1.onnx"]
     np.testing.assert_array_equal(loaded.run(sample(proto)).outputs["i"], package.run(sample(proto)).outputs["i"])
@@ -145,9 +148,9 @@ def test_segments_are_few_and_the_reasons_are_kept(tmp_path: Path) -> None:
 
 
 def test_tensors_that_only_the_host_touches_keep_their_values() -> None:
-    """A TopK of an input: nothing is quantized."""
+    """Places of the largest of an input: nothing is quantized."""
     proto = model(
-        [h.make_node("TopK", ["x", "k"], ["v", "i"], "topk")], {"v": (T.FLOAT, [4, 3]), "i": (T.INT64, [4, 3])}, [4, 8], scalar("k", 3, 1)
+        [h.make_node("MaxPool", ["x"], ["v", "i"], "places", kernel_shape=[6])], {"v": (T.FLOAT, [1, 4, 3]), "i": (T.INT64, [1, 4, 3])}, [1, 4, 8]
     )
     feed = sample(proto)
     result = npucc.compile(proto, calibration=[feed]).run(feed)
@@ -161,7 +164,7 @@ def test_what_lies_between_goes_along() -> None:
     graph = imported(between())
     (node,) = segments.host_nodes(graph)
     names = {name for name, _, _ in segments.attributes_of(node).nodes}
-    assert {"nonzero", "cumsum", "shape", "sum"} <= names
+    assert {"nonzero", "inverse", "shape", "sum"} <= names
     assert "exp" not in names
 
 
@@ -175,11 +178,11 @@ def test_the_float_graph_is_the_model() -> None:
 
 
 def test_no_host_names_node_operator_and_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(CompileError, match="node 'cumsum': CumSum needs the host"):
+    with pytest.raises(CompileError, match=r"node 'inverse': com\.microsoft\.Inverse needs the host"):
         npucc.compile(sandwich(), host=False)
     onnx.save(sandwich(), tmp_path / "m.onnx")
     assert main(["compile", str(tmp_path / "m.onnx"), "--no-host"]) == 1
-    assert "CumSum needs the host" in capsys.readouterr().err
+    assert "Inverse needs the host" in capsys.readouterr().err
 
 
 def test_what_onnxruntime_does_not_know_either_is_an_error() -> None:
@@ -206,4 +209,4 @@ def test_the_command_line_shows_host_nodes(tmp_path: Path, capsys: pytest.Captur
     assert main(["compile", "m.onnx"]) == 0
     assert "on the host: 3 of" in capsys.readouterr().out
     assert main(["compile", "--check", "m.onnx"]) == 0
-    assert "CumSum" in capsys.readouterr().out
+    assert "Inverse" in capsys.readouterr().out

@@ -5,12 +5,12 @@ canonical nodes.
 """
 
 from npucc.frontend.node import Importer
-from npucc.frontend.operators import elementwise, indexing, layout, matrix, normalization, pooling, recurrent, reduction, resize
+from npucc.frontend.operators import elementwise, indexing, layout, linear, matrix, normalization, pooling, recurrent, reduction, resize, transformer
 
 #: the records by the module that has them
 GROUPS: dict[str, tuple[Importer, ...]] = {
     module.__name__.rpartition(".")[2]: module.TABLE
-    for module in (matrix, elementwise, pooling, reduction, normalization, layout, indexing, resize, recurrent)
+    for module in (matrix, linear, elementwise, pooling, reduction, normalization, layout, indexing, resize, recurrent, transformer)
 }
 TABLE: tuple[Importer, ...] = tuple(record for group in GROUPS.values() for record in group)
 OPERATORS: dict[tuple[str, str], Importer] = {(record.domain, record.name): record for record in TABLE}

@@ -13,6 +13,7 @@ from npucc.frontend.node import Importer, NodeImport
 from npucc.frontend.prepare import NUMBERS, type_name
 
 Run = Callable[[NodeImport], str]
+MOST_EXPONENTS = 16
 
 
 def _table(expression: scalar.Expression) -> Run:
@@ -23,11 +24,12 @@ def _identity(node: NodeImport) -> str:
     return node.input(0)
 
 
-def dropout(node: NodeImport) -> str:
-    """Does nothing outside training."""
-    if node.has(2) and bool(np.any(node.constant(2, "training_mode"))):
+def dropout(node: NodeImport) -> list[str]:
+    """Does nothing outside training; the second result is true everywhere."""
+    ratio = float(node.floats(1, "ratio").reshape(-1)[0]) if node.has(1) else 0.5
+    if ratio and node.has(2) and bool(np.any(node.constant(2, "training_mode"))):
         raise node.refuse("is in training mode", hint="export the model in evaluation mode")
-    return node.input(0)
+    return [node.input(0), node.new_constant(np.ones(node.shape(0), bool), "mask") if len(node.outputs) > 1 else ""]
 
 
 def _parametric(function: str, **defaults: float) -> Run:
@@ -117,7 +119,7 @@ def _arithmetic(op: str) -> Run:
 
 
 def power(node: NodeImport) -> str:
-    """One operand must be a single constant."""
+    """One operand must be a single constant, or the exponents constants of a few values."""
     for index in (1, 0):
         if node.is_constant(index) and node.floats(index, "operand").size == 1:
             constant = float(node.floats(index, "operand").reshape(()))
@@ -125,7 +127,36 @@ def power(node: NodeImport) -> str:
             shape = np.broadcast_shapes(node.shape(0), node.shape(1))
             result = node.table(("pow", "x", constant) if index == 1 else ("pow", constant, "x"), other)
             return node.reshape(result, shape)
-    raise node.refuse("neither its base nor its exponent is a single constant", hint="write it as Exp(exponent · Log(base))")
+    exponents = node.floats(1, "exponent")
+    distinct = [float(value) for value in np.unique(exponents)]
+    if len(distinct) > MOST_EXPONENTS:
+        message = f"has {len(distinct)} different exponents; supported are up to {MOST_EXPONENTS}"
+        raise node.refuse(message, hint="write it as Exp(exponent · Log(base))")
+    result = node.table(("pow", "x", distinct[0]), node.input(0))
+    for value in distinct[1:]:
+        chosen = node.new_constant(exponents == value, "chosen")
+        result = _select(node, chosen, node.table(("pow", "x", value), node.input(0)), result)
+    return result
+
+
+def activation(node: NodeImport, name: str, parameters: list[float], x: str) -> str:
+    """A named activation function with its parameters, as fused operators have it."""
+    if name == "Clip":
+        return node.table(("clip", "x", *parameters), x)
+    if name not in ACTIVATIONS:
+        raise node.refuse(f"the activation function {name!r} is not known", hint=f"known are {', '.join(ACTIVATIONS)}, Clip")
+    return node.table((ACTIVATIONS[name], "x", *parameters), x)
+
+
+ACTIVATIONS = {
+    "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "LeakyRelu": "leaky_relu", "HardSigmoid": "hard_sigmoid", "Softplus": "softplus",
+    "Softsign": "softsign", "Elu": "elu", "HardSwish": "hard_swish",
+}  # fmt: skip
+
+
+def never(node: NodeImport) -> str:
+    """Integers are never infinite and never NaN."""
+    return node.new_constant(np.zeros(node.shape(0), bool), "never")
 
 
 def modulo(node: NodeImport) -> str:
@@ -217,6 +248,8 @@ TABLE: tuple[Importer, ...] = (
     Importer("Mean", mean),
     Importer("Pow", power, "base or exponent constant"),
     Importer("Mod", modulo, "constant divisor"),
+    Importer("IsNaN", never, "integers are never NaN"),
+    Importer("IsInf", never, "integers are never infinite"),
     Importer("Not", logical_not),
     Importer("And", logical_and),
     Importer("Or", logical_or),

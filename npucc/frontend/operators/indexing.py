@@ -57,7 +57,8 @@ def gather_nd(node: NodeImport) -> str:
     indices = np.asarray(node.constant(1, "indices"))
     shared = tuple(np.ogrid[tuple(slice(size) for size in indices.shape[:batch])]) if batch else ()
     padded = tuple(grid.reshape(grid.shape + (1,) * (indices.ndim - 1 - batch)) for grid in shared)
-    return pick(node, node.input(0), positions[(*padded, *np.moveaxis(indices, -1, 0))])
+    place = (*padded, *np.moveaxis(indices, -1, 0))
+    return pick(node, node.input(0), positions[place])
 
 
 def compress(node: NodeImport) -> str:
@@ -84,8 +85,7 @@ def scatter_elements(node: NodeImport) -> str:
     """x with elements replaced by updates along an axis, or combined with them."""
     axis, shape = node.axis(node.integer("axis", 0), node.rank()), node.shape(0)
     indices = np.asarray(node.constant(1, "indices")) % shape[axis]
-    grid = list(np.indices(indices.shape))
-    grid[axis] = indices
+    grid = (indices if i == axis else places for i, places in enumerate(np.indices(indices.shape)))
     return _scatter(node, _positions(shape)[tuple(grid)])
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from npucc import ops
 from npucc.frontend.node import Importer, NodeImport
 from npucc.frontend.operators.windows import (
-    Sizes, Windows, as_sizes, attribute_sizes, auto_pad, explicit_pads, fold_depth, in_2d, read_windows, unfold_depth,
+    Sizes,
+    Windows,
+    as_sizes,
+    attribute_sizes,
+    auto_pad,
+    explicit_pads,
+    fold_depth,
+    in_2d,
+    read_windows,
+    unfold_depth,
 )  # fmt: skip
 
 
@@ -76,7 +85,8 @@ def conv_transpose(node: NodeImport) -> str:
     attributes = ops.ConvTranspose(plane.strides, plane.pads, plane.dilations, groups, output_padding[-2:])  # type: ignore[arg-type]
     bias = _bias(node, weights.shape[1] * groups)
     if weights.ndim == 5:
-        images = fold_depth(node, _spread_depth(node, windows, output_padding[0]), replace(windows, strides=(1, 1, 1), begins=(0,) * 3, ends=(0,) * 3))
+        unit = replace(windows, strides=(1, 1, 1), begins=(0,) * 3, ends=(0,) * 3)
+        images = fold_depth(node, _spread_depth(node, windows, output_padding[0]), unit)
         swapped = weights[:, :, ::-1].swapaxes(1, 2)
         flat = node.new_constant(swapped.reshape(-1, *swapped.shape[2:]), "weights")
         return unfold_depth(node, node.emit("conv_transpose", (images, flat, *bias), attributes), node.shape(0)[0])
@@ -99,7 +109,8 @@ def _spread_depth(node: NodeImport, windows: Windows, extra: int) -> str:
 
 def _transpose_windows(node: NodeImport, kernel: Sizes) -> tuple[Windows, Sizes]:
     """(windows, output padding). Pads follow from output_shape or auto_pad where those are given."""
-    strides, dilations, output_padding = (attribute_sizes(node, name, default) for name, default in (("strides", 1), ("dilations", 1), ("output_padding", 0)))
+    strides, dilations = (attribute_sizes(node, name, 1) for name in ("strides", "dilations"))
+    output_padding = attribute_sizes(node, "output_padding", 0)
     size, mode, wanted = as_sizes(node.shape(0)[2:], 1), auto_pad(node), node.integers("output_shape")
     axes, none = range(len(size)), (0,) * len(size)
     if wanted is None and mode in ("NOTSET", "VALID"):
@@ -188,52 +199,95 @@ def _constant_left(node: NodeImport) -> str:
     return node.reshape(node.transpose(product, swap), _matmul_shape(a.shape, b_shape))
 
 
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """A tensor whose dimensions have letters."""
+
+    tensor: str
+    letters: str
+    is_constant: bool = False
+
+
 def einsum(node: NodeImport) -> str:
-    """One or two operands, no letter twice in one of them: sums, transposes and one matrix product."""
-    terms, _, result = node.word("equation", "").replace(" ", "").partition("->")
-    operands = terms.split(",")
-    usual = (
-        len(operands) == len(node.inputs) <= 2
-        and "->" in node.word("equation", "")
-        and all(len(set(term)) == len(term) for term in (*operands, result))
-    )
-    if not usual or "." in terms or any(len(term) != node.rank(index) for index, term in enumerate(operands)):
-        raise node.refuse(
-            f"equation {node.word('equation', '')!r} is not supported; supported are one or two operands, without repeated letters or dots"
-        )
-    parts = [
-        _summed(node, node.input(index), term, set("".join(operands[:index] + operands[index + 1 :]) + result)) for index, term in enumerate(operands)
-    ]
-    tensor, letters = parts[0] if len(parts) == 1 else _product(node, parts[0], parts[1], result)
-    return node.transpose(tensor, [letters.index(letter) for letter in result])
+    """Diagonals, sums and transposes of each operand, and a matrix product with each further one."""
+    terms, result = _terms(node)
+    total = terms[0]
+    for index, term in enumerate(terms):
+        wanted = set(result).union(*(other.letters for other in terms[index + 1 :]))
+        if index == 0:
+            total = _summed(node, _diagonal(node, total), wanted)
+        else:
+            part = _summed(node, _diagonal(node, term), wanted | set(total.letters))
+            total = _product(node, _summed(node, total, wanted | set(part.letters)), part, wanted)
+    return node.transpose(total.tensor, [total.letters.index(letter) for letter in result])
 
 
-def _summed(node: NodeImport, tensor: str, letters: str, wanted: set[str]) -> tuple[str, str]:
+def _terms(node: NodeImport) -> tuple[list[_Term], str]:
+    """The operands and the letters of the result. The dimensions of an ellipsis get letters, too; those of 1 there are dropped."""
+    equation = node.word("equation", "").replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    words = left.split(",")
+    if len(words) != len(node.inputs):
+        raise node.refuse(f"equation {equation!r} has {len(words)} terms for {len(node.inputs)} inputs", hint="the model is damaged; export it again")
+    most = max(node.rank(index) - len(word) + 3 for index, word in enumerate(words)) if "..." in left else 0
+    extra = [chr(0x3B1 + index) for index in range(most)]  # Greek: no letters of the equation's
+    terms = []
+    for index, word in enumerate(words):
+        own = "".join(extra[most - (node.rank(index) - len(word) + 3) :]) if "..." in word else ""
+        letters = word.replace("...", own)
+        if len(letters) != node.rank(index):
+            raise node.refuse(f"equation {equation!r} does not fit an input of shape {list(node.shape(index))}", hint="check the input shapes")
+        kept = [axis for axis, letter in enumerate(letters) if letter not in own or node.shape(index)[axis] != 1]
+        tensor = node.reshape(node.input(index), [node.shape(index)[axis] for axis in kept])
+        terms.append(_Term(tensor, "".join(letters[axis] for axis in kept), node.is_constant(index)))
+    spread = "".join(letter for letter in extra if any(letter in term.letters for term in terms))
+    once = "".join(sorted(letter for letter in set(left) if letter.isalpha() and left.count(letter) == 1))
+    return terms, result.replace("...", spread) if arrow else spread + once
+
+
+def _diagonal(node: NodeImport, term: _Term) -> _Term:
+    """Letters that occur twice become one: every (size + 1)-th element of the two dimensions merged."""
+    repeated = next((letter for letter in term.letters if term.letters.count(letter) > 1), "")
+    if not repeated:
+        return term
+    pair = [axis for axis, letter in enumerate(term.letters) if letter == repeated][:2]
+    others = [axis for axis in range(len(term.letters)) if axis not in pair]
+    shape = node.shape_of(term.tensor)
+    size = shape[pair[0]]
+    moved = node.transpose(term.tensor, [*others, *pair])
+    merged = node.reshape(moved, (*(shape[axis] for axis in others), size * size))
+    part = node.slice(merged, len(others), 0, size, size + 1)
+    return _diagonal(node, _Term(part, "".join(term.letters[axis] for axis in others) + repeated))
+
+
+def _summed(node: NodeImport, term: _Term, wanted: set[str]) -> _Term:
     """The tensor summed over the dimensions that nothing else has."""
-    kept = "".join(letter for letter in letters if letter in wanted)
-    reduced = node.reduce("reduce_sum", tensor, [axis for axis, letter in enumerate(letters) if letter not in wanted])
-    return node.reshape(reduced, [size for size, letter in zip(node.shape_of(reduced), letters, strict=True) if letter in wanted]), kept
+    gone = [axis for axis, letter in enumerate(term.letters) if letter not in wanted]
+    if not gone:
+        return term
+    reduced = node.reduce("reduce_sum", term.tensor, gone)
+    kept = [size for axis, size in enumerate(node.shape_of(reduced)) if axis not in gone]
+    return _Term(node.reshape(reduced, kept), "".join(letter for letter in term.letters if letter in wanted))
 
 
-def _product(node: NodeImport, left: tuple[str, str], right: tuple[str, str], result: str) -> tuple[str, str]:
-    """(product, its letters): dimensions of both are batch or contracted, those of one are rows or columns."""
-    if node.is_constant(0):
+def _product(node: NodeImport, left: _Term, right: _Term, wanted: set[str]) -> _Term:
+    """The product: dimensions of both are batch or contracted, those of one are rows or columns."""
+    if left.is_constant:
         left, right = right, left
-    (a, a_letters), (b, b_letters) = left, right
-    sizes = dict(zip(a_letters + b_letters, node.shape_of(a) + node.shape_of(b), strict=True))
-    batch = "".join(letter for letter in a_letters if letter in b_letters and letter in result)
-    inner = "".join(letter for letter in a_letters if letter in b_letters and letter not in result)
-    rows = "".join(letter for letter in a_letters if letter not in b_letters)
-    columns = "".join(letter for letter in b_letters if letter not in a_letters)
+    a, b = left.letters, right.letters
+    sizes = dict(zip(a + b, node.shape_of(left.tensor) + node.shape_of(right.tensor), strict=True))
+    batch = "".join(letter for letter in a if letter in b and letter in wanted)
+    inner = "".join(letter for letter in a if letter in b and letter not in wanted)
+    rows, columns = "".join(letter for letter in a if letter not in b), "".join(letter for letter in b if letter not in a)
 
-    def arranged(tensor: str, letters: str, *groups: str) -> str:
-        order = [letters.index(letter) for letter in batch + "".join(groups)]
+    def arranged(term: _Term, *groups: str) -> str:
+        order = [term.letters.index(letter) for letter in batch + "".join(groups)]
         merged = [math.prod(sizes[letter] for letter in group) for group in groups]
-        return node.reshape(node.transpose(tensor, order), (*(sizes[letter] for letter in batch), *merged))
+        return node.reshape(node.transpose(term.tensor, order), (*(sizes[letter] for letter in batch), *merged))
 
-    product = node.emit("matmul", (arranged(a, a_letters, rows, inner), arranged(b, b_letters, inner, columns)), ops.MatMul())
+    product = node.emit("matmul", (arranged(left, rows, inner), arranged(right, inner, columns)), ops.MatMul())
     letters = batch + rows + columns
-    return node.reshape(product, [sizes[letter] for letter in letters]), letters
+    return _Term(node.reshape(product, [sizes[letter] for letter in letters]), letters)
 
 
 TABLE: tuple[Importer, ...] = (
@@ -241,5 +295,5 @@ TABLE: tuple[Importer, ...] = (
     Importer("ConvTranspose", conv_transpose, "1-D to 3-D, constant weights"),
     Importer("Gemm", gemm),
     Importer("MatMul", matmul),
-    Importer("Einsum", einsum, "one or two operands"),
+    Importer("Einsum", einsum),
 )

@@ -11,6 +11,7 @@ from npucc import ops
 from npucc.frontend.node import Importer, NodeImport
 
 SMALLEST_NORM = 1e-30
+SMALLEST_VARIANCE = 1e-9
 
 
 def per_channel(node: NodeImport, x: str, scale: np.ndarray, shift: np.ndarray) -> str:
@@ -67,29 +68,76 @@ def _grouped(node: NodeImport, grouped: Sequence[int], parameters: int) -> str:
     return per_channel(node, normal, scale, bias)
 
 
-def layer_normalization(node: NodeImport) -> str:
-    """Over all dimensions from `axis` on, which are merged into one."""
-    shape = node.shape(0)
-    axis = node.axis(node.integer("axis", -1), len(shape))
+def layer_normalization(node: NodeImport) -> list[str]:
+    """Over all dimensions from `axis` on; the further results are mean and 1 / standard deviation."""
+    shape, epsilon = node.shape(0), node.real("epsilon", 1e-5)
+    axes = list(range(node.axis(node.integer("axis", -1), len(shape)), len(shape)))
+    results = [layer_norm(node, node.input(0), 1, 2, epsilon, axes[0])]
+    if any(node.outputs[1:]):
+        mean = node.reduce("reduce_mean", node.input(0), axes)
+        centred = node.binary("sub", node.input(0), mean)
+        variance = node.reduce("reduce_mean", node.table(("mul", "x", "x"), centred), axes)
+        results += [mean, node.table(("reciprocal", ("sqrt", ("add", "x", epsilon))), variance)]
+    return results
+
+
+def layer_norm(node: NodeImport, x: str, gamma: int, beta: int, epsilon: float, axis: int = -1) -> str:
+    """LayerNorm of a tensor over all dimensions from `axis` on, which are merged into one; scale and bias are inputs of the node."""
+    shape = node.shape_of(x)
+    axis = axis % len(shape)
     tail = shape[axis:]
-    flat = node.reshape(node.input(0), (*shape[:axis], math.prod(tail)))
-    parameters = [_parameter(node, index, tail) for index in (1, 2)]
+    flat = node.reshape(x, (*shape[:axis], math.prod(tail)))
+    parameters = [_parameter(node, index, tail) for index in (gamma, beta)]
     while parameters and not parameters[-1]:
         parameters.pop()
-    normal = node.emit("layer_norm", (flat, *parameters), ops.LayerNorm(node.real("epsilon", 1e-5)))
-    return node.reshape(normal, shape)
+    return node.reshape(node.emit("layer_norm", (flat, *parameters), ops.LayerNorm(epsilon)), shape)
 
 
 def _parameter(node: NodeImport, index: int, tail: tuple[int, ...]) -> str:
     """Scale or bias as a constant vector over the merged dimension; "" if it is left out."""
     if not node.has(index):
         return ""
-    value = node.floats(index, "scale" if index == 1 else "bias")
-    return (
-        node.input(index)
-        if value.shape == tail and len(tail) == 1
-        else node.new_constant(np.broadcast_to(value, tail).reshape(-1), f"parameter{index}")
-    )
+    value = node.floats(index, "scale or bias")
+    if value.shape == tail and len(tail) == 1:
+        return node.input(index)
+    return node.new_constant(np.broadcast_to(value, tail).reshape(-1), f"parameter{index}")
+
+
+def rms_normalization(node: NodeImport) -> str:
+    """x / sqrt(mean(x²) + epsilon) · scale over all dimensions from `axis` on."""
+    rank = node.rank()
+    axes = list(range(node.axis(node.integer("axis", -1), rank), rank))
+    scaled = root_mean_square(node, node.input(0), axes, node.real("epsilon", 1e-5))
+    return node.binary("mul", scaled, node.input(1)) if node.has(1) else scaled
+
+
+def root_mean_square(node: NodeImport, x: str, axes: Sequence[int], epsilon: float) -> str:
+    """x / sqrt(mean(x²) + epsilon)."""
+    mean = node.reduce("reduce_mean", node.table(("mul", "x", "x"), x), axes)
+    return node.binary("div", x, node.table(("sqrt", ("add", "x", epsilon)), mean))
+
+
+def mean_variance_normalization(node: NodeImport) -> str:
+    """(x − mean) / standard deviation over the given axes, brought to the end: a layer_norm without parameters."""
+    rank, shape = node.rank(), node.shape(0)
+    axes = sorted(node.axis(axis, rank) for axis in (node.integers("axes") or [0, 2, 3]))
+    kept = [axis for axis in range(rank) if axis not in axes]
+    order = [*kept, *axes]
+    moved = node.transpose(node.input(0), order)
+    flat = node.reshape(moved, (*(shape[axis] for axis in kept), math.prod(shape[axis] for axis in axes)))
+    normal = node.reshape(node.emit("layer_norm", (flat,), ops.LayerNorm(SMALLEST_VARIANCE)), node.shape_of(moved))
+    return node.transpose(normal, list(np.argsort(order)))
+
+
+def local_response_normalization(node: NodeImport) -> str:
+    """x / (bias + alpha / size · sum of x² over neighbouring channels) ^ beta: the sum is a mean over windows along the channels."""
+    shape, size = node.shape(0), node.integer("size", 1)
+    alpha, beta, bias = node.real("alpha", 1e-4), node.real("beta", 0.75), node.real("bias", 1.0)
+    squares = node.reshape(node.table(("mul", "x", "x"), node.input(0), wide=True), (shape[0], 1, shape[1], math.prod(shape[2:])))
+    pads = ((size - 1) // 2, 0, size // 2, 0)
+    mean = node.emit("average_pool", (squares,), ops.Pool((size, 1), (1, 1), pads, (1, 1), count_include_pad=True), wide=True)
+    factor = node.table(("pow", ("add", ("mul", "x", alpha), bias), -beta), node.reshape(mean, shape))
+    return node.binary("mul", node.input(0), factor)
 
 
 def lp_normalization(node: NodeImport) -> str:
@@ -109,4 +157,8 @@ TABLE: tuple[Importer, ...] = (
     Importer("GroupNormalization", group_normalization),
     Importer("LayerNormalization", layer_normalization, "constant scale and bias"),
     Importer("LpNormalization", lp_normalization),
+    Importer("RMSNormalization", rms_normalization),
+    Importer("SimplifiedLayerNormalization", rms_normalization, domain="com.microsoft"),
+    Importer("MeanVarianceNormalization", mean_variance_normalization),
+    Importer("LRN", local_response_normalization),
 )

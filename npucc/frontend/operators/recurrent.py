@@ -31,6 +31,7 @@ class _Layer:
     functions: tuple[Callable[[scalar.Expression], scalar.Expression], ...]
     clip: float
     is_reversed: bool
+    peepholes: Weights | None = None  # [3·hidden]: input, output, forget
 
     def op(self, op: str, *inputs: str) -> str:
         """A binary operation in 16 bits."""
@@ -52,6 +53,13 @@ class _Layer:
             constants.append(self.node.new_constant(bias, f"{stem}_bias"))
         return self.node.emit("matmul", (tensor, *constants), ops.MatMul(), wide=True)
 
+    def peek(self, gate: str, index: int, c: str) -> str:
+        """The gate plus what it sees of the cell through its peephole."""
+        if self.peepholes is None or not c:
+            return gate
+        weights = self.node.new_constant(self.peepholes[index * self.hidden : (index + 1) * self.hidden], "peephole")
+        return self.op("add", gate, self.op("mul", c, weights))
+
     def gate(self, tensor: str, index: int, count: int = 1) -> str:
         """Some of the gates in a tensor [batch, gates·hidden]."""
         return self.node.slice(tensor, 1, index * self.hidden, count * self.hidden)
@@ -64,12 +72,13 @@ Step = Callable[[_Layer, str, str, str], tuple[str, str]]
 def _lstm_step(layer: _Layer, inputs: str, h: str, c: str) -> tuple[str, str]:
     """Gates in ONNX's order: input, output, forget, cell."""
     total = layer.op("add", inputs, layer.product(h, layer.recurrence, None, "recurrence")) if h else inputs
-    opened, shown = layer.apply(0, layer.gate(total, 0)), layer.apply(0, layer.gate(total, 1))
+    opened = layer.apply(0, layer.peek(layer.gate(total, 0), 0, c))
     new = layer.op("mul", opened, layer.apply(1, layer.gate(total, 3)))
     if c:
         coupled = layer.node.integer("input_forget", 0)
-        kept = layer.function(("sub", 1.0, "x"), opened) if coupled else layer.apply(0, layer.gate(total, 2))
+        kept = layer.function(("sub", 1.0, "x"), opened) if coupled else layer.apply(0, layer.peek(layer.gate(total, 2), 2, c))
         new = layer.op("add", layer.op("mul", kept, c), new)
+    shown = layer.apply(0, layer.peek(layer.gate(total, 1), 1, new))
     return layer.op("mul", shown, layer.function(layer.functions[2]("x"), new)), new
 
 
@@ -143,10 +152,6 @@ def recurrent(node: NodeImport) -> list[str]:
 
 
 def _check(node: NodeImport, kind: _Kind, steps: int) -> None:
-    if node.has(4) and not (node.is_constant(4) and bool((node.constant(4, "sequence_lens") == steps).all())):
-        raise node.refuse("its sequences have lengths of their own", hint="export the model for sequences of one length")
-    if node.operator == "LSTM" and node.has(7) and not (node.is_constant(7) and not node.floats(7, "peepholes").any()):
-        raise node.refuse("it has peepholes")
     if steps > MOST_STEPS:
         raise node.refuse(f"it has {steps} steps; supported are up to {MOST_STEPS}", hint="bind a shorter one with --shape and carry the state over")
     directions = 2 if node.word("direction", "forward") == "bidirectional" else 1
@@ -167,7 +172,8 @@ def _layers(node: NodeImport, kind: _Kind) -> Iterator[_Layer]:
         bias[:end] += state_bias[:end]
         is_reversed = index == 1 or node.word("direction", "forward") == "reverse"
         yield _Layer(
-            node, hidden, weights[index], recurrence[index], bias, state_bias[end:], functions[index], node.real("clip", 0.0), is_reversed
+            node, hidden, weights[index], recurrence[index], bias, state_bias[end:], functions[index], node.real("clip", 0.0), is_reversed,
+            node.floats(7, "peepholes")[index] if node.operator == "LSTM" and node.has(7) else None,
         )  # fmt: skip
 
 
@@ -205,15 +211,36 @@ def _initial(node: NodeImport, direction: int, batch: int, batch_first: bool) ->
 
 
 def _run(layer: _Layer, step: Step, x: str, state: Sequence[str]) -> tuple[list[str], tuple[str, str]]:
-    """All states h in the order of the inputs, and the last (h, c)."""
-    steps, batch, size = layer.node.shape_of(x)
-    products = layer.product(layer.node.reshape(x, (steps * batch, size)), layer.weights, layer.bias, "weights")
+    """All states h in the order of the inputs, and the last (h, c). Past its length, a sequence keeps its state and yields zeros."""
+    node = layer.node
+    steps, batch, size = node.shape_of(x)
+    products = layer.product(node.reshape(x, (steps * batch, size)), layer.weights, layer.bias, "weights")
     h, c = state
     states = [""] * steps
     for index in reversed(range(steps)) if layer.is_reversed else range(steps):
-        h, c = step(layer, layer.node.slice(products, 0, index * batch, batch), h, c)
-        states[index] = h
+        new_h, new_c = step(layer, node.slice(products, 0, index * batch, batch), h, c)
+        inside = _inside(node, index, batch)
+        states[index] = _kept(node, inside, new_h, "")
+        h, c = _kept(node, inside, new_h, h), _kept(node, inside, new_c, c) if new_c else ""
     return states, (h, c)
+
+
+def _inside(node: NodeImport, index: int, batch: int) -> str:
+    """Which sequences have a step of that index, [batch, 1]; "" if all have."""
+    if not node.has(4):
+        return ""
+    if node.is_constant(4):
+        inside = np.asarray(node.constant(4, "sequence_lens")).reshape(batch, 1) > index
+        return "" if inside.all() else node.new_constant(inside, "inside")
+    lengths = node.reshape(node.input(4), (batch, 1))
+    return node.emit("compare", (lengths, node.new_constant(float(index), "step")), ops.Compare("gt"), dtype="bool")
+
+
+def _kept(node: NodeImport, inside: str, new: str, old: str) -> str:
+    """The new state inside a sequence, else the old one ("": zero)."""
+    if not inside:
+        return new
+    return node.emit("where", (inside, new, old or node.new_constant(0.0, "zero")), ops.Attributes(), wide=True)
 
 
 def _join(node: NodeImport, parts: Sequence[str], axis: int) -> str:

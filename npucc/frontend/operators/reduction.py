@@ -50,6 +50,17 @@ def log_sum_exp(node: NodeImport) -> str:
     return _finish(node, node.binary("add", node.table(("log", "x"), total), largest), axes)
 
 
+def product(node: NodeImport) -> str:
+    """Halves multiplied with each other until one is left, axis by axis."""
+    axes, x = _axes(node), node.input(0)
+    for axis in axes:
+        while (size := node.shape_of(x)[axis]) > 1:
+            half = node.binary("mul", node.slice(x, axis, 0, size // 2), node.slice(x, axis, size // 2, size // 2))
+            rest = node.slice(x, axis, size - 1, 1) if size % 2 else ""
+            x = node.emit("concat", (half, rest), ops.Concat(axis)) if rest else half
+    return _finish(node, x, axes)
+
+
 def _flattened(node: NodeImport) -> tuple[str, int]:
     """(tensor, axis): since opset 13 along one axis; before, over all dimensions from `axis` on."""
     x, shape = node.input(0), node.shape(0)
@@ -84,6 +95,7 @@ TABLE: tuple[Importer, ...] = (
     Importer("ReduceSumSquare", _reduce("reduce_sum", before=_SQUARE)),
     Importer("ReduceLogSum", _reduce("reduce_sum", after=("log", "x"))),
     Importer("ReduceLogSumExp", log_sum_exp),
+    Importer("ReduceProd", product),
     Importer("Softmax", softmax),
     Importer("LogSoftmax", log_softmax),
 )

@@ -90,7 +90,8 @@ def _resize(node: NodeImport, request: _Request) -> str:
         changed = [axis for axis in range(len(shape)) if axis in changed or request.roi[axis] != (0.0, 1.0)]
     if not changed:
         return node.input(0)
-    plain = request.mode != "cubic" and request.coordinates in DIRECT and not (node.integer("antialias", 0) or node.integer("exclude_outside", 0))
+    plain = request.mode != "cubic" and request.coordinates in DIRECT and node.word("keep_aspect_ratio_policy", "stretch") == "stretch"
+    plain = plain and not (node.integer("antialias", 0) or node.integer("exclude_outside", 0))
     if plain and len(shape) in (3, 4) and min(changed) >= 2:
         return _image(node, request)
     return _by_dimension(node, request, changed)
@@ -138,19 +139,18 @@ def _positions(request: _Request, axis: int, size: int) -> np.ndarray:
 
 def _rounded(positions: np.ndarray, mode: str, size: int) -> np.ndarray:
     rounded = {"floor": np.floor(positions), "ceil": np.ceil(positions), "round_prefer_ceil": np.floor(positions + 0.5)}
-    return np.clip(rounded.get(mode, np.ceil(positions - 0.5)), 0, size - 1).astype(np.int64)
+    return np.asarray(np.clip(rounded.get(mode, np.ceil(positions - 0.5)), 0, size - 1), np.int64)
 
 
 def _matrix(node: NodeImport, request: _Request, axis: int, positions: np.ndarray) -> np.ndarray:
     """[source, result]: the weight of each source index. What lies outside takes the value at the edge, or has no weight."""
     size, scale = node.shape(0)[axis], request.scales[axis]
-    antialias = bool(node.integer("antialias", 0))
-    stretch = max(1.0, 1 / scale) if antialias else 1.0
+    stretch = max(1.0, 1 / scale) if node.integer("antialias", 0) else 1.0
     reach = math.ceil((2 if request.mode == "cubic" else 1) * stretch) + 1
     taps = np.floor(positions)[:, None].astype(np.int64) + np.arange(-reach, reach + 1)
     distance = np.abs(taps - positions[:, None]) / stretch
     weights = np.maximum(0, 1 - distance) if request.mode == "linear" else _cubic(distance, node.real("cubic_coeff_a", -0.75))
-    if node.integer("exclude_outside", 0) or antialias:
+    if node.integer("exclude_outside", 0):
         weights = np.where((taps >= 0) & (taps < size), weights, 0)
     matrix = np.zeros((size, positions.size))
     np.add.at(matrix, (np.clip(taps, 0, size - 1), np.arange(positions.size)[:, None]), weights / weights.sum(axis=1, keepdims=True))
@@ -161,7 +161,7 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
     """Keys' kernel."""
     near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
     far = a * distance**3 - 5 * a * distance**2 + 8 * a * distance - 4 * a
-    return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
+    return np.asarray(np.where(distance <= 1, near, np.where(distance < 2, far, 0.0)))
 
 
 TABLE: tuple[Importer, ...] = (
