@@ -209,15 +209,13 @@ def compose(outer: Expression, inner: Expression) -> Expression:
 
 
 def simplify(expression: Expression) -> Expression:
-    """Constants folded, neutral operands removed, chains of clips merged; the value at every x stays the same.
-
-    But for the sign of zero, which x + 0 loses: a division by that zero may give the other infinity.
-    """
+    """Constants folded, neutral operands removed, chains of clips merged; the value at every x stays the same."""
     return compose(expression, "x")
 
 
-_NEUTRAL_RIGHT = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "pow": 1.0, "max": -INFINITY, "min": INFINITY}
-_NEUTRAL_LEFT = {"add": 0.0, "mul": 1.0, "max": -INFINITY, "min": INFINITY}
+#: x + 0 and x - 0 are not among them: they may change the sign of a zero, which a division tells apart
+_NEUTRAL_RIGHT = {"mul": 1.0, "div": 1.0, "pow": 1.0, "max": -INFINITY, "min": INFINITY}
+_NEUTRAL_LEFT = {"mul": 1.0, "max": -INFINITY, "min": INFINITY}
 
 
 def simplify_step(part: tuple[Any, ...]) -> Expression:

@@ -135,7 +135,7 @@ def _lower_with(job: _Job, residents: dict[str, int]) -> _Attempt:
 def _place(job: _Job, residents: Mapping[str, int]) -> _Attempt:
     addresses, dram_bytes = allocate(by_size(b for b in job.buffers if b.name not in residents))
     places = {name: ("dram", address) for name, address in addresses.items()} | {name: ("spm", address) for name, address in residents.items()}
-    return _Attempt(Placement(job.views, places, dram_bytes), -(-dram_bytes // CONSTANTS_ALIGNMENT) * CONSTANTS_ALIGNMENT)
+    return _Attempt(Placement(job.views, places), -(-dram_bytes // CONSTANTS_ALIGNMENT) * CONSTANTS_ALIGNMENT)
 
 
 def _lower_layers(job: _Job, attempt: _Attempt, residents: Mapping[str, int]) -> list[str]:

@@ -32,7 +32,6 @@ class Buffer:
 class Placement:
     views: Mapping[str, View]  # tensor name → view
     addresses: Mapping[str, tuple[str, int]]  # buffer name → (memory, byte address)
-    dram_bytes: int  # of all activations
 
 
 def _view_of_concat(graph: Graph, node: Node, result: View) -> list[View]:

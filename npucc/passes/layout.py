@@ -28,7 +28,7 @@ def nothing_to_do(editor: Editor, node: Node) -> Result:
     a = node.attributes
     same = source.shape == output.shape
     if isinstance(a, ops.Table):
-        useless = a.expression == "x" and (source.dtype == "bool") == (output.dtype == "bool")
+        useless = scalar.is_affine(a.expression) == (1.0, 0.0) and (source.dtype == "bool") == (output.dtype == "bool")
     elif isinstance(a, ops.Transpose):
         useless = a.permutation == tuple(range(len(a.permutation)))
     elif isinstance(a, ops.Slice):
