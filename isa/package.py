@@ -26,6 +26,7 @@ from isa.text import format_program, parse_program
 FORMAT = 1
 MAXIMUM_BYTES = 4 << 30
 MAXIMUM_MEMBERS = 4096
+PIECE = 1 << 20  # bytes of a member read at a time
 MANIFEST, PROGRAM, CONSTANTS = "manifest.json", "program.npuasm", "constants.bin"
 DERIVED = ("format", "inputs", "outputs", "sha256", "source", "target")  # manifest keys that follow from the contents
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*\Z")
@@ -140,7 +141,7 @@ def _zip_bytes(contents: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in _in_order(contents):
-            _append(archive, name, contents[name])
+            _append(archive, name, [contents[name]], len(contents[name]))
     return buffer.getvalue()
 
 
@@ -149,10 +150,19 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (name != MANIFEST, name))
 
 
-def _append(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+def _append(archive: zipfile.ZipFile, name: str, pieces: Iterable[bytes], size: int) -> None:
     entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system, entry.external_attr = 3, 0o644 << 16
-    archive.writestr(entry, content)
+    entry.create_system, entry.external_attr, entry.file_size = 3, 0o644 << 16, size
+    with archive.open(entry, "w") as member:
+        for piece in pieces:
+            member.write(piece)
+
+
+def _pieces(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
+    """A member's content, a little at a time."""
+    with archive.open(name) as member:
+        while piece := member.read(PIECE):
+            yield piece
 
 
 def _replace(path: Path, blob: bytes) -> None:
@@ -173,7 +183,7 @@ def _replace(path: Path, blob: bytes) -> None:
 
 
 def _read(stream: BinaryIO, file: str, path: Path | None) -> Package:
-    """A verified package. At most one member that is neither the constants nor the program is in memory at a time, if `path` is given."""
+    """A verified package. If `path` is given, members other than the constants and the program are never in memory as a whole."""
     kept = _verified_contents(stream, file, keep_all=path is None)
     manifest = json.loads(kept.pop(MANIFEST))
     text, constants = kept.pop(PROGRAM), kept.pop(CONSTANTS)
@@ -204,8 +214,9 @@ def _verified_contents(stream: BinaryIO, file: str, *, keep_all: bool) -> dict[s
             contents = _checked_members(archive, {entry.filename for entry in entries}, file, keep_all=keep_all)
             written = _Comparison(stream)
             with zipfile.ZipFile(written, "w", zipfile.ZIP_STORED) as again:
-                for name in _in_order(entry.filename for entry in entries):
-                    _append(again, name, contents[name] if name in contents else archive.read(name))
+                sizes = {entry.filename: entry.file_size for entry in entries}
+                for name in _in_order(sizes):
+                    _append(again, name, _pieces(archive, name), sizes[name])
     except (PackageError, OSError):
         raise
     except Exception as error:  # zipfile raises many kinds on damaged input: BadZipFile, EOFError, struct.error, NotImplementedError, …
@@ -224,13 +235,15 @@ def _checked_members(archive: zipfile.ZipFile, names: set[str], file: str, *, ke
     contents = {MANIFEST: archive.read(MANIFEST)}
     checksums = _checksums(contents[MANIFEST], names, file)
     for name in sorted(checksums):
-        content = archive.read(name)
-        if hashlib.sha256(content).hexdigest() != checksums[name]:
+        if keep_all or name in (PROGRAM, CONSTANTS):
+            contents[name] = archive.read(name)
+        digest = hashlib.sha256()
+        for piece in [contents[name]] if name in contents else _pieces(archive, name):
+            digest.update(piece)
+        if digest.hexdigest() != checksums[name]:
             raise PackageError(
                 f"member {name!r} does not have the checksum that {MANIFEST} states", file=file, hint=f"copy the file again, or {_AGAIN}"
             )
-        if keep_all or name in (PROGRAM, CONSTANTS):
-            contents[name] = content
     return contents
 
 

@@ -8,7 +8,7 @@ next one that reads the very same bytes.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from runtime.decode import Decoded, decode
 from runtime.errors import RuntimeFault
 from runtime.gemm import FloatSums
 from runtime.host import Host
-from runtime.kernels import KERNELS
+from runtime.kernels import KERNELS, Bind
 from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
 from runtime.scratch import Scratch
 from runtime.site import Site
@@ -85,12 +85,14 @@ class Writers:
 class Binder:
     """Binds steps in the order of their execution. With `known_order` false nothing is assumed about what ran before a step."""
 
-    def __init__(self, program: Program, memories: dict[str, Memory], memo: dict[Any, Any], *, known_order: bool, host: Host | None = None):
-        self.program, self.memories, self.memo, self.known_order = program, memories, memo, known_order
+    def __init__(
+        self, program: Program, memories: dict[str, Memory], memo: dict[Any, Any], *, known_order: bool, host: Host | None = None,
+        kernels: Mapping[str, Bind] = KERNELS,
+    ):  # fmt: skip
+        self.program, self.memories, self.memo, self.known_order, self.kernels = program, memories, memo, known_order, kernels
         self.scratch, self.host = Scratch(), host
         self.writers = {space: Writers() for space in memories}
         self.loads: dict[int, tuple[Located, Located]] = {}
-        self.last_window: tuple[Any, int] | None = None
         self.latest: tuple[int, Located, FloatSums] | None = None  # the last matrix instruction, if its sums are exact in float32
         self.readers: dict[int, set[int]] = {}  # who reads the accumulators that a step wrote
         self.takers: list[tuple[int, int, FloatSums]] = []  # matrix step, the requant that takes its float sums
@@ -109,10 +111,10 @@ class Binder:
         result, *others = located.items()
         snapshots = self._snapshots(instruction, result, others, views)
         known = {} if snapshots or not self.known_order else self._known(dict(others))
-        same_input = self._same_input(instruction, located, attributes) if self.known_order else False
+        window = self._window(instruction, located, attributes) if self.known_order else None
         sums = self._float_sums(instruction, located) if self.known_order else None
-        site = Site(instruction, views, attributes, self.scratch, self.memo, known, same_input, sums=sums)
-        run = KERNELS[instruction.name](site)
+        site = Site(instruction, views, attributes, self.scratch, self.memo, known, window, sums=sums)
+        run = self.kernels[instruction.name](site)
         self._follow_accumulators(number, site, step.line.queue, located)
         self._record(number, instruction, located)
         return _after_copying(snapshots, run) if snapshots else run
@@ -148,7 +150,7 @@ class Binder:
         """Instructions of the host queue: at most one tile, read or written."""
         if "y" in located:
             self.writers["dram"].write(*located["y"].extent, number)
-        return KERNELS[instruction.name](Site(instruction, views, attributes, self.scratch, self.memo, host=self.host))
+        return self.kernels[instruction.name](Site(instruction, views, attributes, self.scratch, self.memo, host=self.host))
 
     def _decode(self, instruction: Instruction) -> Decoded:
         decoded = self._decoded.get(id(instruction))
@@ -214,16 +216,14 @@ class Binder:
         content = self.memo[memo]
         return None if content is None else (key, content)
 
-    def _same_input(self, instruction: Instruction, located: dict[str, Located], attributes: dict[str, Any]) -> bool:
-        """Whether x was read by the previous conv in the same way and not written since."""
+    def _window(self, instruction: Instruction, located: dict[str, Located], attributes: dict[str, Any]) -> Any:
+        """What tells the windows that a conv reads from all others: the tile, the way it is read, and who wrote its bytes last."""
         if instruction.name != "conv":
-            return False
+            return None
         x, w, y = (located[name] for name in ("x", "w", "y"))
         way = (x.address, x.tile.dtype, x.tile.shape, x.tile.strides, w.tile.shape[:3], y.tile.shape[:2])
         way += tuple(attributes[name] for name in ("stride", "dilation", "pad", "zero", "groups"))
-        window = (way, self.writers["spm"].last(*x.extent))
-        same, self.last_window = window == self.last_window, window
-        return same
+        return way, self.writers["spm"].last(*x.extent)
 
     def _record(self, number: int, instruction: Instruction, located: dict[str, Located]) -> None:
         """Note what the step writes, and whether it is a load of constants."""

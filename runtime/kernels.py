@@ -5,9 +5,12 @@ The one big idea: a kernel is bound once, to the arrays its operands name, and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 
 from isa.spec import SPEC
+from runtime.errors import RuntimeFault
 from runtime.host import bind_give, bind_host, bind_take
 from runtime.kernels_elementwise import bind_copy, bind_elementwise, bind_fill, bind_gather, bind_lut
 from runtime.kernels_matrix import bind_conv, bind_dwconv, bind_matmul
@@ -15,7 +18,12 @@ from runtime.kernels_window import bind_avgpool, bind_maxpool, bind_reduce, bind
 from runtime.requantize import bind_requant
 from runtime.site import Site
 
-KERNELS: dict[str, Callable[[Site], Callable[[], None]]] = {
+Bind = Callable[[Site], Callable[[], None]]
+ENGINES = ("numpy", "numba")
+#: the environment variable that chooses the engine where no argument does
+VARIABLE = "NPU_ENGINE"
+
+KERNELS: dict[str, Bind] = {
     "ld": bind_copy, "st": bind_copy, "gather": bind_gather,
     "conv": bind_conv, "dwconv": bind_dwconv, "matmul": bind_matmul,
     "requant": bind_requant,
@@ -27,3 +35,25 @@ KERNELS: dict[str, Callable[[Site], Callable[[], None]]] = {
 
 if KERNELS.keys() != SPEC.keys():
     raise AssertionError(f"kernels and instruction table differ: {KERNELS.keys() ^ SPEC.keys()}")
+
+
+def kernels_of(engine: str | None = None) -> Mapping[str, Bind]:
+    """The kernels of an engine: `numpy`, or `numba`, which compiles what pays; both give the same bytes.
+
+    Without a name: what the environment variable NPU_ENGINE says, else numba if it is installed. Raises RuntimeFault.
+    """
+    name = engine or os.environ.get(VARIABLE) or ("numba" if find_spec("numba") else "numpy")
+    if name not in ENGINES:
+        raise RuntimeFault(f"unknown engine {name!r}", hint=f"use one of {', '.join(ENGINES)}")
+    if name == "numpy":
+        return KERNELS
+    if not find_spec("numba"):
+        raise RuntimeFault("the engine 'numba' needs numba, which is not installed", hint="pip install 'npucc[fast]', or use the engine 'numpy'")
+    from runtime import fast
+
+    return KERNELS | {mnemonic: _either(bind, KERNELS[mnemonic]) for mnemonic, bind in fast.KERNELS.items()}
+
+
+def _either(first: Callable[[Site], Callable[[], None] | None], second: Bind) -> Bind:
+    """The closure of the first kernel, or of the second where the first has none."""
+    return lambda site: first(site) or second(site)

@@ -116,14 +116,11 @@ def _unary(site: Site) -> Evaluate:
 
 def bind_elementwise(site: Site) -> Callable[[], None]:
     """Any elementwise instruction: table look-ups where the operands are bytes, else its evaluator piece by piece."""
-    make = {"cmp": _compare, "select": _select, "cvt": _unary, "sqrt": _unary}.get(site.instruction.name, _binary)
-    evaluate = make(site)
+    table = byte_table(site)
     y, *sources = collapse(list(site.views.values()))
-    if all(source.dtype.itemsize == 1 for source in sources):
-        if len(sources) == 1:
-            return _look_up_one(site, y, sources[0], _table(site, evaluate, [source.dtype for source in sources]))
-        if len(sources) == 2 and y.size >= TABLE_PAYS:
-            return _look_up_two(site, y, sources, _table(site, evaluate, [source.dtype for source in sources]))
+    if table is not None:
+        return _look_up_one(site, y, sources[0], table) if len(sources) == 1 else _look_up_two(site, y, sources, table)
+    evaluate = _evaluator(site)
     work = pieces([y, *sources])
 
     def run() -> None:
@@ -132,6 +129,18 @@ def bind_elementwise(site: Site) -> Callable[[], None]:
                 np.copyto(result, evaluate(*parts))
 
     return run
+
+
+def _evaluator(site: Site) -> Evaluate:
+    return {"cmp": _compare, "select": _select, "cvt": _unary, "sqrt": _unary}.get(site.instruction.name, _binary)(site)
+
+
+def byte_table(site: Site) -> Array | None:
+    """What an elementwise instruction gives for every byte, or pair of bytes, that its operands can hold; None where no table pays."""
+    y, *sources = site.views.values()
+    if any(source.dtype.itemsize != 1 for source in sources) or len(sources) > 2 or (len(sources) == 2 and y.size < TABLE_PAYS):
+        return None
+    return _table(site, _evaluator(site), [source.dtype for source in sources])
 
 
 def _table(site: Site, evaluate: Evaluate, dtypes: list[np.dtype[Any]]) -> Array:
@@ -194,12 +203,9 @@ def bind_lut(site: Site) -> Callable[[], None]:
     y, x, table = site.views["y"], site.views["x"], site.views["t"]
     evaluate = _reader(site)
     y, x = collapse([y, x])
-    if x.dtype.itemsize <= 2 and "t" in site.constants:
-        key, content = site.constants["t"]
-        memo = ("lut", key, x.dtype, tuple(site.instruction.attributes))
-        if memo not in site.memo:
-            site.memo[memo] = evaluate(content, _codes(x.dtype))
-        return _look_up_one(site, y, x, site.memo[memo])
+    expanded_once = expanded_table(site)
+    if expanded_once is not None:
+        return _look_up_one(site, y, x, expanded_once)
     if x.dtype.itemsize == 1:
         expanded = np.empty(256, y.dtype)
         look_up = _look_up_one(site, y, x, expanded)
@@ -216,6 +222,19 @@ def bind_lut(site: Site) -> Callable[[], None]:
             np.copyto(result, evaluate(table, part))
 
     return run
+
+
+def expanded_table(site: Site) -> Array | None:
+    """What a lut with a constant table gives for every x of one or two bytes, in the order of unsigned codes; None for other luts."""
+    x = site.views["x"]
+    if x.dtype.itemsize > 2 or "t" not in site.constants:
+        return None
+    key, content = site.constants["t"]
+    memo = ("lut", key, x.dtype, tuple(site.instruction.attributes))
+    if memo not in site.memo:
+        site.memo[memo] = _reader(site)(content, _codes(x.dtype))
+    expanded: Array = site.memo[memo]
+    return expanded
 
 
 def _codes(dtype: np.dtype[Any]) -> Array:

@@ -148,14 +148,15 @@ def _columns(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run | N
         line = Geometry((rows[phase], width), (1, shape.kernel[1]), shape.stride, shape.dilation, shape.pad)
         copies.append((targets[phase].reshape(rows[phase], width, 1, shape.kernel[1], channels), gather(padded.array[phase:], line)))
     lefts = [targets[start % stride][start // stride :][: shape.outputs[0]].reshape(-1, depth) for start in starts]
-    return None if site.same_input else _gathering(padded.refresh, copies), lefts
+    return None if site.scratch.holds(buffer, site.window) else _gathering(padded.refresh, copies), lefts
 
 
 def _whole_windows(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run | None, list[Array]]:
     padded = pad(site, shape, int(site.attributes["zero"]))
     windows = gather(padded.array, shape)
     buffer = site.scratch.take("columns", windows.shape, dtype)
-    return None if site.same_input else _gathering(padded.refresh, [(buffer, windows)]), [buffer.reshape(-1, shape.taps * windows.shape[4])]
+    gathering = None if site.scratch.holds(buffer, site.window) else _gathering(padded.refresh, [(buffer, windows)])
+    return gathering, [buffer.reshape(-1, shape.taps * windows.shape[4])]
 
 
 def _gathering(refresh: Run, copies: list[tuple[Array, Array]]) -> Run:
@@ -176,7 +177,8 @@ def _grouped_conv(site: Site, shape: Geometry, groups: int) -> Run:
     padded = pad(site, shape, int(site.attributes["zero"]))
     windows = _split_channels(gather(padded.array, shape), groups)
     buffer = site.scratch.take("columns", (groups, height, width, *shape.kernel, share), dtype)
-    gathering = None if site.same_input else _gathering(padded.refresh, [(buffer.transpose(1, 2, 3, 4, 0, 5), windows)])
+    held = site.scratch.holds(buffer, site.window)
+    gathering = None if held else _gathering(padded.refresh, [(buffer.transpose(1, 2, 3, 4, 0, 5), windows)])
     parts = weights.cut(buffer.reshape(groups, height * width, -1), LARGEST[x.dtype])
     shares = _split_channels(y, groups)
     target = shares.reshape(height * width, groups, outputs).swapaxes(0, 1) if _mergeable(y) else None

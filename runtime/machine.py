@@ -19,6 +19,7 @@ from runtime.binder import Binder, written_ranges
 from runtime.decode import decode
 from runtime.errors import RuntimeFault
 from runtime.host import Host, HostEngine
+from runtime.kernels import kernels_of
 from runtime.memory import Array, Memory, extent
 from runtime.parallel import run_in_processes
 from runtime.report import LayerReport, Report, make_report
@@ -81,15 +82,18 @@ class Stop:
 class Machine:
     """The NPU that a program's target describes, with the program loaded. One machine runs one inference at a time."""
 
-    def __init__(self, program: Program | Packaged, constants: bytes | None = None, *, host: HostEngine | None = None):
-        """Load a package, or a program and its constants; `host` runs its host segments. Raises RuntimeFault when the program can't be run."""
+    def __init__(self, program: Program | Packaged, constants: bytes | None = None, *, host: HostEngine | None = None, engine: str | None = None):
+        """Load a package, or a program and its constants; `host` runs its host segments. Raises RuntimeFault when the program can't be run.
+
+        `engine` is "numpy" or "numba" (the same bytes, sooner); without it numba is used if it is installed, see `kernels.kernels_of`.
+        """
         if isinstance(program, Program):
             self.program, self.constants = program, constants or b""
         else:
             self.program, self.constants = program.program, program.constants
         program = self.program
         self._memo: dict[Any, Any] = {}  # what is made of constants, for program order
-        self.host = Host(host)
+        self.host, self.engine, self._kernels = Host(host), engine, kernels_of(engine)
         self._check_sizes()
         target = program.target
         sizes = {"dram": program.dram_bytes, "spm": target.spm_bytes, "acc": target.acc_bytes}
@@ -154,7 +158,7 @@ class Machine:
             return (self.run(sample, dump=dump) for sample in samples)
         if callable(dump):
             raise RuntimeFault("several processes can't call one function for each tensor", hint="give dump the tensors' names, or use workers=1")
-        return run_in_processes(self.program, self.constants, samples, workers=workers, dump=dump, host=self.host.engine)
+        return run_in_processes(self.program, self.constants, samples, workers=workers, dump=dump, host=self.host.engine, engine=self.engine)
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -211,7 +215,7 @@ class Machine:
         return found
 
     def _bind(self, order: list[int], *, known_order: bool) -> list[Callable[[], None]]:
-        binder = Binder(self.program, self.memories, self._memo, known_order=known_order, host=self.host)
+        binder = Binder(self.program, self.memories, self._memo, known_order=known_order, host=self.host, kernels=self._kernels)
         closures = [binder.bind(number, self.steps[index]) for number, index in enumerate(order)]
         binder.finish()
         return closures

@@ -30,9 +30,10 @@ def run_in_processes(
     workers: int,
     dump: bool | Collection[str] | None,
     host: HostEngine | None = None,
+    engine: str | None = None,
 ) -> Iterator[Run]:
     """One Run per sample, in order. At most twice as many samples as workers wait at a time."""
-    with ProcessPoolExecutor(workers, get_context("spawn"), _load, (program, constants, host)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _load, (program, constants, host, engine)) as pool:
         pending: deque[Future[Run]] = deque()
         for sample in samples:
             pending.append(pool.submit(_run, dict(sample), dump))
@@ -42,10 +43,10 @@ def run_in_processes(
             yield pending.popleft().result()
 
 
-def _load(program: Program, constants: bytes, host: HostEngine | None) -> None:
+def _load(program: Program, constants: bytes, host: HostEngine | None, engine: str | None) -> None:
     from runtime.machine import Machine
 
-    _own.append(Machine(program, constants, host=host))
+    _own.append(Machine(program, constants, host=host, engine=engine))
 
 
 def _run(sample: dict[str, Any], dump: bool | Collection[str] | None) -> Run:

@@ -28,7 +28,7 @@ class Site:
     `memo` keeps what is made of such content, by key, for all sites of a program.
     `host` is what the instructions of the host queue talk to.
     `sums` are what operand a of a requant holds, as float32 without the bias; `offered` takes such sums from a matrix instruction.
-    `same_input` tells that operand x was not written since the conv before, which read the very same tile in the same way.
+    `window` stands for the content of the windows of a conv's operand x: equal ones hold the same values.
     """
 
     instruction: Instruction
@@ -37,7 +37,7 @@ class Site:
     scratch: Scratch
     memo: dict[Any, Any]
     constants: Mapping[str, tuple[Any, Array]] = field(default_factory=dict)
-    same_input: bool = False
+    window: Any = None
     host: Host | None = None
     sums: FloatSums | None = None
     offered: list[FloatSums] = field(default_factory=list)

@@ -5,6 +5,7 @@ Also the plain numpy reading of tiles, so that expected values never go through 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from isa.program import DTYPES, Instruction, Layer, Loop, Program, TensorRecord,
 from isa.spec import SPEC
 from isa.target import Target
 from runtime.binder import Binder
+from runtime.kernels import ENGINES, kernels_of
 from runtime.memory import NUMPY, Memory
 from runtime.stream import Step, make_line
 
 TARGET = Target("test", spm_bytes=1 << 20, acc_bytes=1 << 20, dram_bytes=1 << 22)
 DRAM_BYTES = 1 << 21
 Array = np.ndarray[Any, Any]
+INSTALLED = [engine for engine in ENGINES if engine == "numpy" or find_spec(engine)]
 
 
 def program(*layers: Layer, target: Target = TARGET, inputs: tuple[TensorRecord, ...] = (), outputs: tuple[TensorRecord, ...] = (),
@@ -44,11 +47,24 @@ def execute(
     name: str, operands: dict[str, Array], *, result: tuple[tuple[int, ...], str], before: Array | None = None, gap: int = 0,
     constant: tuple[str, ...] = (), broadcast: tuple[str, ...] = (), **attributes: Value,
 ) -> Array:  # fmt: skip
-    """The result of one instruction on operands given in the table's order.
+    """The result of one instruction on operands given in the table's order: the same from every engine that is installed.
 
     `gap` spreads the rows of every tile; operands in `constant` are loaded from constants by `ld` first; those in `broadcast` have size-1
     dimensions expanded by strides of 0 to the result's shape; `before` is what the result tile held.
     """
+    results = [
+        _execute(engine, name, operands, result, before=before, gap=gap, constant=constant, broadcast=broadcast, attributes=attributes)
+        for engine in INSTALLED
+    ]  # fmt: skip
+    for other in results[1:]:
+        assert other.tobytes() == results[0].tobytes()
+    return results[0]
+
+
+def _execute(
+    engine: str, name: str, operands: dict[str, Array], result: tuple[tuple[int, ...], str], *, before: Array | None, gap: int,
+    constant: tuple[str, ...], broadcast: tuple[str, ...], attributes: dict[str, Value],
+) -> Array:  # fmt: skip
     memories = {"dram": Memory("dram", DRAM_BYTES), "spm": Memory("spm", TARGET.spm_bytes), "acc": Memory("acc", TARGET.acc_bytes)}
     spec = SPEC[name]
     place = dict.fromkeys(memories, 64)
@@ -73,7 +89,7 @@ def execute(
             contents.append((memories[tile.space].view(tile, tile.address), before))
         tiles.append(_expanded(tile, result[0]) if operand.name in broadcast else tile)
     steps = [*loads, instruction(name, *tiles, **attributes)]
-    binder = Binder(program(layer("only", *steps), constants=(1 << 16, 1 << 20)), memories, {}, known_order=True)
+    binder = Binder(program(layer("only", *steps), constants=(1 << 16, 1 << 20)), memories, {}, known_order=True, kernels=kernels_of(engine))
     closures = [binder.bind(number, Step(make_line(step), (), 0)) for number, step in enumerate(steps)]
     for view, values in contents:  # after binding: a kernel must not have looked at them before
         view[...] = values

@@ -118,7 +118,7 @@ def outcomes(body: list[Instruction], monkeypatch: pytest.MonkeyPatch, *, bias: 
 
     with monkeypatch.context() as patch:
         patch.setattr(Binder, "finish", counting)
-        machine = Machine(built, dram[:0x1000].tobytes())
+        machine = Machine(built, dram[:0x1000].tobytes(), engine="numpy")
         found = [machine.run(feed).raw["y"].tolist() for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(Binder, "_float_sums", lambda *_: None)

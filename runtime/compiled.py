@@ -1,0 +1,323 @@
+"""Loops over raw memory that numba compiles for this computer's processor; `fast.py` decides where they run.
+
+The one big idea: the bound operands are plain addresses and strides (in bytes), so a call costs less than a microsecond and each loop
+is one pass over the cache. Sums are 32-bit integers that wrap, exact in any order; floating point takes the very steps of the numpy
+kernels, one rounding each (numba contracts nothing). Nothing here checks bounds: the tiles were checked when they were bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import carray, njit, types
+from numba.core import cgutils, config
+from numba.extending import intrinsic
+
+LANES = 16  # int32 sums in a 512-bit register
+TAPS = 4  # products that one instruction adds to each of them
+ROWS = 6  # rows of the left matrix at a time: with 4 registers of columns, 24 sums, 4 weights, 1 broadcast of the 32 registers
+PANEL = 4 * LANES  # columns of the right matrix at a time
+#: what turns int8 into the unsigned byte of the same order, 128 larger
+FLIP = np.uint8(0x80)
+
+Address, Real = types.intp, types.float32
+
+
+def _compiled(*arguments: Any) -> Callable[[Any], Any]:
+    """Compile for these argument types now, and keep the code on disk where a folder can be written."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(types.void(*arguments), cache=True, error_model="numpy")(function)
+        except RuntimeError:  # no folder for the cache
+            return njit(types.void(*arguments), error_model="numpy")(function)
+
+    return decorate
+
+
+def has_dot_products() -> bool:
+    """Whether the code may use AVX512-VNNI (`vpdpbusd`): four int8 products added to each of sixteen int32 sums by one instruction."""
+    features = config.CPU_FEATURES if config.CPU_FEATURES is not None else binding.get_host_cpu_features().flatten()
+    return {"+avx512f", "+avx512vnni"} <= set(features.split(","))
+
+
+def _pointer_to(element: Any) -> Any:
+    """A compiled function from an address to a pointer to elements of that type."""
+
+    @intrinsic
+    def pointer(typing_context: Any, address: Any) -> Any:
+        signature = types.CPointer(element)(types.intp)
+        return signature, lambda context, builder, signed, values: builder.inttoptr(values[0], context.get_value_type(signed.return_type))
+
+    return pointer
+
+
+_bytes, _codes = _pointer_to(types.uint8), _pointer_to(types.int8)
+_sums, _reals, _words = _pointer_to(types.int32), _pointer_to(types.float32), _pointer_to(types.uint16)
+
+# ---- matrix products ---------------------------------------------------------------------------------------------------
+
+
+def _block(rows: int, vectors: int) -> Any:
+    """y[rows, columns] = bias + x[rows, 4 * depth] (unsigned bytes) times w (packed, signed), columns <= 16 * vectors, sums in registers.
+
+    w: for each group of four k, `vectors` registers; a register holds 16 columns of the four k each. `bias` has 16 * vectors entries.
+    """
+    number, flag, wide = ir.IntType(32), ir.IntType(1), ir.IntType(64)
+    register, mask = ir.VectorType(number, LANES), ir.VectorType(flag, LANES)
+    size = LANES * 4
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        x, x_row, w, depth, bias, y, y_row, columns = values
+        multiply = cgutils.get_or_insert_function(builder.module, ir.FunctionType(register, [register] * 3), "llvm.x86.avx512.vpdpbusd.512")
+        write_type = ir.FunctionType(ir.VoidType(), [register, register.as_pointer(), number, mask])
+        write = cgutils.get_or_insert_function(builder.module, write_type, "llvm.masked.store.v16i32.p0")
+
+        def at(base: Any, offset: Any, kind: Any) -> Any:
+            return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
+
+        def broadcast(value: Any) -> Any:
+            nothing = ir.Constant(register, ir.Undefined)
+            first = builder.insert_element(nothing, value, ir.Constant(number, 0))
+            return builder.shuffle_vector(first, nothing, ir.Constant(register, [0] * LANES))
+
+        def constant(value: int) -> Any:
+            return ir.Constant(wide, value)
+
+        sums = [[cgutils.alloca_once(builder, register) for _ in range(vectors)] for _ in range(rows)]
+        for v in range(vectors):
+            start = builder.load(at(bias, constant(v * size), register), align=4)
+            for row in sums:
+                builder.store(start, row[v])
+        with cgutils.for_range(builder, depth, intp=wide) as loop:
+            step = builder.add(w, builder.mul(loop.index, constant(vectors * size)))
+            weights = [builder.load(at(step, constant(v * size), register), align=4) for v in range(vectors)]
+            place = builder.add(x, builder.mul(loop.index, constant(TAPS)))
+            for m, row in enumerate(sums):
+                four = broadcast(builder.load(at(place, builder.mul(x_row, constant(m)), number), align=1))
+                for total, weight in zip(row, weights, strict=True):
+                    builder.store(builder.call(multiply, [builder.load(total), four, weight]), total)
+        left = builder.trunc(columns, number)
+        for v in range(vectors):
+            within = builder.icmp_signed("<", ir.Constant(register, [v * LANES + lane for lane in range(LANES)]), broadcast(left))
+            for m, row in enumerate(sums):
+                place = at(builder.add(y, builder.mul(y_row, constant(m))), constant(v * size), register)
+                builder.call(write, [builder.load(row[v]), place, ir.Constant(number, 4), within])
+        return context.get_dummy_value()
+
+    @intrinsic
+    def block(typing_context: Any, x: Any, x_row: Any, w: Any, depth: Any, bias: Any, y: Any, y_row: Any, columns: Any) -> Any:
+        return types.void(*[types.intp] * 8), generate
+
+    return block
+
+
+_six_by_4, _six_by_3, _six_by_2, _six_by_1 = (_block(ROWS, vectors) for vectors in (4, 3, 2, 1))
+_one_by_4, _one_by_3, _one_by_2, _one_by_1 = (_block(1, vectors) for vectors in (4, 3, 2, 1))
+
+
+def product(x: int, x_row: int, w: int, depth: int, bias: int, y: int, y_row: int, y_group: int, groups: int, rows: int, n: int) -> None:
+    """y[groups, rows, n] = bias[n] + x[groups * rows, 4 * depth] times w as `pack` leaves it; `bias` has whole registers."""
+    for start in range(0, n, PANEL):
+        panel, place, left = w + start * depth * TAPS, bias + start * 4, n - start
+        vectors = min(4, (left + LANES - 1) // LANES)
+        for group in range(groups):
+            source, target = x + group * rows * x_row, y + group * y_group + start * 4
+            for first in range(0, rows, ROWS if rows >= ROWS else 1):
+                row = min(first, rows - ROWS) if rows >= ROWS else first  # the last block begins early: the same sums once more
+                at, to = source + row * x_row, target + row * y_row
+                if rows >= ROWS:
+                    if vectors == 4:
+                        _six_by_4(at, x_row, panel, depth, place, to, y_row, left)
+                    elif vectors == 3:
+                        _six_by_3(at, x_row, panel, depth, place, to, y_row, left)
+                    elif vectors == 2:
+                        _six_by_2(at, x_row, panel, depth, place, to, y_row, left)
+                    else:
+                        _six_by_1(at, x_row, panel, depth, place, to, y_row, left)
+                elif vectors == 4:
+                    _one_by_4(at, x_row, panel, depth, place, to, y_row, left)
+                elif vectors == 3:
+                    _one_by_3(at, x_row, panel, depth, place, to, y_row, left)
+                elif vectors == 2:
+                    _one_by_2(at, x_row, panel, depth, place, to, y_row, left)
+                else:
+                    _one_by_1(at, x_row, panel, depth, place, to, y_row, left)
+
+
+if has_dot_products():
+    product = _compiled(*[Address] * 11)(product)
+
+
+@_compiled(*[Address] * 7)
+def pack(w: int, w_row: int, w_column: int, k: int, n: int, packed: int, sums: int) -> None:
+    """w[k, n] as `product` takes it (its rest filled with zeros), and the sum of each column. `packed` and `sums` hold whole registers."""
+    depth, whole = (k + TAPS - 1) // TAPS, (n + LANES - 1) // LANES * LANES
+    totals = carray(_sums(sums), whole)
+    for column in range(whole):
+        totals[column] = 0
+    for start in range(0, whole, PANEL):
+        wide = min(PANEL, whole - start)
+        target = carray(_codes(packed + start * depth * TAPS), (depth, wide, TAPS))
+        for group in range(depth):
+            for column in range(wide):
+                for tap in range(TAPS):
+                    row, place = group * TAPS + tap, start + column
+                    value = carray(_codes(w + row * w_row + place * w_column), 1)[0] if row < k and place < n else np.int8(0)
+                    target[group, column, tap] = value
+                    totals[place] += value
+
+
+@_compiled(*[Address] * 7)
+def unsigned_rows(a: int, a_row: int, a_column: int, m: int, k: int, out: int, out_row: int) -> None:
+    """a[m, k] + 128 as rows of bytes."""
+    for row in range(m):
+        target = carray(_bytes(out + row * out_row), k)
+        if a_column == 1:
+            source = carray(_bytes(a + row * a_row), k)
+            for column in range(k):
+                target[column] = source[column] ^ FLIP
+        else:
+            for column in range(k):
+                target[column] = carray(_bytes(a + row * a_row + column * a_column), 1)[0] ^ FLIP
+
+
+@_compiled(*[Address] * 8)
+def subtract_row_sums(x: int, x_row: int, m: int, k: int, factor: int, y: int, y_row: int, n: int) -> None:
+    """y[m, n] -= factor * the sum of x[m, k] (unsigned bytes)."""
+    for row in range(m):
+        source, target = carray(_bytes(x + row * x_row), k), carray(_sums(y + row * y_row), n)
+        total = np.int32(0)
+        for column in range(k):
+            total += np.int32(source[column])
+        for column in range(n):
+            target[column] -= np.int32(factor * total)
+
+
+@_compiled(*[Address] * 20)
+def windows(
+    x: int, x_row: int, x_column: int, height: int, width: int, channels: int, h: int, w: int, kernel_h: int, stride_h: int,
+    stride_w: int, dilation_h: int, dilation_w: int, top: int, left: int, zero: int, out: int, out_row: int, run: int, runs: int,
+) -> None:  # fmt: skip
+    """All windows of x[height, width, channels] + 128 as rows [h * w] of bytes; `run` taps that lie side by side in x are copied at once."""
+    fill = np.uint8(zero) ^ FLIP
+    for i in range(h):
+        for j in range(w):
+            place = out + (i * w + j) * out_row
+            for k in range(kernel_h):
+                row = i * stride_h + k * dilation_h - top
+                for part in range(runs):
+                    column = j * stride_w + part * dilation_w - left
+                    target = carray(_bytes(place), run * channels)
+                    place += run * channels
+                    first = max(0, -column) if 0 <= row < height else run
+                    last = max(first, min(run, width - column)) if 0 <= row < height else run
+                    for index in range(first * channels):
+                        target[index] = fill
+                    for index in range(last * channels, run * channels):
+                        target[index] = fill
+                    if last > first:
+                        size = (last - first) * channels
+                        inside = carray(_bytes(place - run * channels + first * channels), size)
+                        source = carray(_bytes(x + row * x_row + (column + first) * x_column), size)
+                        for index in range(size):
+                            inside[index] = source[index] ^ FLIP
+
+
+# ---- depthwise convolution ---------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _add_tap(total: Any, x: Any, w: Any, channels: int) -> None:
+    for c in range(channels):
+        total[c] += np.int32(x[c]) * np.int32(w[c])
+
+
+@njit(inline="always")
+def _add_three_taps(total: Any, x: int, x_step: int, w: int, w_step: int, channels: int) -> None:
+    x0, x1, x2 = carray(_codes(x), channels), carray(_codes(x + x_step), channels), carray(_codes(x + 2 * x_step), channels)
+    w0, w1, w2 = carray(_codes(w), channels), carray(_codes(w + w_step), channels), carray(_codes(w + 2 * w_step), channels)
+    for c in range(channels):
+        total[c] += np.int32(x0[c]) * np.int32(w0[c]) + np.int32(x1[c]) * np.int32(w1[c]) + np.int32(x2[c]) * np.int32(w2[c])
+
+
+@_compiled(*[Address] * 23)
+def depthwise(
+    x: int, x_row: int, x_column: int, height: int, width: int, channels: int, h: int, w: int, kernel_h: int, kernel_w: int, stride_h: int,
+    stride_w: int, dilation_h: int, dilation_w: int, top: int, left: int, zero: int, weights: int, w_row: int, w_column: int, y: int,
+    y_row: int, y_column: int,
+) -> None:  # fmt: skip
+    """y[h, w, channels] += windows of x, each channel times its own taps [kernel_h, kernel_w, channels]."""
+    for i in range(h):
+        for j in range(w):
+            total = carray(_sums(y + i * y_row + j * y_column), channels)
+            for k in range(kernel_h):
+                row, tap = i * stride_h + k * dilation_h - top, 0
+                while tap < kernel_w:
+                    column = j * stride_w + tap * dilation_w - left
+                    place, weight = x + row * x_row + column * x_column, weights + k * w_row + tap * w_column
+                    if 0 <= row < height and column >= 0 and tap + 2 < kernel_w and column + 2 * dilation_w < width:
+                        _add_three_taps(total, place, dilation_w * x_column, weight, w_column, channels)
+                        tap += 3
+                        continue
+                    if 0 <= row < height and 0 <= column < width:
+                        _add_tap(total, carray(_codes(place), channels), carray(_codes(weight), channels), channels)
+                    elif zero != 0:
+                        taps = carray(_codes(weight), channels)
+                        for c in range(channels):
+                            total[c] += np.int32(zero) * np.int32(taps[c])
+                    tap += 1
+
+
+@_compiled(*[Address] * 7)
+def start_sums(bias: int, y: int, y_row: int, y_column: int, h: int, w: int, n: int) -> None:
+    """y[h, w, n] = bias[n]."""
+    source = carray(_sums(bias), n)
+    for i in range(h):
+        for j in range(w):
+            target = carray(_sums(y + i * y_row + j * y_column), n)
+            for c in range(n):
+                target[c] = source[c]
+
+
+# ---- the vector engine -------------------------------------------------------------------------------------------------
+
+
+@_compiled(*[Address] * 10, Real, Real, Real)
+def requantize(
+    a: int, a_group: int, a_row: int, y: int, y_group: int, y_row: int, groups: int, rows: int, n: int, scales: int, zero: float, low: float,
+    high: float,
+) -> None:  # fmt: skip
+    """y[groups, rows, n] = clamp(rint(float32(a) * scale of n) + zero), int32 to int8."""
+    scale = carray(_reals(scales), n)
+    for group in range(groups):
+        for row in range(rows):
+            source = carray(_sums(a + group * a_group + row * a_row), n)
+            target = carray(_codes(y + group * y_group + row * y_row), n)
+            for c in range(n):
+                value = np.rint(np.float32(source[c]) * scale[c]) + zero
+                target[c] = np.int8(np.int32(min(max(value, low), high)))
+
+
+@_compiled(*[Address] * 15)
+def look_up(
+    table: int, high: int, high_group: int, high_row: int, high_step: int, low: int, low_group: int, low_row: int, low_step: int,
+    y: int, y_group: int, y_row: int, groups: int, rows: int, n: int,
+) -> None:  # fmt: skip
+    """y[groups, rows, n] = table[256 * high + low], all bytes; an address of 0 for `high` means zeros."""
+    entries = carray(_bytes(table), 1 << 16)
+    for group in range(groups):
+        for row in range(rows):
+            target = carray(_bytes(y + group * y_group + row * y_row), n)
+            first = low + group * low_group + row * low_row
+            if high == 0:
+                for c in range(n):
+                    target[c] = entries[np.intp(carray(_bytes(first + c * low_step), 1)[0])]
+            else:
+                second = high + group * high_group + row * high_row
+                for c in range(n):
+                    upper, lower = carray(_bytes(second + c * high_step), 1)[0], carray(_bytes(first + c * low_step), 1)[0]
+                    target[c] = entries[np.intp(upper) << 8 | np.intp(lower)]
