@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from isa.program import Instruction, Program, Tile, address_at
+from isa.program import Instruction, Program, TensorRecord, Tile, address_at
 from isa.spec import SPEC
 from runtime.decode import Decoded, decode
 from runtime.errors import RuntimeFault
@@ -94,6 +94,7 @@ class Binder:
         self.writers = {space: Writers() for space in memories}
         self.loads: dict[int, tuple[Located, Located]] = {}
         self.latest: tuple[int, Located, FloatSums] | None = None  # the last matrix instruction, if its sums are exact in float32
+        self.read: set[int] = set()  # who wrote scratchpad bytes that are read there
         self.readers: dict[int, set[int]] = {}  # who reads the accumulators that a step wrote
         self.takers: list[tuple[int, int, FloatSums]] = []  # matrix step, the requant that takes its float sums
         self._decoded: dict[int, Decoded] = {}
@@ -111,10 +112,12 @@ class Binder:
         result, *others = located.items()
         snapshots = self._snapshots(instruction, result, others, views)
         known = {} if snapshots or not self.known_order else self._known(dict(others))
+        views |= {name: content for name, (_, content) in known.items()}
         window = self._window(instruction, located, attributes) if self.known_order else None
         sums = self._float_sums(instruction, located) if self.known_order else None
         site = Site(instruction, views, attributes, self.scratch, self.memo, known, window, sums=sums)
         run = self.kernels[instruction.name](site)
+        self._note_readers([at for name, at in (*others, *([result] if attributes.get("accumulate") else [])) if name not in known])
         self._follow_accumulators(number, site, step.line.queue, located)
         self._record(number, instruction, located)
         return _after_copying(snapshots, run) if snapshots else run
@@ -123,6 +126,17 @@ class Binder:
         """All steps are bound: accumulators that only the taker of the float sums would read need not be stored."""
         for producer, taker, sums in self.takers:
             sums.stored = self.readers[producer] != {taker}
+
+    def unread(self, records: Iterable[TensorRecord]) -> set[int]:
+        """The loads of constants that no instruction reads from the scratchpad, nor any of the tensors to look at: they can be left out."""
+        named = [extent(record.tile, record.tile.address) for record in records if record.tile.space == "spm"]
+        spans = {number: result.extent for number, (result, _) in self.loads.items() if number not in self.read}
+        return {number for number, (low, high) in spans.items() if not any(first < high and low < last for first, last in named)}
+
+    def _note_readers(self, operands: Iterable[Located]) -> None:
+        for at in operands:
+            if at.tile.space == "spm":
+                self.read.update(self.writers["spm"].all(*at.extent))
 
     def _float_sums(self, instruction: Instruction, located: dict[str, Located]) -> FloatSums | None:
         """The float sums that stand for a requant's operand: all of what the last matrix instruction wrote, in the same order."""

@@ -79,6 +79,10 @@ class Stop:
     memories: dict[str, Array]
 
 
+def _nothing() -> None:
+    """A load that nobody reads."""
+
+
 class Machine:
     """The NPU that a program's target describes, with the program loaded. One machine runs one inference at a time."""
 
@@ -137,17 +141,22 @@ class Machine:
             times = f"{len(positions)} time{'s' * (len(positions) != 1)}"
             raise RuntimeFault(f"line {line} is executed {times}, not {turn}", hint="give the line of an instruction, as `npucc disasm` numbers them")
         order = self._order[: positions[turn - 1] + 1]
-        self._write_inputs(inputs)
-        for closure in self._bind(order, known_order=False):  # every instruction stores its result then
-            closure()
+        memories = self._memories_after(inputs, order)
         step = self.steps[order[-1]]
         tiles = decode(step.line.instruction).tiles
         operands = {name: self.memories[tile.space].view(tile, address_at(tile, step.iterations)).copy() for name, tile in tiles.items()}
-        return Stop(step.line.instruction, len(order), int(self.timeline.ends[order[-1]]), operands, self.contents())
+        return Stop(step.line.instruction, len(order), int(self.timeline.ends[order[-1]]), operands, memories)
 
-    def contents(self) -> dict[str, Array]:
-        """The bytes of every memory as they are now, uint8, by space."""
-        return {space: memory.bytes.copy() for space, memory in self.memories.items()}
+    def memories_after(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        """The bytes of every memory after an inference, uint8, by space."""
+        return self._memories_after(inputs, self._order)
+
+    def _memories_after(self, inputs: Mapping[str, Any], order: list[int]) -> dict[str, Array]:
+        """`run` may leave out bytes that nothing reads; here every instruction stores its result."""
+        self._write_inputs(inputs)
+        for closure in self._bind(order, known_order=False):
+            closure()
+        return {space: memory.content() for space, memory in self.memories.items()}
 
     def run_many(self, samples: Iterable[Mapping[str, Any]], *, workers: int = 1, dump: Dump = None) -> Iterator[Run]:
         """One Run per sample, in order; with `workers` above 1 in as many processes (a script then needs its `if __name__ == "__main__"`).
@@ -218,6 +227,9 @@ class Machine:
         binder = Binder(self.program, self.memories, self._memo, known_order=known_order, host=self.host, kernels=self._kernels)
         closures = [binder.bind(number, self.steps[index]) for number, index in enumerate(order)]
         binder.finish()
+        if known_order:
+            for number in binder.unread((*self.program.tensors, *self.program.outputs)):
+                closures[number] = _nothing
         return closures
 
     def _write_inputs(self, inputs: Mapping[str, Any]) -> None:

@@ -70,6 +70,14 @@ class Memory:
         view: Array = np.ndarray(tile.shape, dtype, buffer=buffer.data, offset=address - origin, strides=tile.strides)
         return view
 
+    def content(self) -> NDArray[np.uint8]:
+        """All bytes, as a copy."""
+        content: NDArray[np.uint8] = self.bytes.copy()
+        if self._fixed is not None:
+            first, fixed = self._fixed
+            content[first : first + len(fixed)] = fixed
+        return content
+
     def _backing(self, low: int, high: int) -> tuple[NDArray[np.uint8], int]:
         """The array that holds the bytes [low, high), and the address of its first one."""
         if self._fixed is None:

@@ -12,7 +12,7 @@ import typer
 
 from npucc import tables
 from npucc.cli import options, stopping, terminal
-from npucc.feeds import Feed, open_dataset, synthetic_feeds
+from npucc.feeds import Feed, check_feed, open_dataset, synthetic_feeds
 from npucc.files import json_text, write_array, write_arrays, write_bytes, write_text
 from npucc.package import Package, Result, load
 from runtime.errors import RuntimeFault
@@ -112,7 +112,7 @@ def _run_all(
         progress("run", index, count)
         result = package.run(feed, tensors=dump and first is None)
         if first is None and memory is not None:
-            stopping.write_memories(package.machine.contents(), memory, {"cycle": result.cycles})
+            stopping.write_memories(package.machine.memories_after(check_feed(feed, package.inputs)), memory, {"cycle": result.cycles})
         first = first or result
         if keep:
             for name, value in result.outputs.items():

@@ -583,6 +583,22 @@ def test_constants_are_kept_once(engine: str) -> None:
     assert peak - target.spm_bytes - target.acc_bytes - built.dram_bytes < len(constants) * (1.3 if engine == "numba" else 1)
 
 
+def test_constants_that_are_looked_at_are_loaded() -> None:
+    """Weights whose place in the scratchpad is a named tensor are there; those that only a product uses need not be."""
+    built, constants, weights = conv_program()
+    image = np.zeros(built.inputs[0].tile.shape, np.float32)
+    look = TensorRecord("weights", Tile.dense("spm", 0x8000, "s8", weights.shape), 1.0, 0, layer="conv")
+    machine = Machine(replace(built, tensors=(*built.tensors, look)), constants)
+    assert (machine.run({"image": image}, dump={"weights"}).tensors["weights"] == weights).all()
+    plain = Machine(built, constants)
+    plain.run({"image": image})
+    place = slice(0x8000, 0x8000 + weights.size)
+    assert not plain.memories["spm"].bytes[place].any()
+    assert plain.memories_after({"image": image})["spm"][place].tobytes() == weights.tobytes()
+    start = built.constants_address
+    assert plain.memories_after({"image": image})["dram"][start : start + len(constants)].tobytes() == constants
+
+
 def test_a_view_of_constants_and_more() -> None:
     """Fixed bytes are read in place; a view that also reaches other bytes shows both."""
     memory = Memory("dram", 64)
