@@ -183,6 +183,12 @@ def softmax_exponentials(source: Quant, length: int) -> LookUp:
     return LookUp(np.rint(2.0**bits * np.exp(float(source.scale) * distance)).astype(np.int64), base, shift)
 
 
+def softmax_steps(result: Quant) -> Quant:
+    """How an 8-bit softmax rounds: as onnxruntime's kernel, whose steps per 1 are rounded down to a whole number."""
+    steps = math.floor(F32(1) / F32(result.scale))
+    return Quant(result.dtype, np.asarray(1 / steps, F32), result.zero) if result.dtype == "s8" and steps else result
+
+
 def interpolation(size: int, result: int, scale: float, coordinates: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Per result index: the two source indices and their float32 weights, as onnxruntime computes them."""
     position = np.clip(source_positions(size, result, scale, coordinates), 0, size - 1).astype(F32)

@@ -141,6 +141,8 @@ def steps(
         yield Step(stage.name, graph, here)
 
     pruned: PruneReport | None = None
+    if pruning and any(tensor.given for tensor in graph.tensors.values()):
+        raise PruneError("the model is quantized already", hint="prune the float model; npucc quantizes what is left")
     if pruning and feeds is not None:
         feeds = _repeatable(feeds, max(pruning.samples, options.samples))
         graph, pruned = _pruned(graph, feeds, chip, pruning, progress)

@@ -8,7 +8,7 @@ Shapes are ONNX shapes (N, C, H, W …); where and in which order the bytes lie 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ import networkx as nx
 import numpy as np
 
 from npucc.errors import GraphError
-from npucc.ops import OPS, Attributes
+from npucc.ops import OPS, Attributes, Quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,56 @@ class Quant:
         return (self.dtype, self.scale.tobytes(), self.zero, self.axis)
 
 
+def as_quant(steps: Quantize) -> Quant:
+    """The quantization of a tensor on these steps."""
+    return Quant(steps.dtype, np.asarray(steps.scale, np.float32), steps.zero)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The quantization that an already quantized model brings along, and the integers of a constant: real = scale · (stored − zero).
+
+    `scale` broadcasts against the constant; `dtype` is s8, s16 or s32, to which unsigned integers and their zero points are shifted.
+    """
+
+    dtype: str
+    scale: np.ndarray  # float32, shape () or the constant's rank
+    zero: int = 0
+    stored: np.ndarray | None = None
+
+    @property
+    def quant(self) -> Quant | None:
+        """The same for a whole tensor; None where one scale does not do."""
+        return Quant(self.dtype, self.scale.reshape(()), self.zero) if self.scale.size == 1 else None
+
+    def transposed(self, permutation: Sequence[int]) -> Given:
+        """Of the transposed constant."""
+        assert self.stored is not None
+        scale = self.scale.transpose(permutation) if self.scale.ndim else self.scale
+        return replace(self, scale=scale, stored=self.stored.transpose(permutation))
+
+    def reshaped(self, shape: Sequence[int]) -> Given | None:
+        """Of the constant in another shape; None where its scales do not lie along one dimension of that."""
+        assert self.stored is not None
+        if self.scale.size == 1:
+            return replace(self, scale=self.scale.reshape(()), stored=self.stored.reshape(shape))
+        if [size for size in shape if size != 1] != [size for size in self.stored.shape if size != 1]:
+            return None
+        kept = iter([size for size, whole in zip(self.scale.shape, self.stored.shape, strict=True) if whole != 1])
+        return replace(self, scale=self.scale.reshape([next(kept) if size != 1 else 1 for size in shape]), stored=self.stored.reshape(shape))
+
+    def scaled(self, factor: np.ndarray) -> Given | None:
+        """Of the constant times positive factors, which broadcast against it; None for others."""
+        return replace(self, scale=(self.scale * factor).astype(np.float32)) if np.all(factor > 0) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A named value between nodes. `data` makes it a constant: float before quantization, integers after.
 
     `dtype` is the numpy name of the float model's element type. `source` is the name of the ONNX tensor it equals.
-    `wide` asks the quantizer for 16 bits (recurrent state, say); an integer graph has it in `quant`.
+    `wide` asks the quantizer for 16 bits (recurrent state, say); an integer graph has it in `quant`. `given` fixes what the quantizer
+    would choose: the model has chosen already.
     """
 
     name: str
@@ -53,6 +97,7 @@ class Tensor:
     quant: Quant | None = None
     source: str = ""
     wide: bool = False
+    given: Given | None = None
 
     @property
     def is_constant(self) -> bool:
@@ -116,7 +161,8 @@ class Graph:
         tensor = self.tensors[name]
         shape = ",".join(map(str, tensor.shape))
         if tensor.quant is None:
-            return f"{name}: {tensor.dtype}[{shape}]"
+            given = f" given as {tensor.given.dtype}*{tensor.given.scale}{-tensor.given.zero:+d}" if tensor.given else ""
+            return f"{name}: {tensor.dtype}[{shape}]{given}"
         scale = "per-channel" if tensor.quant.axis is not None else str(tensor.quant.scale)
         return f"{name}: {tensor.quant.dtype}[{shape}]*{scale}{-tensor.quant.zero:+d}"
 
@@ -179,9 +225,9 @@ class Editor:
         self.tensors[tensor.name] = tensor
         return tensor.name
 
-    def constant(self, stem: str, data: np.ndarray) -> str:
+    def constant(self, stem: str, data: np.ndarray, given: Given | None = None) -> str:
         name = self.fresh(stem)
-        return self.add_tensor(Tensor(name, tuple(data.shape), str(data.dtype), data))
+        return self.add_tensor(Tensor(name, tuple(data.shape), str(data.dtype), data, given=given))
 
     def add_node(self, node: Node, *, at: str = "") -> None:
         """Add the node, or put it in the place of the one with its name. `at`: the node whose place in the order a new one shares."""

@@ -19,6 +19,7 @@ from npucc.frontend import importer, operators
 from npucc.frontend.constants import BOUNDED, NOT_CONSTANT
 from npucc.frontend.hosting import NO_TENSORS
 from npucc.frontend.load import load_model
+from npucc.frontend.operators import quantized
 from npucc.frontend.prepare import prepare
 from npucc.ops import OPS, Operator, Pool, Reduce, Resize
 from npucc.segments import attributes_of
@@ -33,7 +34,7 @@ PLACES = {
     HOST: "onnxruntime, as part of a host segment",
 }
 #: what an operator group of the frontend comes down to, where it is not the vector engine
-GROUPS = {"matrix": MATRIX, "linear": MATRIX, "recurrent": MATRIX, "transformer": MATRIX, "layout": MOVES}
+GROUPS = {"matrix": MATRIX, "linear": MATRIX, "recurrent": MATRIX, "transformer": MATRIX, "layout": MOVES, "quantized": FOLDED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ def engine(record: Operator) -> str:
     """Who runs a graph operator."""
     if record.host:
         return HOST
+    if record.float_only:
+        return FOLDED
     if record.matrix:
         return MATRIX
     return MOVES if record.moves_data and not issubclass(record.attributes, Pool | Reduce | Resize) else VECTOR
@@ -72,6 +75,9 @@ def table() -> tuple[Support, ...]:
     for (domain, name), record in operators.OPERATORS.items():
         title = f"{domain}.{name}" if domain else name
         rows[title] = Support(title, GROUPS.get(groups[id(record)], VECTOR), record.note)
+    for each in quantized.EXPANSIONS:
+        title = f"{each.domain}.{each.name}" if each.domain else each.name
+        rows[title] = Support(title, rows[each.operator].place, f"as {each.operator}; {each.note}")
     for name, schema in known.items():
         rows.setdefault(name, Support(name, FOLDED, importer.FOLDED[name]) if name in importer.FOLDED else Support(name, HOST, _why_host(schema)))
     return tuple(rows[name] for name in sorted(rows))
@@ -90,8 +96,6 @@ def _why_host(schema: onnx.defs.OpSchema) -> str:
         return "the size of its result depends on data"
     if name in NOT_CONSTANT:
         return "random numbers"
-    if name.endswith("Linear") or name.endswith("Integer") or name.startswith("QLinear"):
-        return "the model is quantized already"
     return "no integer form yet"
 
 

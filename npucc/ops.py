@@ -89,6 +89,15 @@ class Table(Attributes):
 
 
 @dataclass(frozen=True, slots=True)
+class Quantize(Attributes):
+    """clamp(rint(x / scale) + zero), and back to reals: what a pair of QuantizeLinear and DequantizeLinear does. dtype: s8 or s16."""
+
+    dtype: str = "s8"
+    scale: float = 1.0
+    zero: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Pool(Attributes):
     """Result size is floor-based with the pads as given (ceil mode is turned into pads at import)."""
 
@@ -196,7 +205,7 @@ class Operator:
     """One record. Traits: `moves_data`: the result holds only values of the inputs, so input and result share one scale;
     `elementwise`: each result element depends on one element of each (broadcast) input;
     `fixed_range`: the real range of the result, known without calibration; `indices`: the inputs that are positions, not values;
-    `host`: runs outside the NPU, with any number of results."""
+    `host`: runs outside the NPU, with any number of results; `float_only`: the last pass before quantization leaves none."""
 
     name: str
     attributes: type[Attributes]
@@ -209,6 +218,7 @@ class Operator:
     fixed_range: tuple[float, float] | None = None
     indices: tuple[int, ...] = ()
     host: bool = False
+    float_only: bool = False
 
 
 def _same(_: Attributes, shapes: Sequence[Shape]) -> Shape:
@@ -285,6 +295,7 @@ TABLE: tuple[Operator, ...] = (
     Operator("compare", Compare, (2, 2), _broadcast, "comparison; the result is boolean", elementwise=True),
     Operator("where", Attributes, (3, 3), _broadcast, "condition ? a : b", elementwise=True),
     Operator("table", Table, (1, 1), _same, "any function of one variable, by table", elementwise=True),
+    Operator("quantize", Quantize, (1, 1), _same, "rounding to the steps of an already quantized model", float_only=True),
     Operator("max_pool", Pool, (1, 1), _pool, "largest value of each window", moves_data=True),
     Operator("average_pool", Pool, (1, 1), _pool, "mean of each window"),
     Operator("reduce_mean", Reduce, (1, 1), _reduce, "mean over axes (kept as 1)"),

@@ -286,7 +286,8 @@ def _softmax(call: Call) -> None:
     distance = call.less(call.op("Sub", steps, call.model.reduce("ReduceMax", steps, [axis])), values.base, "int32")
     exponential = _looked_up(call, values, distance)
     total = call.model.reduce("ReduceSum", exponential, [axis])
-    call.quantized(call.op("Div", call.model.cast(exponential, FLOAT), call.model.cast(total, FLOAT)))
+    probability = call.op("Div", call.model.cast(exponential, FLOAT), call.model.cast(total, FLOAT))
+    call.rounded(call.op("Div", probability, call.number(arithmetic.softmax_steps(call.quant).scale)))
 
 
 def _layer_norm(call: Call) -> None:

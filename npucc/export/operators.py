@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from npucc import scalar
+from npucc.arithmetic import RANGES
 from npucc.export.model import Model
-from npucc.graph import Graph, Node, Tensor
+from npucc.graph import Graph, Node, Quant, Tensor, as_quant
 from npucc.ops import OPS
 
 FLOAT = "float32"
@@ -69,6 +70,14 @@ def clip(model: Model, value: str, clamp: tuple[float, float], *, into: str) -> 
         model.op("Relu", [value], into=into)
     else:
         model.op("Clip", [value, low, high], into=into)
+
+
+def rounded(model: Model, value: str, quant: Quant, *, into: str) -> None:
+    """A real as the quantization holds it, in float operators: any opset has them."""
+    low, high = (limit - quant.zero for limit in RANGES[quant.dtype])
+    steps = model.op("Round", [model.op("Div", [value, model.constant(quant.scale, FLOAT)])])
+    held = model.op("Clip", [steps, model.constant(low, FLOAT), model.constant(high, FLOAT)])
+    model.op("Mul", [held, model.constant(quant.scale, FLOAT)], into=into)
 
 
 def _as_float(model: Model, node: Node, index: int, value: str, dtype: str) -> str:
@@ -229,6 +238,7 @@ EMITTERS: dict[str, Callable[[Call], None]] = {
     "compare": _compare,
     "where": _named("Where"),
     "table": _table,
+    "quantize": lambda call: rounded(call.model, call.inputs[0], as_quant(call.attributes), into=call.into),
     "max_pool": _max_pool,
     "average_pool": _average_pool,
     "reduce_mean": _reduce_mean,

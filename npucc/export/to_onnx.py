@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx
 
 from npucc.export.model import OPSET, OPSET_INT16, Model
-from npucc.export.operators import clip, emit
+from npucc.export.operators import FLOAT, clip, emit, rounded
 from npucc.export.quantized import emit_quantized
 from npucc.export.segment import emit_segment, newest_opset
 from npucc.graph import Graph, Node
@@ -44,7 +44,7 @@ def _emit_float(graph: Graph, model: Model) -> None:
 
 
 def _emit_float_node(graph: Graph, model: Model, node: Node) -> None:
-    """The node and its clamp, into the result's own name."""
+    """The node, its clamp and the rounding that an already quantized model gives it, into the result's own name."""
 
     def dtype_of(name: str) -> str:
         return graph.tensors[name].dtype
@@ -53,9 +53,12 @@ def _emit_float_node(graph: Graph, model: Model, node: Node) -> None:
         emit_segment(model, node, [(name, dtype_of(name)) for name in node.inputs], [(name, dtype_of(name)) for name in node.outputs])
         return
     result, clamp = node.outputs[0], getattr(node.attributes, "clamp", None)
-    if clamp is None:
-        emit(model, graph, node, node.inputs, result, dtype_of)
-        return
-    unclamped = model.fresh(f"{result}/unclamped")
-    emit(model, graph, node, node.inputs, unclamped, dtype_of)
-    clip(model, unclamped, clamp, into=result)
+    given = graph.tensors[result].given if not OPS[node.op].moves_data and graph.tensors[result].dtype == FLOAT else None
+    quant = given.quant if given else None
+    exact = result if quant is None else model.fresh(f"{result}/unrounded")
+    raw = exact if clamp is None else model.fresh(f"{result}/unclamped")
+    emit(model, graph, node, node.inputs, raw, dtype_of)
+    if clamp is not None:
+        clip(model, raw, clamp, into=exact)
+    if quant is not None:
+        rounded(model, exact, quant, into=result)

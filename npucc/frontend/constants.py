@@ -16,6 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorPro
 
 from npucc.errors import ImportModelError
 from npucc.frontend.prepare import FLOATS
+from npucc.graph import Given
 
 LARGEST_CONSTANT = 1 << 27  # elements
 SMALL = 1024  # elements; up to here a value is given to shape inference, which may need to see it
@@ -47,6 +48,7 @@ class Constants:
         self._sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
         self._values: dict[str, np.ndarray] = {}
         self._waiting: dict[str, NodeProto] = {}
+        self.given: dict[str, Given] = {}  # of those that the model has quantized
 
     def __contains__(self, name: str) -> bool:
         return name in self._values or name in self._waiting or name in self._stored or name in self._sparse
@@ -55,14 +57,17 @@ class Constants:
         """Further stored constants (a subgraph's initializers)."""
         self._stored.update({tensor.name: tensor for tensor in tensors})
 
-    def set(self, name: str, value: np.ndarray) -> None:
+    def set(self, name: str, value: np.ndarray, given: Given | None = None) -> None:
         self._values[name] = value
+        if given is not None:
+            self.given[name] = given
 
     def forget(self, names: Iterable[str]) -> None:
         """Take back what was set or deferred."""
         for name in names:
             self._values.pop(name, None)
             self._waiting.pop(name, None)
+            self.given.pop(name, None)
 
     def defer(self, node: NodeProto) -> None:
         """Note a node whose inputs are all constant. A `Constant` node is read at once."""

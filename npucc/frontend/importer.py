@@ -15,10 +15,14 @@ from npucc.frontend.constants import NOT_CONSTANT, Constants
 from npucc.frontend.functions import body_of
 from npucc.frontend.hosting import NO_TENSORS, Hosting, MustBeHosted, title
 from npucc.frontend.load import default_opset, load_model
-from npucc.frontend.node import Emitted, NodeImport
+from npucc.frontend.node import Emitted, Importer, Known, NodeImport
 from npucc.frontend.operators import OPERATORS
+from npucc.frontend.operators.quantized import BY_NAME as EXPANSIONS
+from npucc.frontend.operators.quantized import TABLE as CONVERSIONS
+from npucc.frontend.operators.quantized import moved
 from npucc.frontend.prepare import FLOATS, NUMBERS, Input, bind_inputs, element_type, numpy_name, prepare, reads, type_name
-from npucc.graph import Editor, Graph, Node, Tensor
+from npucc.frontend.steps import DYNAMIC, FORMS, whole
+from npucc.graph import Editor, Graph, Node, Quant, Tensor
 from npucc.ops import Reshape, Table
 
 LARGEST_TENSOR = 1 << 31  # elements
@@ -73,6 +77,7 @@ class _Importer:
         self.outputs = list(model.graph.output)
         self.tensors: dict[str, str] = {}  # ONNX tensor to graph tensor
         self.types: dict[str, int] = {}  # ONNX tensor to ONNX element type
+        self.steps: dict[str, Quant] = {}  # of ONNX tensors of integers whose graph tensors hold the reals that they stand for
         self.origin = ""  # the node whose function body is being taken
         self.reserved = {name for node in self.nodes for name in node.output} | {value.name for value in model.graph.initializer}
 
@@ -109,7 +114,7 @@ class _Importer:
         reason = self._host_reason(node, names)
         if reason:
             self._to_host(node, reason)
-        elif node.op_type not in NOT_CONSTANT and all(name in self.constants for name in names):
+        elif node.op_type not in NOT_CONSTANT and all(name in self.constants for name in names) and not self._keeps_integers(node):
             self.constants.defer(node)
         elif node.op_type in ("Shape", "Size", "EyeLike"):
             self.constants.set(node.output[0], self._shape_value(node))
@@ -117,8 +122,31 @@ class _Importer:
             self.constants.set(node.output[0], _as_type(self.constants.value(node.input[0]), self.types[node.input[1]]))
         elif node.op_type == "If" and node.input[0] in self.constants:
             self._take_branch(node)
+        elif (node.domain, node.op_type) in EXPANSIONS:
+            self._expand(node)
         else:
             self._import(node)
+
+    def _keeps_integers(self, node: NodeProto) -> bool:
+        """Whether a node dequantizes a constant whose integers the compiler takes as they are, or moves one that is."""
+        if node.op_type == "DequantizeLinear":
+            return helper.np_dtype_to_tensor_dtype(self.constants.value(node.input[0]).dtype) in FORMS
+        return node.op_type in ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity") and node.input[0] in self.constants.given
+
+    def _expand(self, node: NodeProto) -> None:
+        """An operator on integers as the float operator between conversions."""
+        expansion = EXPANSIONS[node.domain, node.op_type]
+        try:
+            parts = expansion.nodes(node)
+        except ImportModelError as error:
+            if self.hosting is None:
+                raise
+            self._to_host(node, error.message)
+            return
+        for part in parts:
+            self._take(part)
+        if expansion.whole:
+            self.types[node.output[0]] = TensorProto.INT32
 
     def _host_reason(self, node: NodeProto, names: Sequence[str]) -> str:
         """Why a node must be on the host, known before its import is tried; "" if it need not."""
@@ -139,9 +167,31 @@ class _Importer:
 
     def _to_host(self, proto: NodeProto, reason: str) -> None:
         assert self.hosting is not None
+        for name in reads(proto):
+            self._as_integers(name, reason)
         for name, kind in self.hosting.place(proto, reason, self.editor, self.tensors, self.types).items():
             self.tensors[name] = name
             self.types[name] = kind.tensor_type.elem_type
+
+    def _as_integers(self, name: str, reason: str) -> None:
+        """From here on the graph tensor of an ONNX tensor that has steps holds its integers. Raises MustBeHosted for one that has none yet."""
+        quant = self.steps.pop(name, None)
+        if quant is None:
+            return
+        if quant.key == DYNAMIC.key:
+            maker = next(node for node in self.nodes if name in node.output)
+            raise MustBeHosted({maker.name: f"its integers are read on the host: {reason}"})
+        tensor = self.editor.tensors[self.tensors[name]]
+        producer = self.editor.producer(tensor.name)
+        if producer is not None and tensor.name == name:  # which the integers are called
+            self._rename(tensor, producer, self.editor.fresh(f"{name}/real"))
+            tensor = self.editor.tensors[self.tensors[name]]
+        integers = Tensor(self.editor.fresh(f"{name}/integers"), tensor.shape, numpy_name(self.types[name]))
+        self.editor.add_tensor(integers)
+        attributes = Table(whole(quant, self.types[name]))
+        sources = producer.sources if producer else ()
+        self.editor.add_node(Node(self._fresh_node(integers.name), "table", (tensor.name,), (integers.name,), attributes, sources))
+        self.tensors[name] = integers.name
 
     def _take_branch(self, node: NodeProto) -> None:
         """An If whose condition is a constant: the nodes of the branch that it picks."""
@@ -210,6 +260,7 @@ class _Importer:
             for known, count in ((self.editor.tensors, before[1]), (self.tensors, before[2]), (self.types, before[3])):
                 for name in list(known)[count:]:
                     del known[name]
+                    self.steps.pop(name, None)
             self.constants.forget(name for node in body for name in node.output)
             return False
         finally:
@@ -221,38 +272,70 @@ class _Importer:
         if record is None:
             message = f"operator {title(proto)} is not supported"
             raise ImportModelError(message, file=self.file, node=proto.name, hint=_unsupported_hint(proto))
-        node = NodeImport(proto, self.opset, self.file, self.editor, self.constants, self.tensors, self.types, self.reserved)
+        if not self._import_as_reals(record, proto):
+            node = self._view(proto)
+            self._commit(node, self._run(record, node))
+
+    def _view(self, proto: NodeProto, *, as_reals: bool = False) -> NodeImport:
+        known = Known(self.tensors, self.types, self.steps, self.reserved)
+        return NodeImport(proto, self.opset, self.file, self.editor, self.constants, known, as_reals=as_reals)
+
+    def _import_as_reals(self, record: Importer, proto: NodeProto) -> bool:
+        """Import a node that only moves quantized integers as one that moves what they stand for; False if it is none."""
+        found = [(self.steps[name], self.types[name]) for name in proto.input if name in self.steps]
+        if record in CONVERSIONS or not found or len({(quant.key, kind) for quant, kind in found}) > 1:
+            return False
+        node = self._view(proto, as_reals=True)
+        try:
+            results = self._run(record, node)
+        except ImportModelError:
+            return False
+        quant, kind = found[0]
+        emitted = moved(node.emitted, quant, kind, self.editor.tensors)
+        if emitted is None:
+            return False
+        node.emitted[:] = emitted
+        self._commit(node, results)
+        self.steps |= dict.fromkeys(filter(None, node.outputs), quant)
+        return True
+
+    def _run(self, record: Importer, node: NodeImport) -> Sequence[str]:
+        """The names of the node's results. Raises ImportModelError."""
         try:
             results = record.run(node)
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError) as error:
-            shapes = ", ".join(str(list(node.shape(i))) if node.has(i) else "-" for i in range(len(proto.input)))
+            shapes = ", ".join(str(list(node.shape(i))) if node.has(i) else "-" for i in range(len(node.inputs)))
             raise ImportModelError(
-                f"{proto.op_type} does not fit its inputs of shapes {shapes}: {error}",
+                f"{node.operator} does not fit its inputs of shapes {shapes}: {error}",
                 file=self.file,
-                node=proto.name,
+                node=node.name,
                 hint="the model is damaged; export it again",
             ) from error
-        self._commit(node, (results,) if isinstance(results, str) else results)
+        return (results,) if isinstance(results, str) else results
 
     def _commit(self, node: NodeImport, results: Sequence[str]) -> None:
         """Give the emitted results the names of the ONNX outputs, and put the emitted nodes into the graph."""
         made = {emitted.output for emitted in node.emitted}
         renamed: dict[str, str] = {}
         for output, result in zip(node.outputs, results, strict=False):
-            if not output:
+            if not output or output in self.constants:
                 continue
             if result in made and result not in renamed:
                 renamed[result] = output
-            known = self.editor.tensors[result].data if result in self.editor.tensors else None
-            if known is not None:
-                self.constants.set(output, known)
+            known = self.editor.tensors.get(result)
+            if known is not None and known.data is not None:
+                self.constants.set(output, known.data, known.given)
                 continue
             self.tensors[output] = renamed.get(result, result)
             self.types[output] = self._result_type(node)
+            if node.result_steps is not None:
+                self.steps[output] = node.result_steps
         for index, emitted in enumerate(node.emitted):
             self._add_node(node, emitted, renamed, index)
 
     def _result_type(self, node: NodeImport) -> int:
+        if node.result_type:
+            return node.result_type
         if node.operator in BOOLEAN_RESULTS:
             return TensorProto.BOOL
         if node.operator == "Cast":
@@ -289,6 +372,7 @@ class _Importer:
                 file=self.file,
                 hint="remove it from the model's outputs",
             )
+        self._as_integers(name, "they are an output")
         tensor = self.editor.tensors[self.tensors[name]]
         if tensor.name != name:
             producer = self.editor.producer(tensor.name)
@@ -330,12 +414,6 @@ def _as_type(value: np.ndarray, dtype: int) -> np.ndarray:
 
 
 def _unsupported_hint(node: NodeProto) -> str:
-    if (
-        node.op_type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-        or node.op_type.startswith("QLinear")
-        or node.op_type.endswith("Integer")
-    ):
-        return "the model is quantized already; give the float model, which npucc quantizes itself"
     if node.op_type in CONTROL_FLOW:
         return "control flow that depends on data can't be compiled; export the model with fixed control flow"
     return "see `npucc ops` for the supported operators; cut the model before this node, or replace the node by supported ones"

@@ -7,7 +7,7 @@ comes from the operator's own record; where a constant is needed it asks for the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from onnx import NodeProto, TensorProto, helper
 from npucc import ops, scalar
 from npucc.errors import ImportModelError
 from npucc.frontend.constants import Constants
-from npucc.graph import Editor, Tensor
+from npucc.frontend.prepare import numpy_name
+from npucc.frontend.steps import DYNAMIC, whole
+from npucc.graph import Editor, Given, Quant, Tensor
 from npucc.ops import OPS, Attributes
 
 
@@ -45,6 +47,19 @@ class Importer:
     domain: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """By ONNX tensor: its graph tensor, its ONNX element type, and the steps of integers whose graph tensor holds the reals that they stand for.
+
+    `reserved`: names that the graph will need.
+    """
+
+    tensors: Mapping[str, str]
+    types: Mapping[str, int]
+    steps: Mapping[str, Quant]
+    reserved: Container[str]
+
+
 class NodeImport:
     """One ONNX node under import."""
 
@@ -55,18 +70,23 @@ class NodeImport:
         file: str,
         editor: Editor,
         constants: Constants,
-        tensors: dict[str, str],
-        types: dict[str, int],
-        reserved: set[str],
+        known: Known,
+        *,
+        as_reals: bool = False,
     ) -> None:
+        """`as_reals`: inputs that have steps are the reals that their integers stand for."""
         self.name, self.operator, self.opset, self.file = proto.name, proto.op_type, opset, file
         self.proto = proto
         self.inputs = tuple(proto.input)
         self.outputs = tuple(proto.output)
         self.emitted: list[Emitted] = []
-        self._editor, self._constants, self._tensors, self._types, self._reserved = editor, constants, tensors, types, reserved
+        self._editor, self._constants = editor, constants
+        self._tensors, self._types, self._steps, self._reserved = known.tensors, known.types, known.steps, known.reserved
         self._attributes = {attribute.name: attribute for attribute in proto.attribute}
         self._local: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._as_reals = as_reals
+        self.result_type = 0  # ONNX element type of the first result, where it is not that of the first input
+        self.result_steps: Quant | None = None  # of the first result
 
     def refuse(self, message: str, *, hint: str = "change the model before export") -> ImportModelError:
         """The error to raise for this node."""
@@ -135,7 +155,22 @@ class NodeImport:
         name = self.inputs[index]
         if name in self._constants:
             return self._constant_tensor(name)
-        return self._tensors[name]
+        return self._tensors[name] if name not in self._steps or self._as_reals else self._integers(name)
+
+    def _integers(self, name: str) -> str:
+        """The integers of a quantized tensor, as numbers."""
+        if self._steps[name].key == DYNAMIC.key:
+            raise self.refuse(f"reads the integers {name!r} of DynamicQuantizeLinear")
+        kind = self._types[name]
+        return self.table(whole(self._steps[name], kind), self._tensors[name], dtype=numpy_name(kind))
+
+    def steps_of(self, index: int) -> Quant | None:
+        """The steps of an input whose graph tensor holds reals; None of one that holds what the ONNX tensor holds."""
+        return self._steps.get(self.inputs[index])
+
+    def reals(self, index: int) -> str:
+        """The graph tensor of an input that has steps."""
+        return self._tensors[self.inputs[index]]
 
     def _constant_tensor(self, name: str) -> str:
         if name not in self._editor.tensors:
@@ -143,7 +178,7 @@ class NodeImport:
             if value.dtype.kind not in "biuf":
                 raise self.refuse(f"constant {name!r} holds {value.dtype}, not numbers")
             value = value if value.dtype == bool else value.astype(np.float32)
-            self._editor.add_tensor(Tensor(name, tuple(value.shape), str(value.dtype), value, source=name))
+            self._editor.add_tensor(Tensor(name, tuple(value.shape), str(value.dtype), value, source=name, given=self._constants.given.get(name)))
         return name
 
     def shape(self, index: int) -> tuple[int, ...]:
@@ -193,12 +228,19 @@ class NodeImport:
         self.emitted.append(Emitted(op, tuple(inputs), output, attributes, sizes, self._local[output][1], wide))
         return output
 
-    def new_constant(self, value: ArrayLike, stem: str) -> str:
+    def set_constant(self, output: int, value: np.ndarray, given: Given | None = None) -> str:
+        """One of the node's results is this constant; its name."""
+        name = self.outputs[output] if output < len(self.outputs) else ""
+        if name:
+            self._constants.set(name, value, given)
+        return name
+
+    def new_constant(self, value: ArrayLike, stem: str, given: Given | None = None) -> str:
         """A new constant tensor (float32, or bool)."""
         array = np.asarray(value)
         array = np.ascontiguousarray(array if array.dtype == bool else array.astype(np.float32)).reshape(array.shape)
         name = self._fresh(f"{next(filter(None, self.outputs))}/{stem}")
-        return self._editor.add_tensor(Tensor(name, tuple(array.shape), str(array.dtype), array))
+        return self._editor.add_tensor(Tensor(name, tuple(array.shape), str(array.dtype), array, given=given))
 
     def table(self, expression: scalar.Expression, tensor: str, *, dtype: str = "float32", wide: bool = False) -> str:
         """A function of one tensor; of a constant it is another constant."""
@@ -218,7 +260,8 @@ class NodeImport:
             raise self.refuse(f"can't turn shape {list(self.shape_of(tensor))} into {list(shape)}", hint="check the input shapes")
         known = self._known(tensor)
         if known is not None:
-            return self.new_constant(known.reshape(shape), "constant")
+            given = self._editor.tensors[tensor].given
+            return self.new_constant(known.reshape(shape), "constant", given and given.reshaped(shape))
         return self.emit("reshape", (tensor,), ops.Reshape(tuple(shape)))
 
     def transpose(self, tensor: str, permutation: Sequence[int]) -> str:
@@ -227,7 +270,8 @@ class NodeImport:
             return tensor
         known = self._known(tensor)
         if known is not None:
-            return self.new_constant(known.transpose(permutation), "constant")
+            given = self._editor.tensors[tensor].given
+            return self.new_constant(known.transpose(permutation), "constant", given and given.transposed(permutation))
         return self.emit("transpose", (tensor,), ops.Transpose(tuple(permutation)))
 
     def _known(self, tensor: str) -> np.ndarray | None:

@@ -113,7 +113,7 @@ def lower_softmax(emitter: Emitter, group: Group) -> None:
             e = e if len(pieces) == 1 and e is not None else exponentials(start, size)
             window = rows.window(y_view, index, count, start, size)
             target = emitter.result_tile(window, y_ring)
-            emitter.vector("div", target, e, _spread(total, size), qy=quant_pair(result))
+            emitter.vector("div", target, e, _spread(total, size), qy=quant_pair(arithmetic.softmax_steps(result)))
             emitter.store(window, target)
 
 

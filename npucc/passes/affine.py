@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npucc import ops
-from npucc.graph import Editor, Node, Tensor
+from npucc.graph import Editor, Given, Node, Tensor
 from npucc.passes.rewrite import Result, Rewrite, Rule, merged_sources
 from npucc.passes.values import ARITHMETIC, ChannelMap, Reals, as_function, channel_map, constant, has_bias, is_depthwise_1x1, uniform
 
@@ -48,7 +48,7 @@ def _fold(editor: Editor, producer: Node, node: Node, chain: ChannelMap) -> Resu
     if isinstance(clamp, str):
         return clamp
     if not (np.all(chain.scale == 1) and np.all(chain.shift == 0)):
-        inputs = _scaled_inputs(editor, producer, chain)
+        inputs = _scaled_inputs(editor, producer, chain, _given_shift(editor, node))
         if inputs is None:
             return f"the weights of {producer.name!r} are not a constant matrix"
         producer = replace(producer, inputs=inputs)
@@ -74,16 +74,35 @@ def _as_float32(value: float) -> float:
     return float(np.float32(value))
 
 
-def _scaled_inputs(editor: Editor, producer: Node, chain: ChannelMap) -> tuple[str, ...] | None:
-    """The producer's inputs with weights and bias multiplied per output channel."""
-    weights = editor.tensors[producer.inputs[1]].data
-    if weights is None or (producer.op == "matmul" and weights.ndim != 2):
+def _given_shift(editor: Editor, node: Node) -> Given | None:
+    """How the model has quantized the constant that a node adds, as a vector."""
+    found = [given for name in node.inputs if node.op == "add" and (given := editor.tensors[name].given) and given.stored is not None]
+    return found[0].reshaped((found[0].stored.size,)) if len(found) == 1 and found[0].stored is not None else None
+
+
+def _scaled_inputs(editor: Editor, producer: Node, chain: ChannelMap, shift: Given | None) -> tuple[str, ...] | None:
+    """The producer's inputs with weights and bias multiplied per output channel. `shift`: how what is added is quantized already."""
+    weights = editor.tensors[producer.inputs[1]]
+    if weights.data is None or (producer.op == "matmul" and weights.data.ndim != 2):
         return None
-    scaled = _scale_outputs(producer, weights.astype(np.float64), chain.scale)
+    if np.all(chain.scale == 1):
+        scaled = producer.inputs[1]
+    else:
+        given = weights.given and weights.given.scaled(_scale_outputs(producer, np.ones(weights.shape), chain.scale))
+        scaled = _add_weights(editor, producer.inputs[1], _scale_outputs(producer, weights.data.astype(np.float64), chain.scale), given)
     channels = editor.tensors[producer.outputs[0]].shape[_channel_axis(editor, producer)]
     bias = constant(editor, producer.inputs[2]).astype(np.float64) if has_bias(producer) else np.zeros(channels)
     new_bias = np.broadcast_to(bias * chain.scale + chain.shift, (channels,))
-    return (producer.inputs[0], _add_weights(editor, producer.inputs[1], scaled), *_add_bias(editor, producer, new_bias))
+    kept = _given_bias(editor, producer, chain, channels, shift)
+    return (producer.inputs[0], scaled, *_add_bias(editor, producer, new_bias, kept))
+
+
+def _given_bias(editor: Editor, producer: Node, chain: ChannelMap, channels: int, shift: Given | None) -> Given | None:
+    """How the model has quantized the bias that comes out: the old one, scaled, or what is added where there was none."""
+    if not has_bias(producer):
+        return shift if shift and shift.stored is not None and shift.stored.shape == (channels,) and np.all(chain.scale == 1) else None
+    given = editor.tensors[producer.inputs[2]].given
+    return given.scaled(chain.scale) if given and np.all(chain.shift == 0) else None
 
 
 def _scale_outputs(producer: Node, weights: Reals, scale: Reals) -> Reals:
@@ -98,15 +117,15 @@ def _scale_outputs(producer: Node, weights: Reals, scale: Reals) -> Reals:
     return (grouped * scale.reshape(groups, 1, -1, 1, 1)).reshape(weights.shape)
 
 
-def _add_weights(editor: Editor, stem: str, weights: Reals) -> str:
-    return editor.constant(stem, np.ascontiguousarray(weights, np.float32))
+def _add_weights(editor: Editor, stem: str, weights: Reals, given: Given | None = None) -> str:
+    return editor.constant(stem, np.ascontiguousarray(weights, np.float32), given)
 
 
-def _add_bias(editor: Editor, producer: Node, bias: Reals) -> tuple[str, ...]:
+def _add_bias(editor: Editor, producer: Node, bias: Reals, given: Given | None = None) -> tuple[str, ...]:
     """The bias as a constant; none if it is zero and there was none."""
     if not has_bias(producer) and not np.any(bias):
         return ()
-    return (editor.constant(f"{producer.inputs[1]}.bias", np.ascontiguousarray(bias, np.float32)),)
+    return (editor.constant(f"{producer.inputs[1]}.bias", np.ascontiguousarray(bias, np.float32), given),)
 
 
 def clamp_producer(editor: Editor, node: Node) -> Result:
@@ -176,7 +195,7 @@ def _per_group(values: Reals, channels: int, groups: int, outputs: int) -> Reals
 def scale_to_depthwise(editor: Editor, node: Node) -> Result:
     """z = mul(x, s[1,C,1,1])  →  z = conv(x, s[C,1,1,1]) groups=C   (add and sub likewise, with a bias)"""
     shape = editor.tensors[node.outputs[0]].shape
-    if len(shape) != 4 or as_function(editor, node) is not None:
+    if len(shape) != 4 or as_function(editor, node) is not None or any(editor.tensors[name].given for name in node.inputs):
         return None
     chain = channel_map(editor, node, 1)
     if chain is None:

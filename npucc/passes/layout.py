@@ -141,14 +141,17 @@ def _moved_constant(editor: Editor, name: str, move: Node, before: Shape, after:
     if data.size == 1:
         return name if data.ndim <= len(before) else editor.constant(name, data.reshape(()))
     full = data.reshape((1,) * (len(after) - data.ndim) + data.shape)
+    given = editor.tensors[name].given
+    whole = given and given.reshaped(full.shape)
     if isinstance(move.attributes, ops.Transpose):
-        moved = full.transpose(np.argsort(move.attributes.permutation))
+        order = [int(axis) for axis in np.argsort(move.attributes.permutation)]
+        moved, given = full.transpose(order), whole and whole.transposed(order)
     else:
         shape = _reshaped_operand(full.shape, before, after)
         if shape is None:
             return None
-        moved = full.reshape(shape)
-    return editor.constant(name, np.ascontiguousarray(moved))
+        moved, given = full.reshape(shape), whole and whole.reshaped(shape)
+    return editor.constant(name, np.ascontiguousarray(moved), given)
 
 
 def _reshaped_operand(operand: Shape, before: Shape, after: Shape) -> Shape | None:

@@ -7,12 +7,13 @@ from npucc.passes.layout import LAYOUT_RULES
 from npucc.passes.padding import PADDING_RULES
 from npucc.passes.patterns import PATTERN_RULES
 from npucc.passes.rewrite import Stage, stage
+from npucc.passes.scales import ROUNDING_RULES, SCALES_STAGE
 from npucc.passes.tables import TABLE_RULES
 
 STAGES: tuple[Stage, ...] = (
     stage(
         "fold",
-        (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES),
+        (*ROUNDING_RULES, *LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES),
         "normalization, scales, clips and padding cost nothing inside a matrix operation",
         report=False,
     ),
@@ -20,7 +21,8 @@ STAGES: tuple[Stage, ...] = (
     stage("patterns", (*LAYOUT_RULES, *PATTERN_RULES), "LayerNorm and Softmax keep their precision only as one operation"),
     stage(
         "finish",
-        (*LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES, *FORWARD_RULES, *DEPTHWISE_RULES),
+        (*ROUNDING_RULES, *LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES, *FORWARD_RULES, *DEPTHWISE_RULES),
         "what has become foldable is folded; a scale per channel becomes a depthwise convolution",
     ),
+    SCALES_STAGE,
 )

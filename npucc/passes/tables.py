@@ -18,9 +18,9 @@ DEEPEST_CHAIN = 8
 
 
 def constant_operand(editor: Editor, node: Node) -> Result:
-    """y = add(x, 3)  →  y = table(x) add(x, 3)"""
+    """y = add(x, 3)  →  y = table(x) add(x, 3); where the model quantizes the 3, it wants a sum of integers"""
     function = as_function(editor, node) if node.op in ARITHMETIC else None
-    if function is None:
+    if function is None or any(editor.tensors[name].given for name in node.inputs):
         return None
     return Rewrite((replace(node, op="table", inputs=(function[0],), attributes=ops.Table(function[1])),))
 
@@ -63,8 +63,11 @@ def common_variable(editor: Editor, node: Node) -> Result:
 
 
 def _chain(editor: Editor, tensor: str) -> float | dict[str, tuple[scalar.Expression, tuple[Node, ...]]]:
-    """The tensor as functions of the tensors above it, nearest first (with the nodes in between); a number if it is a constant of one value."""
-    value = uniform(editor, tensor)
+    """The tensor as functions of the tensors above it, nearest first (with the nodes in between); a number if it is a constant of one value.
+
+    A constant that the model has quantized stays an operand: it wants integer arithmetic.
+    """
+    value = uniform(editor, tensor) if editor.tensors[tensor].given is None else None
     if value is not None:
         return value
     chain: dict[str, tuple[scalar.Expression, tuple[Node, ...]]] = {tensor: ("x", ())}

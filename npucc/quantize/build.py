@@ -30,6 +30,7 @@ from npucc.quantize.constants import (
     source_of,
     with_bias,
 )
+from npucc.quantize.given import kept_matrix
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.rounding import Evidence, Lattice, round_weights
 from npucc.quantize.scales import BOOLEAN, INDEX, Scales
@@ -52,7 +53,7 @@ def build(
     builder = _Builder(graph, scales, means, options, evidence or {}, Editor(graph))
     for name, tensor in graph.tensors.items():
         if not tensor.is_constant:
-            builder.editor.tensors[name] = replace(tensor, quant=scales.of(graph, name))
+            builder.editor.tensors[name] = replace(tensor, quant=scales.of(graph, name), given=None)
     for node in graph:
         builder.editor.add_node(replace(node, inputs=builder.inputs(node)))
     for name in graph.outputs:
@@ -100,7 +101,8 @@ class _Builder:
         if key not in self.stored:
             taken = any(other[0] == name for other in self.stored)
             chosen = self.editor.fresh(name) if taken else name
-            self.editor.tensors[chosen] = replace(self.graph.tensors[name], name=chosen, shape=values.shape, data=values, quant=quant)
+            tensor = replace(self.graph.tensors[name], name=chosen, shape=values.shape, data=values, quant=quant, given=None)
+            self.editor.tensors[chosen] = tensor
             self.stored[key] = chosen
         return self.stored[key]
 
@@ -110,10 +112,14 @@ class _Builder:
         weights, bias = self._data(node.inputs[1]), self._bias(node)
         _refuse_not_finite(node, weights, bias)
         source = self.scales.of(self.graph, node.inputs[0])
-        axis = output_axis(node, weights, per_tensor=self.options.per_tensor)
-        constants = quantize_matrix(weights, bias, source, axis, rounding=partial(self._rounded, node.inputs[1]))
-        if self.options.bias_correction:
-            constants = self._corrected(node, weights, bias, source, constants)
+        kept = kept_matrix(node, self.graph, source)
+        if isinstance(kept, MatrixConstants):
+            constants = kept
+        else:
+            axis = output_axis(node, weights, per_tensor=self.options.per_tensor)
+            constants = quantize_matrix(weights, bias, source, axis, rounding=partial(self._rounded, node.inputs[1]))
+            if self.options.bias_correction and self.means:
+                constants = self._corrected(node, weights, bias, source, constants)
         stored = self._store(node.inputs[1], constants.weights, constants.weights_quant)
         if constants.bias is None:
             return (node.inputs[0], stored)
@@ -165,6 +171,9 @@ class _Builder:
             return self._product_bias(node, name)
         if index in OPS[node.op].indices:
             return self._store(name, data.astype(np.int32), INDEX)
+        given = self.graph.tensors[name].given
+        if given and given.quant and given.stored is not None and given.dtype != "s32" and not OPS[node.op].moves_data:
+            return self._store(name, given.stored, given.quant)
         values = finite_constant(node, name, data, self.scales.range(result))
         if OPS[node.op].moves_data:
             quant = self.scales.of(self.graph, result)

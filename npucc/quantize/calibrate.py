@@ -77,10 +77,11 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
 
 
 def measured(graph: Graph) -> tuple[str, ...]:
-    """Tensors whose values are counted: inputs, and results of operators that compute, but for what only the host touches."""
+    """Tensors whose values are counted: inputs, and results of operators that compute, but for what only the host touches and given scales."""
     computed = (name for node in graph if not OPS[node.op].moves_data for name in node.outputs)
     raw = untouched(graph)
-    return tuple(name for name in (*graph.inputs, *computed) if graph.tensors[name].dtype != "bool" and name not in raw)
+    candidates = (graph.tensors[name] for name in (*graph.inputs, *computed) if name not in raw)
+    return tuple(tensor.name for tensor in candidates if tensor.dtype != "bool" and tensor.given is None)
 
 
 def moved_operands(graph: Graph) -> tuple[str, ...]:
@@ -93,7 +94,8 @@ def channel_axes(graph: Graph) -> dict[str, set[int]]:
     """Per first operand of matrix operators with constant weights: the dimensions that their sums run over."""
     axes: dict[str, set[int]] = {}
     for node in graph:
-        if OPS[node.op].matrix and not graph.tensors[node.inputs[0]].is_constant and graph.tensors[node.inputs[1]].is_constant:
+        weights = graph.tensors[node.inputs[1]] if OPS[node.op].matrix else None
+        if weights and weights.is_constant and weights.given is None and not graph.tensors[node.inputs[0]].is_constant:
             axes.setdefault(node.inputs[0], set()).add(summed_axis(graph, node))
     return axes
 

@@ -27,7 +27,9 @@ SMALLEST_SHARE = 0.3  # of a channel's values within the clamp: below, a bias sa
 
 def correct_biases(graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, progress: Progress | None = None) -> Graph:
     """The integer graph with corrected biases. `graph`: the float graph that it was made from, with the same nodes."""
-    nodes = [node for node in integer if _has_bias(integer, node)]
+    nodes = [node for node in integer if _has_bias(integer, node) and graph.tensors[graph.nodes[node.name].inputs[1]].given is None]
+    if not nodes or not feeds:
+        return integer
     wanted = _float_means(graph, nodes, feeds)
     editor, tensors = Editor(integer), dict(integer.tensors)
     working = replace(integer, tensors=tensors)

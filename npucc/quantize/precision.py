@@ -61,7 +61,7 @@ def wide_roots(graph: Graph, groups: Groups) -> set[str]:
     if chosen:
         for name in graph.outputs:
             _mark(graph, groups, members, name, SCORES | MEANS, chosen)
-    return {root for root in chosen if not any(_is_whole(graph, name) for name in members[root]) and not _is_softmax(graph, members[root])}
+    return {root for root in chosen if not any(_is_fixed(graph, name) for name in members[root]) and not _is_softmax(graph, members[root])}
 
 
 BULK = 0.99  # of the values
@@ -141,7 +141,7 @@ def _uneven_operands(graph: Graph, groups: Groups, calibration: Calibration) -> 
         if not OPS[node.op].matrix or graph.tensors[name].is_constant or not graph.tensors[node.inputs[1]].is_constant:
             continue
         members = groups.members(name)
-        if _is_softmax(graph, members) or any(_is_whole(graph, each) for each in members):
+        if _is_softmax(graph, members) or any(_is_fixed(graph, each) for each in members):
             continue
         histogram = _histogram(calibration, groups, name)
         uneven = _behind_root(graph, members) or (node.op == "matmul" and _bulk_ratio(histogram) < SMALLEST_BULK)
@@ -210,8 +210,9 @@ def _mark(graph: Graph, groups: Groups, members: Mapping[str, list[str]], name: 
                 waiting += map(groups.root, computed)
 
 
-def _is_whole(graph: Graph, name: str) -> bool:
-    return np.dtype(graph.tensors[name].dtype).kind in "iub"
+def _is_fixed(graph: Graph, name: str) -> bool:
+    """Whole numbers, and what the model has quantized itself."""
+    return np.dtype(graph.tensors[name].dtype).kind in "iub" or graph.tensors[name].given is not None
 
 
 def _is_softmax(graph: Graph, names: list[str]) -> bool:

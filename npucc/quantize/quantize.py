@@ -17,14 +17,15 @@ from npucc.feeds import Port, synthetic_feeds
 from npucc.graph import Editor, Graph
 from npucc.ops import OPS
 from npucc.quantize.build import build
-from npucc.quantize.calibrate import Calibration, calibrate, measured
+from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, measured
 from npucc.quantize.constants import source_of
 from npucc.quantize.correct import correct_biases
+from npucc.quantize.given import not_kept, spread
 from npucc.quantize.mixed import Mixed, candidates, choose, prices
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.precision import widen
 from npucc.quantize.rounding import collect
-from npucc.quantize.scales import Scales, choose_scales, observed_ranges
+from npucc.quantize.scales import Scales, choose_scales, known_beforehand, observed_ranges
 from npucc.quantize.sensitivity import SAMPLES, measure
 from npucc.quantize.share import share_scales
 
@@ -52,18 +53,20 @@ class TensorRange:
 @dataclass(frozen=True, slots=True)
 class QuantizeReport:
     """`rescaled`: tensors that a Concat reads on another scale than the rest of the graph does;
-    `mixed`: which got 16 bits by measurement, and what for."""
+    `mixed`: which got 16 bits by measurement, and what for; `quantized_anew`: integers of an already quantized model that could not be kept."""
 
     samples: int
     method: str
     tensors: tuple[TensorRange, ...]
     rescaled: tuple[str, ...]
     mixed: Mixed = field(default_factory=Mixed)
+    quantized_anew: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         tensors = [each.as_dict() for each in self.tensors]
         return {
-            "samples": self.samples, "method": self.method, "rescaled": list(self.rescaled), "mixed": self.mixed.as_dict(), "tensors": tensors
+            "samples": self.samples, "method": self.method, "rescaled": list(self.rescaled), "mixed": self.mixed.as_dict(), "tensors": tensors,
+            "quantized_anew": list(self.quantized_anew),
         }  # fmt: skip
 
 
@@ -86,16 +89,21 @@ def quantize(
 ) -> Quantized:
     """The integer form of a float graph, calibrated with `feeds` ({input: array}), or with made-up inputs if that is None.
 
+    Scales and integers that the model brings along are kept; where it brings all, nothing is calibrated.
+
     `target`: whose cycles 16-bit tensors are priced in.
 
     Deterministic. Raises QuantizeError for feeds that do not fit, for NaN, and for what has no 8-bit form.
     """
     options = options or QuantizeOptions()
     _refuse_unsupported(graph)
-    ordered = _in_operand_order(graph)
-    samples = _made_up(graph) if feeds is None else feeds
-    keep = max(options.bias_samples, options.round_samples, SAMPLES)
-    calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
+    ordered = spread(_in_operand_order(graph))
+    needs_samples = bool(_unknown(ordered)) or (feeds is not None and bool(channel_axes(ordered)))
+    calibration = Calibration({}, {}, 0)
+    if needs_samples:
+        samples = _made_up(graph) if feeds is None else feeds
+        keep = max(options.bias_samples, options.round_samples, SAMPLES)
+        calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
     widened = widen(shared, groups, calibration)
     shared, calibration = widened.graph, widened.calibration
@@ -103,18 +111,24 @@ def quantize(
     integer = build(shared, scales, calibration.means, options)
     more: set[str] = set()
     mixed = Mixed()
-    if options.scheme != "int8" and feeds is not None:
+    if options.scheme != "int8" and feeds is not None and needs_samples:
         more, mixed = _more_bits(shared, integer, scales, calibration, options, target, progress)
         scales = choose_scales(shared, groups, calibration, options, wide=widened.wide | more, long=widened.long)
-    if options.rounding == "second_order" and feeds is not None:
+    if options.rounding == "second_order" and feeds is not None and needs_samples:
         evidence = collect(shared, scales, calibration.first[: options.round_samples], progress=progress)
         integer = build(shared, scales, calibration.means, options, evidence=evidence)
     elif more:
         integer = build(shared, scales, calibration.means, options)
     if options.bias_samples:
         integer = correct_biases(shared, integer, calibration.first[: options.bias_samples], progress=progress)
-    report = QuantizeReport(calibration.samples, options.method, tuple(_rows(shared, calibration, scales)), rescaled, mixed)
-    return Quantized(integer, report, feeds is None)
+    anew = not_kept(shared, {name: scales.of(shared, name) for name in shared.tensors if not shared.tensors[name].is_constant})
+    report = QuantizeReport(calibration.samples, options.method, tuple(_rows(shared, calibration, scales)), rescaled, mixed, anew)
+    return Quantized(integer, report, feeds is None and needs_samples)
+
+
+def _unknown(graph: Graph) -> list[str]:
+    """The tensors that only samples tell the range of."""
+    return [name for name in measured(graph) if not known_beforehand(graph, (name,))]
 
 
 def _more_bits(

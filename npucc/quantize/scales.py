@@ -84,12 +84,22 @@ def choose_scales(
     for root, names in _members(graph, groups).items():
         if all(name in raw for name in names):
             continue
+        given = next((given.quant for name in names if (given := graph.tensors[name].given) and not graph.tensors[name].is_constant), None)
+        if given is not None:
+            quants[root], covered[root] = given, _range_of(given)
+            continue
         covered[root] = _covered(graph, names, calibration, moved, options, whole=root in wide | long)
         for name in names:
             covered[root] = covered[root].joined(implied.get(name, Range()))
         dtype = "s32" if root in long else "s16" if root in wide else ""
         quants[root] = wide_quant(covered[root], dtype) if dtype else _quant(graph, names, covered[root])
     return Scales(groups, covered, quants, raw)
+
+
+def _range_of(quant: Quant) -> Range:
+    """What a quantization covers."""
+    low, high = ((limit - quant.zero) * float(quant.scale) for limit in RANGES[quant.dtype])
+    return Range(min(low, 0.0), max(high, 0.0))
 
 
 def wide_quant(covered: Range, dtype: str) -> Quant:
@@ -117,12 +127,20 @@ def _covered(
             histogram.merge(calibration.histograms[source])
         elif name in moved:
             extra = extra.joined(moved[name])
+    if not calibration.samples:
+        return next(iter(known_beforehand(graph, names)), Range()).joined(extra)
     if whole or any(_is_taken_whole(graph, name) for name in names):
         return histogram.observed.joined(extra)
     chosen = choose_range(histogram, options, function=_next_function(graph, names))
     if any(name in graph.inputs for name in names) and not _clipping_pays(histogram, chosen):
         chosen = histogram.observed
     return chosen.joined(extra)
+
+
+def known_beforehand(graph: Graph, names: Sequence[str]) -> list[Range]:
+    """Ranges of tensors that an operator has whatever the data."""
+    fixed = [OPS[node.op].fixed_range for node in map(graph.producer, names) if node]
+    return [Range(*each) for each in fixed if each is not None]
 
 
 def _original(graph: Graph, name: str) -> str:

@@ -55,7 +55,11 @@ def share_scales(graph: Graph, ranges: Mapping[str, Range], *, ratio: float) -> 
 
 
 def _join_inputs(graph: Graph, editor: Editor, node: Node, groups: Groups, ranges: Mapping[str, Range], ratio: float) -> list[str]:
-    """Join what a Concat joins, and rescale the rest; returns the latter."""
+    """Join what a Concat joins, and rescale the rest; returns the latter. Given scales are the same already."""
+    if graph.tensors[node.outputs[0]].given:
+        for name in node.inputs:
+            groups.join(node.outputs[0], name)
+        return []
     covered = {name: group_range(groups, ranges, name) for name in node.inputs}
     whole = Range()
     for each in covered.values():

@@ -5,12 +5,25 @@ canonical nodes.
 """
 
 from npucc.frontend.node import Importer
-from npucc.frontend.operators import elementwise, indexing, layout, linear, matrix, normalization, pooling, recurrent, reduction, resize, transformer
+from npucc.frontend.operators import (
+    elementwise,
+    indexing,
+    layout,
+    linear,
+    matrix,
+    normalization,
+    pooling,
+    quantized,
+    recurrent,
+    reduction,
+    resize,
+    transformer,
+)
 
 #: the records by the module that has them
 GROUPS: dict[str, tuple[Importer, ...]] = {
     module.__name__.rpartition(".")[2]: module.TABLE
-    for module in (matrix, linear, elementwise, pooling, reduction, normalization, layout, indexing, resize, recurrent, transformer)
+    for module in (matrix, linear, elementwise, pooling, reduction, normalization, layout, indexing, resize, recurrent, transformer, quantized)
 }
 TABLE: tuple[Importer, ...] = tuple(record for group in GROUPS.values() for record in group)
 OPERATORS: dict[tuple[str, str], Importer] = {(record.domain, record.name): record for record in TABLE}

@@ -68,7 +68,7 @@ def conv(node: NodeImport) -> str:
 
 
 def _weight_input(node: NodeImport, weights: np.ndarray) -> str:
-    return node.input(1) if node.rank(1) == 4 else node.new_constant(weights, "weights")
+    return node.reshape(node.input(1), weights.shape)
 
 
 def conv_transpose(node: NodeImport) -> str:
@@ -137,8 +137,8 @@ def gemm(node: NodeImport) -> str:
     if node.is_constant(1):
         weights = node.floats(1, "weights")
         weights = weights.T if flip_b else weights
-        plain = alpha == 1 and not flip_b
-        b = node.input(1) if plain else node.new_constant(weights * np.float32(alpha), "weights")
+        straight = node.transpose(node.input(1), (1, 0)) if flip_b else node.input(1)
+        b = straight if alpha == 1 else node.new_constant(weights * np.float32(alpha), "weights")
     else:
         b = node.transpose(node.input(1), (1, 0)) if flip_b else node.input(1)
         b = b if alpha == 1 else node.table(("mul", "x", alpha), b)
@@ -168,9 +168,9 @@ def matmul(node: NodeImport) -> str:
     if node.is_constant(1):
         weights = node.floats(1, "weights")
         if weights.ndim == 1:
-            b = node.new_constant(weights[:, None], "weights")
+            b = node.reshape(b, (*weights.shape, 1))
         elif weights.ndim > 2 and weights.size == weights.shape[-1] * weights.shape[-2]:
-            b = node.new_constant(weights.reshape(weights.shape[-2:]), "weights")
+            b = node.reshape(b, weights.shape[-2:])
     elif len(b_shape) == 1:
         b = node.reshape(b, (*b_shape, 1))
     if len(a_shape) == 1:
@@ -191,7 +191,7 @@ def _constant_left(node: NodeImport) -> str:
         raise node.refuse(
             f"its first input is a constant of shape {list(a.shape)}, a different matrix per batch entry", hint="swap the operands in the model"
         )
-    weights = node.new_constant(matrix.reshape(matrix.shape[-2:]).T, "weights")
+    weights = node.transpose(node.reshape(node.input(0), matrix.shape[-2:]), (1, 0))
     b = node.input(1) if len(b_shape) > 1 else node.reshape(node.input(1), (*b_shape, 1))
     rank = len(node.shape_of(b))
     swap = (*range(rank - 2), rank - 1, rank - 2)

@@ -1,0 +1,212 @@
+"""Models that are quantized already: QuantizeLinear and DequantizeLinear, and the operators that are written out with them.
+
+The one big idea: QLinearConv is Conv between DequantizeLinear and QuantizeLinear. So an operator on integers is one line of a table, and its
+float operator's importer does the rest; what the pairs say about scales stays on the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from npucc.errors import ImportModelError
+from npucc.frontend.node import Emitted, Importer, NodeImport
+from npucc.frontend.steps import ACTIVATIONS, DYNAMIC, FORMS, as_attributes, constant, real
+from npucc.graph import Quant, Tensor
+from npucc.ops import OPS, Pad, Resize
+
+MICROSOFT = "com.microsoft"
+
+
+def _steps(node: NodeImport, scale: int, zero: int, kind: int) -> Quant:
+    """The steps of an activation of ONNX type `kind`, from the inputs `scale` and `zero` (which may be left out)."""
+    factors = node.floats(scale, "scale")
+    zeros = node.constant(zero, "zero point").astype(np.int64) if node.has(zero) else np.zeros((), np.int64)
+    if factors.size != 1 or zeros.size != 1:
+        raise node.refuse("an activation has more than one scale or zero point", hint="quantize activations per tensor")
+    if not (np.isfinite(factors).all() and float(factors.reshape(())) > 0):
+        raise node.refuse(f"its scale is {float(factors.reshape(()))}, expected a positive number", hint="quantize the model again")
+    dtype, shift = FORMS[kind]
+    return Quant(dtype, factors.reshape(()), int(zeros.reshape(())) - shift)
+
+
+def quantize_linear(node: NodeImport) -> str:
+    """Rounding; the result's integers are known by their steps."""
+    kind = node.element_type(2) if node.has(2) else node.integer("output_dtype", 0) or TensorProto.UINT8
+    if kind not in ACTIVATIONS:
+        raise node.refuse(f"makes {TensorProto.DataType.Name(kind)}", hint="supported are 8 and 16 bits")
+    node.result_type, node.result_steps = kind, _steps(node, 1, 2, kind)
+    return node.emit("quantize", (node.input(0),), as_attributes(node.result_steps))
+
+
+def dequantize_linear(node: NodeImport) -> str:
+    """Of a constant: another constant, which keeps its  Else what QuantizeLinear rounded, or a function of whole numbers."""
+    node.result_type = TensorProto.FLOAT
+    kind = node.element_type(0)
+    if kind not in FORMS:
+        raise node.refuse(f"reads {TensorProto.DataType.Name(kind)}", hint="supported are integers of up to 16 bits, and of 32")
+    if node.is_constant(0):
+        zero = node.constant(2, "zero point") if node.has(2) else None
+        axis, block = node.integer("axis", 1), node.integer("block_size", 0)
+        value, given = constant(node.constant(0, "x"), node.floats(1, "scale"), zero, kind, axis=axis, block=block)
+        return node.set_constant(0, value, given)
+    known = node.steps_of(0)
+    if known is not None and known.key == DYNAMIC.key:
+        return node.reals(0)
+    quant = _steps(node, 1, 2, kind)
+    if known is not None and known.key == quant.key:
+        return node.reals(0)
+    value_of = node.table(real(quant, kind), node.input(0))
+    return node.emit("quantize", (value_of,), as_attributes(quant)) if kind in ACTIVATIONS else value_of
+
+
+def dynamic_quantize_linear(node: NodeImport) -> str:
+    """Its scale, chosen in each run from the data, becomes one that calibration chooses; until then it does nothing."""
+    node.set_constant(1, np.asarray(1.0, np.float32))
+    node.set_constant(2, np.asarray(0, np.uint8))
+    node.result_type, node.result_steps = TensorProto.UINT8, DYNAMIC
+    return node.input(0)
+
+
+def moved(emitted: Sequence[Emitted], quant: Quant, kind: int, tensors: Mapping[str, Tensor]) -> list[Emitted] | None:
+    """Nodes that were written for integers, for the reals that these stand for; None where they do more than move them."""
+    result = []
+    for each in emitted:
+        values = [name for index, name in enumerate(each.inputs) if index not in OPS[each.op].indices]
+        if not OPS[each.op].moves_data or any(name in tensors and tensors[name].is_constant for name in values):
+            return None
+        attributes = each.attributes
+        if isinstance(attributes, Resize) and attributes.mode != "nearest":
+            return None
+        if isinstance(attributes, Pad):
+            attributes = replace(attributes, value=float(np.float32(attributes.value - quant.zero - FORMS[kind][1]) * np.float32(quant.scale)))
+        result.append(replace(each, attributes=attributes))
+    return result
+
+
+Operand = tuple[int, int, int]  # inputs: integers, scale, zero point; NONE: left out
+NONE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """An operator on integers as the float `operator` between DequantizeLinear and QuantizeLinear.
+
+    `plain`: inputs of the float operator that come first and are not dequantized; `bias`: an int32 input in steps of the first two operands;
+    `axes`: of the operands' scales, where there are several; `result`: scale and zero point (none: the result is float, or int32 if `whole`);
+    `repeated`: operands follow in threes from input 2 on; `added`: a float input that is added in the end.
+    """
+
+    name: str
+    operator: str
+    operands: tuple[Operand, ...]
+    result: tuple[int, int] | None = None
+    domain: str = MICROSOFT
+    plain: tuple[int, ...] = ()
+    bias: int = NONE
+    axes: tuple[int, int] = (1, 1)
+    whole: bool = False
+    repeated: bool = False
+    added: int = NONE
+    note: str = ""
+
+    def nodes(self, node: NodeProto) -> list[NodeProto]:
+        """The node written out. All parts have its name. Raises ImportModelError for a form that this can't say."""
+        return list(_Writer(self, node).nodes())
+
+
+#: attributes that only the integer operator has
+DROPPED = frozenset({"channels_last", "opset"})
+
+
+class _Writer:
+    def __init__(self, expansion: Expansion, node: NodeProto) -> None:
+        self.expansion, self.node = expansion, node
+        self.attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if self.attributes.get("channels_last", 0):
+            raise ImportModelError(f"{node.op_type}: its channels come last", node=node.name, hint="export the model with channels first")
+        if self.attributes.get("alpha", 1.0) != 1.0 and expansion.bias != NONE:
+            raise ImportModelError(f"{node.op_type}: alpha is not 1", node=node.name, hint="put alpha into the scale of B")
+
+    def input(self, index: int) -> str:
+        return self.node.input[index] if 0 <= index < len(self.node.input) else ""
+
+    def make(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
+        while inputs and not inputs[-1]:
+            inputs.pop()
+        return helper.make_node(operator, inputs, [output], name=self.node.name, **attributes)
+
+    def nodes(self) -> Iterator[NodeProto]:
+        expansion, output = self.expansion, self.node.output[0]
+        operands = expansion.operands
+        if expansion.repeated:
+            operands = tuple((index, index + 1, index + 2) for index in range(2, len(self.node.input), 3))
+        arguments = [self.input(index) for index in expansion.plain]
+        for number, operand in enumerate(operands):
+            arguments.append(f"{output}/operand{number}")
+            yield from self.dequantized(operand, number, arguments[-1])
+        if self.input(expansion.bias):
+            arguments.append(f"{output}/bias")
+            yield self.make("Mul", [self.input(operand[1]) for operand in operands], f"{output}/bias_scale")
+            yield self.make("DequantizeLinear", [self.input(expansion.bias), f"{output}/bias_scale"], arguments[-1], axis=0)
+        last = f"{output}/real" if self.is_quantized() or self.input(expansion.added) else output
+        yield self.make(expansion.operator, arguments, last, **{key: value for key, value in self.attributes.items() if key not in DROPPED})
+        if self.is_quantized() and expansion.result is not None:
+            yield self.make("QuantizeLinear", [last, *map(self.input, expansion.result)], output)
+        elif self.input(expansion.added):
+            yield self.make("Add", [last, self.input(expansion.added)], output)
+
+    def is_quantized(self) -> bool:
+        return self.expansion.result is not None and bool(self.input(self.expansion.result[0]))
+
+    def dequantized(self, operand: Operand, number: int, output: str) -> Iterator[NodeProto]:
+        values, scale, zero = map(self.input, operand)
+        if not scale:
+            if operand[1] == NONE and operand[2] == NONE:
+                yield self.make("Identity", [values], output)
+                return
+            scale = f"{output}/scale"
+            yield helper.make_node("Constant", [], [scale], name=self.node.name, value_float=1.0)
+        axis = self.expansion.axes[number] if number < len(self.expansion.axes) else 1
+        if number == 1 and self.attributes.get("transB", 0):
+            axis = 0
+        yield self.make("DequantizeLinear", [values, scale, zero], output, axis=axis)
+
+
+_PAIR: tuple[Operand, ...] = ((0, 1, 2), (3, 4, 5))
+_ONE: tuple[Operand, ...] = ((0, 1, 2),)
+_STATIC = "constant scales and zero points"
+_DYNAMIC = "of DynamicQuantizeLinear: calibrated scale"
+EXPANSIONS: tuple[Expansion, ...] = (
+    Expansion("QLinearConv", "Conv", _PAIR, (6, 7), domain="", bias=8, axes=(1, 0), note=_STATIC),
+    *(Expansion("QLinearMatMul", "MatMul", _PAIR, (6, 7), domain=domain, axes=(-2, -1), note=_STATIC) for domain in ("", MICROSOFT)),
+    Expansion("ConvInteger", "Conv", ((0, NONE, 2), (1, NONE, 3)), domain="", axes=(1, 0), whole=True, note=_DYNAMIC),
+    Expansion("MatMulInteger", "MatMul", ((0, NONE, 2), (1, NONE, 3)), domain="", axes=(-2, -1), whole=True, note=_DYNAMIC),
+    Expansion("MatMulIntegerToFloat", "MatMul", ((0, 2, 4), (1, 3, 5)), axes=(-2, -1), added=6, note=_DYNAMIC),
+    Expansion("DynamicQuantizeMatMul", "MatMul", ((0, NONE, NONE), (1, 2, 3)), axes=(-2, -1), added=4, note="calibrated scale"),
+    Expansion("QGemm", "Gemm", _PAIR, (7, 8), bias=6, axes=(1, 1), note=_STATIC),
+    *(Expansion(f"QLinear{name}", name, _PAIR, (6, 7), note=_STATIC) for name in ("Add", "Mul")),
+    *(
+        Expansion(f"QLinear{name}", name, _ONE, (3, 4), note=_STATIC)
+        for name in ("LeakyRelu", "Sigmoid", "AveragePool", "GlobalAveragePool", "ReduceMean", "Softmax")
+    ),
+    Expansion("QLinearConcat", "Concat", (), (0, 1), repeated=True, note=_STATIC),
+    Expansion("QLinearWhere", "Where", ((1, 2, 3), (4, 5, 6)), (7, 8), plain=(0,), note=_STATIC),
+)
+BY_NAME = {(record.domain, record.name): record for record in EXPANSIONS}
+
+TABLE: tuple[Importer, ...] = (
+    *(
+        Importer(name, run, note, domain)
+        for name, run, note in (
+            ("QuantizeLinear", quantize_linear, "8 or 16 bits, one constant scale; it sets the scale of a tensor and costs nothing"),
+            ("DequantizeLinear", dequantize_linear, "constants: also 2, 4 and 32 bits, per channel or block; others: one constant scale"),
+        )
+        for domain in ("", MICROSOFT)
+    ),
+    Importer("DynamicQuantizeLinear", dynamic_quantize_linear, "its scale is fixed by calibration, not chosen in each run"),
+)

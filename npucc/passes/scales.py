@@ -1,0 +1,186 @@
+"""The rounding of an already quantized model: from `quantize` nodes to scales that stand on the tensors.
+
+The one big idea: until the end, `quantize` is an operation like any other, so that no rule joins what the model rounds in between. What rounds
+again what is rounded already goes; what is left sets the scale of the tensor it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from npucc import ops, scalar
+from npucc.graph import Editor, Given, Graph, Node, Tensor, as_quant
+from npucc.passes.rewrite import Alias, Refusal, Replacement, Result, Rewrite, Rule, Stage, merged_sources, rewrite_graph
+from npucc.passes.values import ARITHMETIC
+
+MATRIX = tuple(name for name, record in ops.OPS.items() if record.matrix)
+DEEPEST_MOVE = 16  # nodes that are followed upwards
+
+
+def rounded_already(editor: Editor, node: Node) -> Result:
+    """y = quantize(x); z = quantize(reshape(y)) with the same steps  →  z = reshape(y)   (whatever only moves data, Concat too)"""
+    assert isinstance(node.attributes, ops.Quantize)
+    return Alias(node.inputs[0]) if _has_steps(editor, node.inputs[0], node.attributes, DEEPEST_MOVE) else None
+
+
+def _has_steps(editor: Editor, tensor: str, steps: ops.Quantize, depth: int) -> bool:
+    """Whether all values of a tensor lie on these steps."""
+    producer, given = editor.producer(tensor), editor.tensors[tensor].given
+    if producer is None:
+        quant = given.quant if given else None
+        return quant is not None and quant.key == as_quant(steps).key
+    if producer.op == "quantize":
+        return producer.attributes == steps
+    if depth == 0 or not ops.OPS[producer.op].moves_data or not _keeps_values(producer):
+        return False
+    values = [name for index, name in enumerate(producer.inputs) if index not in ops.OPS[producer.op].indices]
+    return all(_has_steps(editor, name, steps, depth - 1) for name in values)
+
+
+def _keeps_values(node: Node) -> bool:
+    a = node.attributes
+    return not (isinstance(a, ops.Resize) and a.mode != "nearest") and not (isinstance(a, ops.Pad) and a.mode == "constant" and a.value != 0)
+
+
+def round_before_move(editor: Editor, node: Node) -> Result:
+    """z = quantize(reshape(x))  →  z = reshape(quantize(x)), if nothing else reads the reshape; transpose alike"""
+    move = editor.producer(node.inputs[0])
+    if move is None or move.op not in ("reshape", "transpose") or not editor.is_read_once(node.inputs[0]):
+        return None
+    inner = Tensor(editor.fresh(f"{node.outputs[0]}/{move.op}"), editor.tensors[move.inputs[0]].shape)
+    return Rewrite((replace(node, inputs=move.inputs, outputs=(inner.name,)), replace(move, inputs=(inner.name,), outputs=node.outputs)), (inner,))
+
+
+def clip_before_rounding(editor: Editor, node: Node) -> Result:
+    """y = quantize(conv(x)); z = quantize(clip(y)) with the same steps  →  z = quantize(conv(x) clamp=…)"""
+    clip = editor.producer(node.inputs[0])
+    limits = scalar.is_clip(clip.attributes.expression) if clip is not None and isinstance(clip.attributes, ops.Table) else None
+    if clip is None or limits is None or not editor.is_read_once(node.inputs[0]):
+        return None
+    inner = editor.producer(clip.inputs[0])
+    if inner is None or (inner.op, inner.attributes) != ("quantize", node.attributes) or not editor.is_read_once(clip.inputs[0]):
+        return None
+    producer = editor.producer(inner.inputs[0])
+    if producer is None or producer.op not in (*MATRIX, *ARITHMETIC) or not editor.is_read_once(inner.inputs[0]):
+        return None
+    attributes: Any = producer.attributes
+    low, high = attributes.clamp or (-np.inf, np.inf)
+    clamp = tuple(min(max(float(limit), limits[0]), limits[1]) for limit in (low, high))
+    sources = merged_sources(inner, clip, node)
+    return Rewrite((replace(producer, attributes=replace(attributes, clamp=clamp)), replace(node, inputs=inner.inputs, sources=sources)))
+
+
+ROUNDING_RULES: tuple[Rule, ...] = (
+    Rule("rounded-already", frozenset({"quantize"}), rounded_already, "what lies on the steps of a scale stays as it is"),
+    Rule("round-before-move", frozenset({"quantize"}), round_before_move, "the scale belongs to what computes the values"),
+    Rule("clip-before-rounding", frozenset({"quantize"}), clip_before_rounding, "a clip costs nothing inside a convolution"),
+)
+
+
+def split_weights(editor: Editor, node: Node) -> Result:
+    """conv(x, w) with integer weights of 9 bits (unsigned ones less their zero point)  →  conv(concat(x, x), concat(v, w − v)) of 8 bits each"""
+    weights = editor.tensors[node.inputs[1]]
+    if weights.given is None or weights.given.stored is None or weights.data is None or editor.tensors[node.inputs[0]].is_constant:
+        return None
+    steps = weights.given.stored.astype(np.int32) - weights.given.zero
+    first = np.clip(steps, -128, 127)
+    rest = steps - first
+    if not rest.any() or np.abs(rest).max() > 127 or (node.op == "matmul" and steps.ndim != 2):
+        return None
+    groups = getattr(node.attributes, "groups", 1)
+    axis = 1 if node.op == "conv" else 0
+    stored = _beside(first, rest, axis, groups if axis == 0 else 1)
+    given = replace(weights.given, zero=0, stored=stored.astype(np.int8))
+    halves = editor.constant(weights.name, np.asarray(stored * given.scale, np.float32), given)
+    build = Replacement(editor, node)
+    doubled = _twice(build, node.inputs[0], groups, is_matrix=node.op == "matmul")
+    return build.done(build.add(node.op, (doubled, halves, *node.inputs[2:]), node.attributes))
+
+
+def _beside(first: np.ndarray, rest: np.ndarray, axis: int, groups: int) -> np.ndarray:
+    """Both along an axis, within each group of channels."""
+    shape = (*first.shape[:axis], groups, first.shape[axis] // groups, *first.shape[axis + 1 :])
+    joined = np.concatenate([first.reshape(shape), rest.reshape(shape)], axis=axis + 1)
+    return joined.reshape((*first.shape[:axis], 2 * first.shape[axis], *first.shape[axis + 1 :]))
+
+
+def _twice(build: Replacement, tensor: str, groups: int, *, is_matrix: bool) -> str:
+    """The tensor's channels, twice in each group; or the columns of a matrix."""
+    shape = build.shape(tensor)
+    if is_matrix:
+        return build.add("concat", (tensor, tensor), ops.Concat(len(shape) - 1))
+    if groups == 1:
+        return build.add("concat", (tensor, tensor), ops.Concat(1))
+    batch, channels, *size = shape
+    grouped = build.reshape(tensor, (batch, groups, channels // groups, math.prod(size)))
+    return build.reshape(build.add("concat", (grouped, grouped), ops.Concat(2)), (batch, 2 * channels, *size))
+
+
+WEIGHT_RULES: tuple[Rule, ...] = (
+    Rule("split-weights", frozenset(MATRIX), split_weights, "the matrix engine multiplies by 8 bits; unsigned weights less a zero point have 9"),
+)
+
+
+# ---- the stage
+
+
+def _keep_integers(graph: Graph) -> tuple[Graph, tuple[Refusal, ...]]:
+    split, _ = rewrite_graph(graph, WEIGHT_RULES)
+    return give_scales(split)
+
+
+def give_scales(graph: Graph) -> tuple[Graph, tuple[Refusal, ...]]:
+    """The graph without `quantize` nodes: the tensor that one read has its scale, unless it has another already, from which it is rescaled."""
+    work = _Giving(Editor(graph), [])
+    for node in graph:
+        if isinstance(node.attributes, ops.Quantize):
+            work.give(node, node.attributes)
+    return work.editor.freeze(), tuple(work.refusals)
+
+
+@dataclass(slots=True)
+class _Giving:
+    editor: Editor
+    refusals: list[Refusal]
+
+    def give(self, node: Node, steps: ops.Quantize) -> None:
+        node = self.editor.nodes[node.name]
+        quant = as_quant(steps)
+        given = Given(quant.dtype, quant.scale, quant.zero)
+        (name,), (result,) = node.inputs, node.outputs
+        source = self.editor.tensors[name]
+        known = source.given.quant if source.given else None
+        if source.given is None and not source.is_constant:
+            self.editor.add_tensor(replace(source, given=given))
+        elif known is None or known.key != quant.key:
+            self.refusals.append(Refusal("give-scales", node.name, f"{name!r} has another scale already, so that this one rounds a second time"))
+            self._rescale(node, given)
+            return
+        if result in self.editor.outputs:
+            self._become(node, given)
+        else:
+            self.editor.remove_node(node.name)
+            self.editor.replace_input(result, name)
+
+    def _become(self, node: Node, given: Given) -> None:
+        """The tensor takes the name of the output that it is; where it can't, a copy is made."""
+        (name,), (result,) = node.inputs, node.outputs
+        producer = self.editor.producer(name)
+        if producer is None or name in self.editor.outputs:
+            self._rescale(node, given)
+            return
+        self.editor.remove_node(node.name)
+        self.editor.add_tensor(replace(self.editor.tensors[result], given=given))
+        self.editor.add_node(replace(producer, outputs=tuple(result if each == name else each for each in producer.outputs)))
+        self.editor.replace_input(name, result)
+
+    def _rescale(self, node: Node, given: Given) -> None:
+        self.editor.add_tensor(replace(self.editor.tensors[node.outputs[0]], given=given))
+        self.editor.add_node(replace(node, op="table", attributes=ops.Table("x")))
+
+
+SCALES_STAGE = Stage("scales", _keep_integers, "an already quantized model keeps its scales: they stand on its tensors")

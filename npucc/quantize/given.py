@@ -1,0 +1,148 @@
+"""What an already quantized model has fixed: its scales on every tensor that must share them, its integers in the constants.
+
+The one big idea: given scales spread along what only moves data, up and down, before anything is calibrated. Where two of them meet, the values are
+rescaled in between. So afterwards a scale is given for a whole group of tensors or for none, and the rest of the quantizer only asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from npucc.graph import Editor, Given, Graph, Node, Quant
+from npucc.ops import OPS, Table
+from npucc.quantize.constants import LARGEST_SUM, MatrixConstants, output_axis, source_of, stored_bias
+from npucc.quantize.share import moved_inputs
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SAME_SCALE = 1e-5  # relative: scales of a bias and its accumulator this close are the same, but for rounding
+#: whole numbers of 8 bits have no range to find out
+WHOLE = {"int8": Given("s8", np.asarray(1.0, np.float32), 0), "uint8": Given("s8", np.asarray(1.0, np.float32), -128)}
+
+
+def spread(graph: Graph) -> Graph:
+    """The graph with given scales on all tensors that share them, rescaled where they differ."""
+    known = {name: given for name, tensor in graph.tensors.items() if (given := _given(graph, name)) is not None and not tensor.is_constant}
+    moves = [node for node in graph if OPS[node.op].moves_data]
+    for _ in range(2):  # downwards joins what upwards could not see
+        for node in reversed(moves):
+            _spread_up(graph, node, known)
+        for node in moves:
+            _spread_down(graph, node, known)
+    editor = Editor(graph)
+    for name, given in known.items():
+        editor.add_tensor(replace(graph.tensors[name], given=given))
+    for node in moves:
+        _rescale(graph, editor, node, known)
+    return editor.freeze()
+
+
+def _given(graph: Graph, name: str) -> Given | None:
+    tensor = graph.tensors[name]
+    is_index = any(user.inputs[index] == name for user in graph.users(name) for index in OPS[user.op].indices)
+    return tensor.given or (WHOLE.get(tensor.dtype) if not is_index else None)
+
+
+def _movable(graph: Graph, node: Node) -> Iterator[str]:
+    """The moved inputs that are computed reals."""
+    return (name for name in moved_inputs(node) if not graph.tensors[name].is_constant and graph.tensors[name].dtype == "float32")
+
+
+def _spread_up(graph: Graph, node: Node, known: dict[str, Given]) -> None:
+    given = known.get(node.outputs[0])
+    if given is not None:
+        for name in _movable(graph, node):
+            known.setdefault(name, given)
+
+
+def _spread_down(graph: Graph, node: Node, known: dict[str, Given]) -> None:
+    """Of several scales the coarsest, which holds all values."""
+    found = [known[name] for name in _movable(graph, node) if name in known]
+    if found:
+        known.setdefault(node.outputs[0], max(found, key=lambda given: float(given.scale)))
+
+
+def _rescale(graph: Graph, editor: Editor, node: Node, known: Mapping[str, Given]) -> None:
+    """A single input is moved on its own scale and rescaled afterwards; of several each is rescaled before."""
+    wanted = known.get(node.outputs[0])
+    differing = [name for name in _movable(graph, node) if wanted is not None and _key(known.get(name, wanted)) != _key(wanted)]
+    if not differing:
+        return
+    current = editor.nodes[node.name]
+    if len(moved_inputs(node)) == 1:
+        output = editor.tensors[node.outputs[0]]
+        moved = replace(output, name=editor.fresh(f"{output.name}/moved"), source="", given=known[differing[0]])
+        editor.add_tensor(moved)
+        editor.add_node(replace(current, outputs=(moved.name,)))
+        editor.add_node(Node(editor.fresh(f"{node.name}/rescale"), "table", (moved.name,), node.outputs, Table("x"), node.sources), at=node.name)
+        return
+    copies = {}
+    for name in dict.fromkeys(differing):
+        copy = replace(editor.tensors[name], name=editor.fresh(f"{name}/rescaled"), source="", given=wanted)
+        copies[name] = editor.add_tensor(copy)
+        editor.add_node(Node(editor.fresh(f"{copy.name}:table"), "table", (name,), (copy.name,), Table("x"), node.sources), at=node.name)
+    editor.add_node(replace(current, inputs=tuple(copies.get(name, name) for name in current.inputs)))
+
+
+def _key(given: Given) -> tuple[str, bytes, int]:
+    return (given.dtype, given.scale.tobytes(), given.zero)
+
+
+# ---- constants
+
+
+def kept_matrix(node: Node, graph: Graph, source: Quant) -> MatrixConstants | str | None:
+    """A matrix operator's own integers; the reason where they can't be kept, None where there are none."""
+    weights = graph.tensors[node.inputs[1]]
+    if weights.given is None or weights.given.stored is None:
+        return None
+    axis = output_axis(node, weights.given.stored, per_tensor=False)
+    scale = _per_channel(weights.given, axis)
+    if scale is None:
+        return "its scales do not lie along the output channels"
+    steps = weights.given.stored.astype(np.int32) - weights.given.zero
+    if steps.min(initial=0) < -128 or steps.max(initial=0) > 127:
+        return f"its integers less their zero point go from {steps.min()} to {steps.max()}, beyond 8 bits"
+    accumulator = (np.float32(source.scale) * scale).astype(np.float32)
+    shared = 0 if scale.ndim else None
+    bias = graph.tensors[node.inputs[2]] if len(node.inputs) > 2 and node.inputs[2] else None
+    stored = None if bias is None else _kept_bias(bias.data, bias.given, accumulator)
+    return MatrixConstants(
+        steps.astype(np.int8), Quant("s8", scale, 0, axis if scale.ndim else None), stored, Quant("s32", accumulator, 0, shared)
+    )  # fmt: skip
+
+
+def _per_channel(given: Given, axis: int | None) -> Array | None:
+    """The scale as () or (channels,); None where it changes along another dimension than `axis`."""
+    if given.scale.size == 1:
+        return given.scale.reshape(())
+    if axis is None:
+        return None
+    rows = np.moveaxis(given.scale, axis, 0).reshape(given.scale.shape[axis], -1)
+    if not np.all(rows == rows[:, :1]):
+        return None
+    assert given.stored is not None
+    return np.ascontiguousarray(np.broadcast_to(rows[:, 0], (given.stored.shape[axis],)))
+
+
+def _kept_bias(bias: Array | None, given: Given | None, accumulator: Array) -> Array:
+    """The model's own integers where they are in steps of the accumulator; else those nearest to its values."""
+    assert bias is not None
+    if given is not None and given.stored is not None and given.dtype == "s32" and np.allclose(given.scale, accumulator, rtol=SAME_SCALE, atol=0):
+        return np.clip(given.stored.astype(np.int64) - given.zero, -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
+    return stored_bias(bias, accumulator)
+
+
+def not_kept(graph: Graph, source: Mapping[str, Quant]) -> tuple[str, ...]:
+    """One sentence for each weight whose own integers can't be kept. `source`: of the first operands of matrix operators."""
+    found = []
+    for node in graph:
+        if OPS[node.op].matrix and node.inputs[0] in source and graph.tensors[node.inputs[1]].is_constant:
+            reason = kept_matrix(node, graph, source[node.inputs[0]])
+            if isinstance(reason, str):
+                found.append(f"{source_of(node)}: the weight {node.inputs[1]!r} is quantized anew to 8 bits per channel: {reason}")
+    return tuple(found)

@@ -1,0 +1,263 @@
+"""Models that are quantized already: imported with their own scales and integers, equal to onnxruntime to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+import npucc
+from npucc import compiler
+from npucc.errors import PruneError
+from npucc.export import to_onnx
+from npucc.frontend import import_model
+from npucc.quantize import quantize
+from tests.npucc.onnx_models import model, node
+
+ZERO = np.uint8(120)
+TYPES = {"s8": QuantType.QInt8, "u8": QuantType.QUInt8, "s16": QuantType.QInt16}
+SAMPLES = [{"x": np.random.default_rng(seed).normal(size=(1, 3, 12, 12)).astype(np.float32)} for seed in range(6)]
+
+
+def float_model() -> onnx.ModelProto:
+    """Every operator that onnxruntime's quantizer writes for an image network, with a residual sum, a branch and a product of activations."""
+    random = np.random.default_rng(0)
+    constants = {
+        "w1": random.normal(size=(8, 3, 3, 3)) / 5, "b1": random.normal(size=8), "w2": random.normal(size=(8, 1, 3, 3)) / 3,
+        "b2": random.normal(size=8), "w3": random.normal(size=(8, 8, 1, 1)) / 3, "c": random.normal(size=(1, 8, 1, 1)),
+        "w4": random.normal(size=(5, 16)) / 4, "b4": random.normal(size=5),
+    }  # fmt: skip
+    stored = {name: value.astype(np.float32) for name, value in constants.items()} | {"rows": np.array([1, 8, 36])}
+    nodes = [
+        node("Conv", "x w1 b1", "a1", pads=[1, 1, 1, 1]), node("Relu", "a1", "a"),
+        node("Conv", "a w2 b2", "d", pads=[1, 1, 1, 1], group=8, strides=[2, 2]), node("Sigmoid", "d", "s"), node("Mul", "d s", "swish"),
+        node("Conv", "swish w3", "e"), node("Add", "e swish", "sum"), node("Mul", "sum c", "scaled"), node("LeakyRelu", "scaled", "leaky"),
+        node("MaxPool", "a", "pool", kernel_shape=[2, 2], strides=[2, 2]), node("Concat", "pool leaky", "both", axis=1),
+        node("Reshape", "leaky rows", "tokens"), node("Transpose", "tokens", "turned", perm=[0, 2, 1]), node("MatMul", "tokens turned", "product"),
+        node("GlobalAveragePool", "both", "mean"), node("Flatten", "mean", "flat"), node("Gemm", "flat w4 b4", "y", transB=1),
+        node("AveragePool", "both", "windows", kernel_shape=[3, 3], strides=[1, 1]), node("Softmax", "y", "p", axis=-1),
+    ]  # fmt: skip
+    return model(nodes, {"x": [1, 3, 12, 12]}, ["y", "p", "product", "windows"], stored)
+
+
+class _Samples(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.feeds: Iterator[dict[str, np.ndarray]] = iter(SAMPLES)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.feeds, None)
+
+
+def quantized(folder: Path, form: str, activations: str, weights: str, *, per_channel: bool = False) -> onnx.ModelProto:
+    """The model above, quantized by onnxruntime."""
+    onnx.save(onnx.shape_inference.infer_shapes(float_model()), folder / "float.onnx")
+    quantize_static(
+        folder / "float.onnx", folder / "quantized.onnx", _Samples(), quant_format=QuantFormat.QDQ if form == "QDQ" else QuantFormat.QOperator,
+        per_channel=per_channel, activation_type=TYPES[activations], weight_type=TYPES[weights],
+    )  # fmt: skip
+    return onnx.load(folder / "quantized.onnx")
+
+
+def onnxruntime_results(proto: onnx.ModelProto, feed: Mapping[str, Any], option: str = "session.x64quantprecision") -> dict[str, np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(option, "1")
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return dict(zip([value.name for value in session.get_outputs()], session.run(None, dict(feed)), strict=True))
+
+
+def steps_apart(package: npucc.Package, wanted: Mapping[str, np.ndarray], feed: Mapping[str, Any]) -> int:
+    """The largest difference of any output, in steps of its scale."""
+    found, worst = package.run(feed).outputs, 0
+    for name, value in wanted.items():
+        scale = package.graph.quant(name).scale
+        worst = max(worst, int(np.rint(np.abs(value.astype(np.float64) - found[name]) / scale).max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("form", "activations", "weights", "per_channel"),
+    [
+        ("QDQ", "u8", "s8", True), ("QDQ", "u8", "u8", True), ("QDQ", "s8", "s8", True),
+        ("QOperator", "u8", "s8", True), ("QOperator", "u8", "u8", False),
+    ],
+)  # fmt: skip
+def test_onnxruntime_agrees_to_the_bit(tmp_path: Path, form: str, activations: str, weights: str, per_channel: bool) -> None:
+    """Without calibration: the model brings all scales. Unsigned weights less their zero point have 9 bits and are split in two."""
+    proto = quantized(tmp_path, form, activations, weights, per_channel=per_channel)
+    package = npucc.compile(proto, host=False)
+    assert package.calibration == "data"
+    for feed in SAMPLES[:2]:
+        option = "session.qdqisint8allowed" if activations == "s8" else "session.x64quantprecision"
+        assert steps_apart(package, onnxruntime_results(proto, feed, option), feed) == 0
+
+
+def test_a_model_that_npucc_exports_comes_back_with_the_same_bytes_and_cycles(demo_package: npucc.Package) -> None:
+    first = demo_package
+    feed = {"image": np.random.default_rng(0).uniform(-1, 1, (1, 3, 32, 32)).astype(np.float32)}
+    wanted = first.run(feed)
+    for unsigned in (True, False):
+        again = npucc.compile(to_onnx(first.graph, unsigned=unsigned, exact=False))
+        found = again.run(feed)
+        assert again.calibration == "data"
+        assert found.cycles == wanted.cycles
+        for name, raw in wanted.raw.items():
+            assert np.array_equal(found.raw[name], raw)
+
+
+# ---- by hand: one operator between pairs
+
+
+def pair(name: str, scale: float, zero: Any, *, into: str = "") -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """`name` → QuantizeLinear → DequantizeLinear → `into`, with their constants."""
+    into = into or f"{name}_real"
+    nodes = [node("QuantizeLinear", f"{name} {name}_scale {name}_zero", f"{name}_steps")]
+    nodes += [node("DequantizeLinear", f"{name}_steps {name}_scale {name}_zero", into)]
+    return nodes, {f"{name}_scale": np.float32(scale), f"{name}_zero": np.asarray(zero)}
+
+
+def between_pairs(
+    middle: list[onnx.NodeProto], shape: list[int], constants: Mapping[str, Any], *, zero: Any = ZERO, opset: int = 17
+) -> onnx.ModelProto:
+    """x → pair → the nodes, which read x_real and make r → pair → y."""
+    before, first = pair("x", 0.02, zero)
+    after, last = pair("r", 0.05, zero, into="y")
+    proto = model([*before, *middle, *after], {"x": shape}, ["y"], {**first, **constants, **last}, opset=opset)
+    proto.ir_version = 10 if opset > 20 else 8
+    return proto
+
+
+def kept(graph: npucc.graph.Graph, op: str) -> npucc.graph.Tensor:
+    """The weights of the only such operator."""
+    (found,) = (each for each in graph if each.op == op)
+    return graph.tensors[found.inputs[1]]
+
+
+def test_integers_of_a_bias_beyond_24_bits_are_kept() -> None:
+    weights, scales = np.ones((2, 3, 1, 1), np.int8), np.array([1e-6, 0.1], np.float32)
+    bias = np.array([123_456_789, -17], np.int32)
+    constants = {"w": weights, "ws": scales, "b": bias, "bs": np.float32(0.02) * scales}
+    middle = [
+        node("DequantizeLinear", "w ws", "wr", axis=0), node("DequantizeLinear", "b bs", "br", axis=0), node("Conv", "x_real wr br", "r")
+    ]  # fmt: skip
+    package = npucc.compile(between_pairs(middle, [1, 3, 4, 4], constants))
+    (conv,) = (each for each in package.graph if each.op == "conv")
+    stored = package.graph.tensors[conv.inputs[2]].data
+    assert stored is not None
+    assert stored.tolist() == bias.tolist()
+    assert package.graph.quant(conv.inputs[1]).scale.tolist() == scales.tolist()
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.UINT4])
+def test_weights_of_4_bits_are_kept(kind: int) -> None:
+    random = np.random.default_rng(0)
+    low = -8 if kind == TensorProto.INT4 else 0
+    weights, scales = random.integers(low, low + 16, (6, 4)), random.uniform(0.05, 0.1, 4).astype(np.float32)
+    zeros = np.zeros(4, int) if low else np.array([8, 7, 3, 15])
+    proto = between_pairs([node("DequantizeLinear", "w ws wz", "wr", axis=1), node("MatMul", "x_real wr", "r")], [5, 6], {"ws": scales}, opset=21)
+    proto.graph.initializer.extend([helper.make_tensor("w", kind, (6, 4), weights.reshape(-1)), helper.make_tensor("wz", kind, (4,), zeros)])
+    package = npucc.compile(proto)
+    stored = kept(package.graph, "matmul")
+    assert stored.data is not None
+    assert np.array_equal(stored.data, weights - zeros)
+    feed = {"x": random.normal(size=(5, 6)).astype(np.float32)}
+    assert steps_apart(package, onnxruntime_results(proto, feed), feed) == 0
+
+
+def test_scales_per_block_are_replaced_by_one_per_channel_and_the_reason_is_told() -> None:
+    weights, scales = np.arange(-12, 12).reshape(6, 4).astype(np.int8), np.array([[0.1] * 4, [0.2] * 4, [0.4] * 4], np.float32)
+    middle = [node("DequantizeLinear", "w ws", "wr", axis=0, block_size=2), node("MatMul", "x_real wr", "r")]
+    quantized_model = quantize(compiler.float_graph(between_pairs(middle, [5, 6], {"w": weights, "ws": scales}, opset=21), {}), None)
+    (told,) = quantized_model.report.quantized_anew
+    assert "'wr' is quantized anew to 8 bits per channel: its scales do not lie along the output channels" in told
+    stored = kept(quantized_model.graph, "matmul")
+    assert stored.data is not None
+    assert stored.quant is not None
+    assert np.allclose(stored.data * stored.quant.scale, weights * np.repeat(scales, 2, axis=0), atol=0.02)
+
+
+def test_16_bits_are_kept_to_a_step() -> None:
+    """onnxruntime computes such a convolution in float32."""
+    random = np.random.default_rng(0)
+    constants = {"w": random.integers(-127, 128, (4, 3, 3, 3)).astype(np.int8), "ws": np.float32(1e-4)}
+    middle = [node("DequantizeLinear", "w ws", "wr"), node("Conv", "x_real wr", "r")]
+    for zero in (np.int16(-300), np.uint16(33000)):
+        proto = between_pairs(middle, [1, 3, 8, 8], constants, zero=zero, opset=21)
+        package = npucc.compile(proto)
+        assert {package.graph.quant(name).dtype for name in (*package.graph.inputs, *package.graph.outputs)} == {"s16"}
+        feed = {"x": random.normal(size=(1, 3, 8, 8)).astype(np.float32)}
+        assert steps_apart(package, onnxruntime_results(proto, feed), feed) <= 1
+
+
+def test_integer_inputs_and_outputs_are_themselves() -> None:
+    """Integers go in and come out; in between they are only moved, and read again on other steps."""
+    constants = {"s": np.float32(0.1), "z": np.uint8(100), "t": np.float32(0.3), "pads": np.array([0, 0, 1, 0, 0, 0, 0, 2]), "fill": np.uint8(100)}
+    nodes = [
+        node("DequantizeLinear", "x s z", "a"), node("Relu", "a", "b"), node("QuantizeLinear", "b s z", "c"), node("Pad", "c pads fill", "d"),
+        node("Transpose", "d", "e", perm=[0, 1, 3, 2]), node("DequantizeLinear", "e t z", "f"), node("QuantizeLinear", "f s z", "y"),
+    ]  # fmt: skip
+    proto = model(nodes, {"x": [1, 2, 3, 3]}, ["y"], constants, dtypes={"x": "uint8", "y": "uint8"})
+    package = npucc.compile(proto, host=False)
+    feed = {"x": np.random.default_rng(0).integers(0, 256, (1, 2, 3, 3)).astype(np.uint8)}
+    assert np.array_equal(package.run(feed).outputs["y"], onnxruntime_results(proto, feed)["y"])
+
+
+def test_concat_of_different_scales_rescales_each() -> None:
+    parts = [pair("x", 0.02, np.uint8(120)), pair("a", 0.01, np.uint8(0)), pair("r", 0.04, np.uint8(128), into="y")]
+    nodes = [*parts[0][0], node("Sigmoid", "x_real", "a"), *parts[1][0], node("Concat", "x_real a_real", "r", axis=1), *parts[2][0]]
+    proto = model(nodes, {"x": [1, 4, 5]}, ["y"], {name: value for part in parts for name, value in part[1].items()})
+    package = npucc.compile(proto)
+    feed = {"x": np.random.default_rng(0).normal(size=(1, 4, 5)).astype(np.float32)}
+    assert steps_apart(package, onnxruntime_results(proto, feed), feed) == 0
+
+
+def test_only_what_the_model_leaves_open_is_calibrated() -> None:
+    """A result without a pair, and the sum of it: two ranges to find."""
+    middle = [node("Sin", "x_real", "s"), node("ReduceMean", "s", "m", axes=[1]), node("Mul", "m x_real", "r")]
+    graph = compiler.float_graph(between_pairs(middle, [4, 6], {}), {})
+    feeds = [{"x": np.random.default_rng(seed).normal(size=(4, 6)).astype(np.float32)} for seed in range(4)]
+    found = quantize(graph, feeds)
+    assert [row.name for row in found.report.tensors] == ["s", "m"]
+    assert not found.synthetic
+    assert quantize(graph, None).synthetic
+
+
+def test_dynamic_quantization_gets_calibrated_scales_and_keeps_its_weights(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    constants = {"w": random.normal(size=(16, 8)).astype(np.float32), "b": random.normal(size=8).astype(np.float32)}
+    onnx.save(model([node("MatMul", "x w", "h"), node("Add", "h b", "y")], {"x": [4, 16]}, ["y"], constants), tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx", weight_type=QuantType.QInt8)
+    proto = onnx.load(tmp_path / "dynamic.onnx")
+    feeds = [{"x": random.normal(size=(4, 16)).astype(np.float32)} for _ in range(16)]
+    package = npucc.compile(proto, calibration=feeds, host=False)
+    stored = next(numpy_helper.to_array(each) for each in proto.graph.initializer if each.data_type == TensorProto.INT8 and each.dims)
+    weights = kept(package.graph, "matmul").data
+    assert weights is not None
+    assert np.array_equal(weights, stored)
+    wanted, found = onnxruntime_results(proto, feeds[0])["y"], package.run(feeds[0]).outputs["y"]
+    assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(wanted - found)) > 35
+
+
+def test_what_can_not_be_imported_runs_on_the_host() -> None:
+    """A scale per channel of an activation: the pair is left to onnxruntime, its neighbours are not."""
+    constants = {"s": np.array([0.1, 0.2], np.float32), "z": np.zeros(2, np.int8)}
+    nodes = [node("Relu", "x", "a"), node("QuantizeLinear", "a s z", "q", axis=1), node("DequantizeLinear", "q s z", "y", axis=1)]
+    graph = import_model(model(nodes, {"x": [1, 2, 3]}, ["y"], constants), host=True)
+    (host,) = (each for each in graph if each.op == "host")
+    assert [(operator, reason.partition(": ")[2]) for _, operator, reason in host.attributes.nodes] == [  # type: ignore[attr-defined]
+        ("QuantizeLinear", "an activation has more than one scale or zero point"),
+        ("DequantizeLinear", "an activation has more than one scale or zero point"),
+    ]
+
+
+def test_pruning_wants_the_float_model(tmp_path: Path) -> None:
+    proto = quantized(tmp_path, "QDQ", "u8", "s8")
+    with pytest.raises(PruneError, match="the model is quantized already"):
+        npucc.compile(proto, calibration=SAMPLES, prune="channels=30%")
