@@ -248,9 +248,16 @@ def test_recurrent_cells_that_are_not_supported() -> None:
     assert "its weights have shapes [1, 8, 4] and [1, 8, 2]" in message(proto)
 
 
-def test_quantized_model() -> None:
-    proto = model([node("QuantizeLinear", "x s", "q"), node("DequantizeLinear", "q s", "y")], {"x": (2,)}, ["y"], {"s": np.float32(0.1)})
-    assert message(proto).endswith("hint: the model is quantized already; give the float model, which npucc quantizes itself")
+@pytest.mark.parametrize(
+    ("scale", "text"),
+    [
+        (np.float32(-0.1), "QuantizeLinear: its scale is -0.1"),
+        (np.array([0.1, 0.2], np.float32), "QuantizeLinear: an activation has more than one scale or zero point"),
+    ],
+)
+def test_quantized_model(scale: np.ndarray, text: str) -> None:
+    proto = model([node("QuantizeLinear", "x s", "q"), node("DequantizeLinear", "q s", "y")], {"x": (2, 3)}, ["y"], {"s": scale})
+    assert text in message(proto)
 
 
 def test_control_flow_on_data() -> None:
