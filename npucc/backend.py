@@ -4,7 +4,8 @@
     outputs = rep.run([x])
 
 The one big idea: a model is compiled when its inputs are seen, so that open sizes, and sizes that depend on data, are those of the inputs.
-The program is kept, and made anew only for inputs of other shapes.
+The program is kept, and made anew only for inputs of other shapes. In float mode a model whose inputs or outputs the machine's memory can't hold
+(strings, sequences, optional values, tensors without elements) has no program: onnxruntime runs it directly.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx.backend.base import Backend, BackendRep, Device, DeviceType, namedtupledict
 
-from npucc import compiler
+from npucc import compiler, segments
 from npucc.compiler import FLOAT_MODE
+from npucc.errors import NotHeldError
 from npucc.package import Package
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,6 +34,7 @@ class NpuBackendRep(BackendRep):
         self.model, self.target, self.quant = model, target, quant
         self.names = [value.name for value in model.graph.input if value.name not in stored]
         self.package: Package | None = None
+        self.on_host = False
         self._key: Any = None
 
     def _without_empty(self, feed: dict[str, Array]) -> tuple[ModelProto, dict[str, Array]]:
@@ -47,24 +50,33 @@ class NpuBackendRep(BackendRep):
     def run(self, inputs: Any, **_: Any) -> tuple[Any, ...]:
         """The outputs, in order and by name. `inputs`: arrays in order, {name: array}, or one array. Raises NpuccError, RuntimeFault."""
         feed = self._feed(inputs)
+        names = [value.name for value in self.model.graph.output]
+        if not self.on_host and all(isinstance(value, np.ndarray) for value in feed.values()):
+            try:
+                return namedtupledict("Outputs", names)(*self._on_machine(feed))
+            except NotHeldError:
+                if self.quant != FLOAT_MODE:
+                    raise
+        self.on_host = True
+        return namedtupledict("Outputs", names)(*segments.session(self.model.SerializeToString()).run(None, feed))
+
+    def _on_machine(self, feed: dict[str, Array]) -> list[Array]:
         key = tuple((name, value.shape, value.dtype.str) for name, value in feed.items())
         model, feed = self._without_empty(feed)
         if self.package is None or key != self._key:
             shapes = {name: value.shape for name, value in feed.items() if value.shape}
             self.package = compiler.compile(model, self.target, calibration=[feed], shapes=shapes, quant=self.quant)
             self._key = key
-        outputs = self.package.machine.run(feed).outputs
-        return namedtupledict("Outputs", list(outputs))(*outputs.values())
+        return list(self.package.machine.run(feed).outputs.values())
 
-    def _feed(self, inputs: Any) -> dict[str, Array]:
-        if isinstance(inputs, Mapping):
-            return {name: np.asarray(value) for name, value in inputs.items()}
-        arrays = inputs if isinstance(inputs, Sequence) else [inputs]
-        return {name: np.asarray(value) for name, value in zip(self.names, arrays, strict=False)}
+    def _feed(self, inputs: Any) -> dict[str, Any]:
+        """Sequences stay lists, and an optional value that is missing None."""
+        values = inputs if isinstance(inputs, Mapping) else dict(zip(self.names, inputs if isinstance(inputs, Sequence) else [inputs], strict=False))
+        return {name: value if value is None or isinstance(value, list) else np.asarray(value) for name, value in values.items()}
 
 
 class NpuBackend(Backend):
-    """Every model that onnxruntime runs, if its inputs and outputs are tensors of numbers."""
+    """Every model that onnxruntime runs."""
 
     @classmethod
     def prepare(cls, model: ModelProto, device: str = "CPU", **options: Any) -> NpuBackendRep:

@@ -2,6 +2,7 @@
 
     NpuccError
     ├── ImportModelError   the ONNX model can't be taken
+    │   └── NotHeldError   an input or output is nothing that the machine's memory can hold
     ├── GraphError         a stage produced a graph that does not verify
     ├── QuantizeError      calibration data or options do not fit the model
     ├── PruneError         pruning options or data do not fit the model
@@ -28,6 +29,10 @@ class NpuccError(Exception):
 
 class ImportModelError(NpuccError):
     """The ONNX model is damaged, or uses something that can't be compiled."""
+
+
+class NotHeldError(ImportModelError):
+    """An input or output that is no tensor of numbers with at least one element: a string, a sequence, an optional value, an empty tensor."""
 
 
 class GraphError(NpuccError):

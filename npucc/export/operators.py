@@ -178,7 +178,10 @@ def _resize(call: Call) -> None:
     """By scales where they give the recorded size, as they decide the positions; by size otherwise."""
     a, shape = call.attributes, call.source().shape
     scales = np.array((*[1.0] * (len(shape) - 2), *a.scales), np.float32)
-    by_scales = all(math.floor(np.float32(n) * s) == m for n, s, m in zip(shape[-2:], scales[-2:], a.size, strict=True))
+    by_scales = all(
+        math.floor(np.float32(n) * s) == math.floor(n * float(s)) == m  # shape inference and the operator may round differently
+        for n, s, m in zip(shape[-2:], scales[-2:], a.size, strict=True)
+    )
     how: tuple[str, ...] = ("", call.model.constant(scales, FLOAT)) if by_scales else ("", "", _shape(call.model, call.result.shape))
     extra = {"nearest_mode": a.nearest_mode} if a.mode == "nearest" else {}
     call.emit("Resize", (call.inputs[0], *how), mode=a.mode, coordinate_transformation_mode=a.coordinates, **extra)

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, helper
 
-from npucc.errors import ImportModelError
+from npucc.errors import ImportModelError, NotHeldError
 from npucc.feeds import Port, synthetic_feeds
 from npucc.frontend.hosting import title
 from npucc.frontend.load import load_model
@@ -24,6 +24,7 @@ from npucc.ops import Host
 from npucc.segments import RAW, raw_quant, run
 from runtime.errors import RuntimeFault
 
+BACKEND = "there can be no package; npucc.backend runs such a model on the host directly"
 REASON = "float mode (quant none) runs the whole model on the host"
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,10 +34,12 @@ def import_whole(
 ) -> Graph:
     """A graph of one host node, its tensors stored as they are. `sample`: a feed that settles the sizes of outputs. Raises ImportModelError."""
     proto, file = load_model(model, any_opset=True)
+    _refuse_other_types(proto.graph, file)
     inputs = bind_inputs(proto.graph, shapes or {}, file)
     tensors = [_tensor(value.name, value.shape, value.dtype, "input", file) for value in inputs]
     del proto.graph.input[:]
     proto.graph.input.extend(helper.make_tensor_value_info(value.name, value.dtype, value.shape) for value in inputs)
+    proto.ir_version = max(proto.ir_version, 4)  # before that, stored tensors had to be inputs too
     content = proto.SerializeToString(deterministic=True)
     feed = sample if sample is not None else _made_up(tensors)
     try:
@@ -61,12 +64,20 @@ def import_whole(
     return editor.freeze()
 
 
+def _refuse_other_types(graph: GraphProto, file: str) -> None:
+    for what, values in (("input", graph.input), ("output", graph.output)):
+        for value in values:
+            kind = value.type.WhichOneof("value") or "tensor_type"
+            if kind != "tensor_type":
+                raise NotHeldError(f"{what} {value.name!r} is a {kind.removesuffix('_type')}, not a tensor", file=file, hint=BACKEND)
+
+
 def _tensor(name: str, shape: tuple[int, ...], dtype: int, what: str, file: str) -> Tensor:
     known = type_name(dtype)
     if dtype not in onnx.TensorProto.DataType.values() or dtype == onnx.TensorProto.STRING or (numpy := numpy_name(dtype)) not in RAW:
-        raise ImportModelError(f"{what} {name!r} has element type {known}", file=file, hint=f"the machine holds {', '.join(RAW)}")
+        raise NotHeldError(f"{what} {name!r} has element type {known}", file=file, hint=f"the machine holds {', '.join(RAW)}; {BACKEND}")
     if 0 in shape:
-        raise ImportModelError(f"{what} {name!r} has shape {list(shape)}, which holds nothing", file=file, hint="every size must be at least 1")
+        raise NotHeldError(f"{what} {name!r} has shape {list(shape)}, which holds nothing", file=file, hint=BACKEND)
     return Tensor(name, tuple(shape), numpy, quant=raw_quant(numpy), source=name)
 
 
