@@ -143,7 +143,7 @@ def _node_agrees(graph: Graph, node: Node, stored: Mapping[str, Array]) -> None:
         return
     inputs = [name for name in dict.fromkeys(node.inputs) if name and not graph.tensors[name].is_constant]
     alone = make_graph("alone", [node], graph.tensors, inputs, node.outputs)
-    feed = {name: np.asarray(reference.to_real(graph.tensors[name], stored[name])) for name in inputs}
+    feed = {name: np.asarray(reference.to_real(graph.tensors[name], stored[name])).astype(graph.tensors[name].dtype) for name in inputs}
     wide = any(graph.tensors[name].quant and graph.quant(name).dtype == "s16" for name in (*inputs, *node.outputs))
     values = run(to_onnx(alone), feed) if wide else run_session(exact_session(to_onnx(alone)), feed).values()  # optimized, 16 bits become 8
     for name, value in zip(node.outputs, values, strict=True):
@@ -158,10 +158,10 @@ def _is_direct(graph: Graph, node: Node) -> bool:
 
 
 def _stored(graph: Graph, name: str, value: Array) -> Array:
-    tensor = graph.tensors[name]
-    if tensor.quant is None or tensor.dtype != "float32":
-        return value.astype(np.int64)
-    return np.rint(value.astype(np.float64) / float(tensor.quant.scale)).astype(np.int64) + tensor.quant.zero
+    quant = graph.tensors[name].quant
+    if quant is None or segments.is_raw(quant):
+        return value
+    return np.rint(value.astype(np.float64) / float(quant.scale)).astype(np.int64) + quant.zero
 
 
 def errors_are_small(case: Case) -> None:

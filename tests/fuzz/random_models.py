@@ -163,6 +163,10 @@ class RandomModel:
         names = [value.name for value in self.proto.graph.input]
         return [{name: self.values[name][index] for name in names} for index in range(SAMPLES)]
 
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        """What hypothesis prints."""
+        printer.text(repr(self))
+
     def __repr__(self) -> str:
         lines = [f"opset {self.opset}"]
         lines += [f"{name}{list(self.shape(name))}" for name in self.inputs]
