@@ -16,7 +16,7 @@ from isa.geometry import footprint, overlaps, writes_twice
 from isa.order import order_findings
 from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES, Event, Instruction, Loop, Program, TensorRecord, Tile, address_at
 from isa.shapes import Remark, attribute_values, may_replace, shape_remarks
-from isa.signature import operand_count_fault, operand_fault
+from isa.signature import operand_count_fault, operand_fault, packing_fault
 from isa.spec import SPEC, Operand
 from isa.text import MAXIMUM_DYNAMIC
 from isa.tokens import MAXIMUM_EVENT, did_you_mean, print_address, print_place, print_tile
@@ -124,11 +124,17 @@ def _instruction_remarks(program: Program, instruction: Instruction, counts: tup
 
 
 def _mode_remarks(program: Program, instruction: Instruction) -> Iterator[Remark]:
-    """The vector engine rounds in one way."""
+    """The vector engine rounds in one way; the DMA and matrix engines know some weight formats."""
     if instruction.name == "requant":
         mode, known = attribute_values(instruction)["mode"], program.target.requantize
         if mode != known:
             yield f"mode={mode}, but the target has {known}", f"write mode={known}, or choose a target with requantize={mode}"
+    formats = program.target.formats
+    for tile in instruction.tiles:
+        if tile.packing is not None and tile.packing.kind not in formats:
+            known = ", ".join(formats) or "no packed weights"
+            yield f"weights are packed as {tile.packing.kind}, but the target knows {known}", "unpack them, or name the format in its weight_formats"
+            return
 
 
 def _signature_remarks(program: Program, instruction: Instruction, counts: tuple[int, ...]) -> Iterator[Remark]:  # noqa: ARG001
@@ -141,7 +147,7 @@ def _signature_remarks(program: Program, instruction: Instruction, counts: tuple
         yield fault
         return
     for operand, tile in zip(spec.operands, instruction.tiles, strict=False):
-        fault = operand_fault(spec.name, operand, tile.space, tile.dtype)
+        fault = operand_fault(spec.name, operand, tile.space, tile.dtype) or packing_fault(spec.name, operand, tile)
         if fault:
             yield fault
         if len(tile.strides) != len(tile.shape) or any(size < 1 for size in tile.shape) or len(tile.steps) > len(counts):
@@ -200,7 +206,7 @@ def _reach(tile: Tile, counts: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _write_remarks(program: Program, operand: Operand, tile: Tile, counts: tuple[int, ...]) -> Iterator[Remark]:
-    if writes_twice(tile.shape, tile.strides, DTYPES[tile.dtype]):
+    if tile.packing is None and writes_twice(tile.shape, tile.strides, DTYPES[tile.dtype]):
         yield f"operand {operand.name}, {print_tile(tile)}, writes some bytes twice", "a result needs strides that keep its elements apart"
     if _touches_constants(program, tile, counts):
         constants = f"{print_address(program.constants_address)} to {print_address(program.constants_address + program.constants_bytes)}"

@@ -128,6 +128,7 @@ class _Walk:
 
 def _bytes_of(owners: Numbers, tile: Tile, address: int) -> Numbers:
     """The entries of a tile's bytes, as a view [*shape, bytes per element]; what a stride of 0 repeats stands there once."""
+    tile = tile.storage
     shape = tuple(size if stride else 1 for size, stride in zip(tile.shape, tile.strides, strict=True))
     strides = tuple(stride * owners.itemsize for stride in (*tile.strides, 1))
     return np.lib.stride_tricks.as_strided(owners[address:], (*shape, DTYPES[tile.dtype]), strides)

@@ -41,6 +41,7 @@ class Footprint:
 
 def footprint(tile: Tile) -> Footprint:
     """The normal form of a tile's byte set, address and loop steps aside."""
+    tile = tile.storage
     return _footprint(tile.shape, tile.strides, DTYPES[tile.dtype])
 
 

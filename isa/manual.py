@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from isa import shapes, target, text
+from isa.packing import FORMATS
 from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES
 from isa.spec import TABLE, Attribute, InstructionSpec, Operand
 from isa.tokens import MAXIMUM_DIMENSIONS, MAXIMUM_EVENT, print_value
@@ -33,7 +34,7 @@ MEMORIES = {
 TIMING = {
     "dma": "`ceil(burst bytes / dram_bytes_per_cycle)` of the one DRAM channel that `ld` and `st` share, `dram_latency` after the request; the "
     "next request of a queue is issued when its last one starts to stream. Burst bytes: each contiguous run in DRAM takes whole bursts of "
-    "`dram_burst_bytes`; gaps shorter than a burst are streamed over; dimensions of stride 0 move once.",
+    "`dram_burst_bytes`; gaps shorter than a burst are streamed over; dimensions of stride 0 move once. Of packed weights the packed bytes count.",
     "gather": "as dma: each row of y in whole bursts; the rest of x is not moved.",
     "matrix": "with M = output pixels or rows, K = products per output, N = outputs per group, G = groups (1 for `matmul`). "
     "Systolic, weight stationary, F = `G * ceil(K/rows) * ceil(N/cols)` folds: with shadow weights `F * max(M, rows) + 2*rows + cols - 2`, "
@@ -55,7 +56,7 @@ ROLES = {"read": "read", "write": "written", "update": "written, and read when a
 
 def manual() -> str:
     """The whole manual as Markdown."""
-    parts = [HEAD, _memories(), TEXT, _limits(), _queues(), NUMBERS, _timing(), _targets(), _index(), *map(_instruction, TABLE)]
+    parts = [HEAD, _memories(), _packings(), TEXT, _limits(), _queues(), NUMBERS, _timing(), _targets(), _index(), *map(_instruction, TABLE)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -65,7 +66,7 @@ HEAD = """
 Generated from `isa/spec.py` by `python -m isa.manual`; do not edit.
 
 Few instructions, each on whole tiles, each exact. A line can be read alone: there are no modes and no magic address bits.
-Contents: [addressing](#addressing), [text](#text), [order](#order), [numbers](#numbers), [timing](#timing), [targets](#targets),
+Contents: [addressing](#addressing), [packed weights](#packed-weights), [text](#text), [order](#order), [numbers](#numbers), [timing](#timing), [targets](#targets),
 [instructions](#instructions).
 """
 
@@ -129,6 +130,26 @@ An operand is a *tile*: a strided view of one memory.
 - Addresses, steps and strides are multiples of the element size; addresses and steps also of the target's `alignment`.
 - A tile lies within its memory in every iteration. The constants are read only.
 - Inside an instruction the result may lie exactly on an elementwise operand of the same element size, or apart from all operands.
+"""
+
+
+def _packings() -> str:
+    rows = "\n".join(f"| `{{{','.join((name, *each.numbers))}}}` | {each.layout} |" for name, each in FORMATS.items())
+    return f"""
+## Packed weights
+
+    @0x100000:s8[3,3,64,64]{{nm,2,4}}
+
+Weights may lie packed: then the braces of the tile name a format instead of strides. The tile stands for the same s8 values, seen as a
+matrix K × N (N is the last dimension, K all others in row-major order); its numbers tell how many bytes they take. Bits fill bytes from the lowest.
+
+| packing | bytes, one part after the other |
+|---|---|
+{rows}
+
+`ld` unpacks, or moves packed weights as they are; `conv` and `matmul` take them packed. Which formats there are says `weight_formats` of the
+target. Bytes that stand for no weights (places that do not rise, a bitmap that does not count the values, bits past the end that are not 0,
+a value past the last row, a product that is no s8) are a fault.
 """
 
 

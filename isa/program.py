@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from isa.packing import Packing
 from isa.target import Target
 
 #: bytes per element of each element type; those of the second line are known to the host alone, no engine computes with them
@@ -41,6 +42,7 @@ class Tile:
 
     `address` and `strides` are in bytes (a stride of 0 broadcasts; negative ones walk backwards);
     `steps[d]` is added to the address per iteration of the d-th enclosing loop, outermost first (no trailing zeros).
+    A tile of packed weights, `%0x100:s8[3,3,64,64]{nm,2,4}`, has a `packing` in place of strides (those are then the unpacked tile's).
     """
 
     space: str
@@ -49,6 +51,7 @@ class Tile:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     steps: tuple[int, ...] = ()
+    packing: Packing | None = None
 
     @staticmethod
     def dense(space: str, address: int, dtype: str, shape: tuple[int, ...]) -> Tile:
@@ -68,10 +71,19 @@ class Tile:
 
     @property
     def is_dense(self) -> bool:
-        return self.strides == dense_strides(self.shape, self.dtype)
+        return self.strides == dense_strides(self.shape, self.dtype) and self.packing is None
+
+    @property
+    def storage(self) -> Tile:
+        """The tile as the memories see it: the packed bytes, or the tile itself."""
+        if self.packing is None:
+            return self
+        return Tile(self.space, self.address, "u8", (self.packing.bytes(self.shape),), (1,), self.steps)
 
     def extent(self) -> tuple[int, int]:
         """Lowest address touched and one past the highest, at iteration 0 of every loop."""
+        if self.packing is not None:
+            return self.address, self.address + self.packing.bytes(self.shape)
         low = high = self.address
         for size, stride in zip(self.shape, self.strides, strict=True):
             reach = (size - 1) * stride

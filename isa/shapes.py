@@ -283,13 +283,26 @@ def interpolates(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterat
         yield "an interpolated table of f32", "its entries must be integers"
 
 
+def unpacks(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:  # noqa: ARG001
+    """y is packed only where x is packed in the same way; unpacked weights are an s8 tile of their own shape."""
+    result, source = tiles["y"], tiles["x"]
+    if result.packing is not None and result.packing != source.packing:
+        yield f"y is packed as {{{result.packing.text()}}}, x is not", "give both the same packing, or none to y"
+
+
+def unpacked_zero(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
+    """Packed weights have no zero point: zb is 0."""
+    if tiles["b"].packing is not None and values["zb"]:
+        yield f"zb is {values['zb']}, but b is packed", "what is left out of packed weights stands for 0: use zb=0, or unpack b with ld"
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
-    "ld": (same_dtype("y", "x"), dma_dimensions),
+    "ld": (same_dtype("y", "x"), dma_dimensions, unpacks),
     "st": (same_dtype("y", "x"), dma_dimensions),
     "gather": (same_dtype("y", "x"),),
     "conv": (channel_groups, windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
     "dwconv": (windows_fit, holds("zero", "x"), bias_or_accumulate("b")),
-    "matmul": (holds("za", "a"), holds("zb", "b"), bias_or_accumulate("c")),
+    "matmul": (holds("za", "a"), holds("zb", "b"), bias_or_accumulate("c"), unpacked_zero),
     "requant": (requantizes,),
     "lut": (same_dtype("y", "t"), interpolates),
     "maxpool": (same_dtype("y", "x"), windows_fit, windows_not_empty),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from isa.program import SPACES
+from isa.packing import packing_remarks
+from isa.program import SPACES, Tile
 from isa.spec import InstructionSpec, Operand
 
 
@@ -36,3 +37,12 @@ def operand_fault(mnemonic: str, operand: Operand, space: str, dtype: str) -> tu
     if dtype not in operand.dtypes:
         return f"operand {operand.name} of {mnemonic} has element type {dtype}", f"it must be {' or '.join(operand.dtypes)}"
     return None
+
+
+def packing_fault(mnemonic: str, operand: Operand, tile: Tile) -> tuple[str, str] | None:
+    """(message, hint) when the operand cannot be packed, or not in this way."""
+    if tile.packing is None:
+        return None
+    if not operand.packed:
+        return f"operand {operand.name} of {mnemonic} is packed", "only weights are: the tiles of ld, w of conv, b of matmul; unpack it with ld"
+    return next(packing_remarks(tile.packing, tile.shape, tile.dtype), None)

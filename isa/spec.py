@@ -25,6 +25,7 @@ class Operand:
     """One tile operand: where it may live, what it may hold, how it is read.
 
     `dims` names its dimensions; the same letter must have the same size everywhere in the instruction; `*` is "any number".
+    `packed`: it may be weights in one of the formats of `isa.packing`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Operand:
     dtypes: tuple[str, ...]
     dims: str = "*"
     optional: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,11 @@ def _window(name: str, effect: str, extra: tuple[Attribute, ...], note: str) -> 
 
 TABLE: tuple[InstructionSpec, ...] = (
     InstructionSpec(
-        "ld", "ld", (Operand("y", "write", SPM, ANY, "*d"), Operand("x", "read", DRAM, ANY, "*d")), (),
+        "ld", "ld", (Operand("y", "write", SPM, ANY, "*d", packed=True), Operand("x", "read", DRAM, ANY, "*d", packed=True)), (),
         "y[...] = x[...], element by element", "dma",
-        "Any strides on both sides: transposes, interleaves and broadcasts on the way. At most 5 dimensions; same dtype.",
+        "Any strides on both sides: transposes, interleaves and broadcasts on the way. At most 5 dimensions; same dtype. "
+        "Where x is [packed](#packed-weights) and y is not, the DMA engine unpacks on the way; where both are, in the same format, the bytes "
+        "are moved as they are.",
         "ld %0x0:s8[16,58,64], @0xc400:s8[16,58,64]{3712,64,1} signal=mm.0",
     ),
     InstructionSpec(
@@ -128,7 +132,7 @@ TABLE: tuple[InstructionSpec, ...] = (
     InstructionSpec(
         "conv", "mm",
         (Operand("y", "update", ACC, ("s32",), "hwn"), Operand("x", "read", SPM, ("s8", "s16"), "uvc"),
-         Operand("w", "read", SPM, ("s8",), "klgn"), Operand("b", "read", SPM, ("s32",), "n", optional=True)),
+         Operand("w", "read", SPM, ("s8",), "klgn", packed=True), Operand("b", "read", SPM, ("s32",), "n", optional=True)),
         (STRIDE, DILATION, PAD, Attribute("zero", "int", 0, "stored value that padding stands for"),
          Attribute("groups", "int", 1, "channel groups: g = c / groups; output channels are split likewise"), ACCUMULATE),
         "y[h,w,n] = (b[n] or 0, or y if accumulate) + "
@@ -148,7 +152,7 @@ TABLE: tuple[InstructionSpec, ...] = (
     InstructionSpec(
         "matmul", "mm",
         (Operand("y", "update", ACC, ("s32",), "mn"), Operand("a", "read", SPM, ("s8", "s16"), "mk"),
-         Operand("b", "read", SPM, ("s8",), "kn"), Operand("c", "read", SPM, ("s32",), "n", optional=True)),
+         Operand("b", "read", SPM, ("s8",), "kn", packed=True), Operand("c", "read", SPM, ("s32",), "n", optional=True)),
         (Attribute("za", "int", 0, "zero point subtracted from a"), Attribute("zb", "int", 0, "zero point subtracted from b"), ACCUMULATE),
         "y[m,n] = (c[n] or 0, or y if accumulate) + sum over k of (a[m,k] - za) * (b[k,n] - zb), wrapping in 32 bits",
         "matrix", "Strides transpose either side for nothing.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,11 @@ LIMIT = 1 << 48
 #: how sums become stored values, as `requant` spells them out
 REQUANTIZE = ("fp32.rne", "q31.rne", "q31.tosa", "q31.tfl")
 #: fields that are one of a few words
-WORDS = {"family": ("systolic", "mac"), "dataflow": ("ws", "os", "is"), "requantize": REQUANTIZE}
+WORDS = {
+    "family": ("systolic", "mac"), "dataflow": ("ws", "os", "is"), "requantize": REQUANTIZE,
+    "skip": ("none", "structured", "weights", "activations", "both"),
+}  # fmt: skip
+_FORMAT = re.compile(r"nm:([1-9][0-9]{0,2}):([1-9][0-9]{0,2})|block|mask|s4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,8 @@ class Target:
     vec_startup: int = 8  # cycles per vector instruction
     clock_hz: float = 1.0e9  # turns cycles into seconds
     host_latency: int = 20_000  # cycles to hand a segment over to the host and back: driver call and interrupt, 20 us at 1 GHz
+    weight_formats: str = ""  # packed weights that it can unpack, of nm:N:M, block, mask and s4, with spaces between
+    skip: str = "none"  # what the array leaves out of its time: none, structured, weights, activations or both
     requantize: str = "fp32.rne"  # how requant rounds: fp32.rne, q31.rne, q31.tosa or q31.tfl
     pj_mac: float = 0.30  # int8 multiply-accumulate; Horowitz, ISSCC 2014 (45 nm)
     pj_vector: float = 1.0  # one vector element operation: fp32 add 0.9 plus control; Horowitz, ISSCC 2014
@@ -69,6 +76,21 @@ class Target:
         for field in ("dram_bytes_per_cycle", "clock_hz"):
             if not 0 < getattr(self, field) < LIMIT:
                 raise TargetError(f"{field} is {getattr(self, field)}", hint="it must be above 0, and below 2**48")
+        self._check_sparsity()
+
+    def _check_sparsity(self) -> None:
+        for word in self.formats:
+            if not _FORMAT.fullmatch(word):
+                raise TargetError(f"weight_formats names {word!r}", hint="it lists some of nm:N:M (as nm:2:4), block, mask and s4, with spaces between")
+        if self.skip in ("weights", "activations", "both") and self.family != "mac":
+            raise TargetError(f"skip is {self.skip!r}", hint="values flow through a systolic array in lock step: use 'structured', or family 'mac'")
+        if self.skip == "structured" and self.family == "systolic" and self.dataflow != "ws":
+            raise TargetError("skip is 'structured'", hint="of the systolic arrays only the weight stationary one (dataflow 'ws') skips")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The weight formats, each a word."""
+        return tuple(self.weight_formats.split())
 
     @property
     def macs_per_cycle(self) -> int:

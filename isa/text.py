@@ -19,7 +19,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedTok
 from isa import tokens
 from isa.errors import ParseError, TargetError
 from isa.program import LOOP_VARIABLES, Event, Instruction, Layer, Loop, Program, TensorRecord, Tile, Value
-from isa.signature import operand_count_fault, operand_fault
+from isa.signature import operand_count_fault, operand_fault, packing_fault
 from isa.spec import SPEC, InstructionSpec
 from isa.target import Target, target_from_fields
 from isa.tokens import TokenError, did_you_mean, quoted
@@ -338,7 +338,7 @@ class _Reader:
             variable = LOOP_VARIABLES[len(tile.steps) - 1]
             scope = f"the loop variables here are {', '.join(LOOP_VARIABLES[:depth])}" if depth else "there is no loop around this line"
             self.fail(token, f"loop variable {variable!r} is not in scope", scope, offset=token.find(f"*{variable}") + 1)
-        remark = operand_fault(spec.name, spec.operands[index], tile.space, tile.dtype)
+        remark = operand_fault(spec.name, spec.operands[index], tile.space, tile.dtype) or packing_fault(spec.name, spec.operands[index], tile)
         if remark:
             self.fail(token, *remark)
         return tile

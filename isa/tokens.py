@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from isa.packing import FORMATS, Packing, packing_remarks
 from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES, Event, Tile, Value, dense_strides
 from isa.spec import SPEC, Attribute, InstructionSpec
 
@@ -196,6 +197,14 @@ def _place_fault(text: str) -> TokenError:
 
 def read_type(text: str, *, offset: int = 0) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """`s8[16,58,64]{3712,64,1}` as (dtype, shape, byte strides)."""
+    dtype, shape, layout = _read_layout(text, offset)
+    if isinstance(layout, Packing):
+        raise TokenError(offset, f"{quoted(text)} is packed", "only weights are packed, and they have no name: give byte strides, or none at all")
+    return dtype, shape, layout
+
+
+def _read_layout(text: str, offset: int) -> tuple[str, tuple[int, ...], tuple[int, ...] | Packing]:
+    """(dtype, shape, byte strides or packing)."""
     match = _TYPE.match(text)
     if match is None:
         raise TokenError(
@@ -207,6 +216,8 @@ def read_type(text: str, *, offset: int = 0) -> tuple[str, tuple[int, ...], tupl
     shape = read_numbers(shape_text, "size", offset=offset + match.start(2), low=1)
     if stride_text is None:
         strides = dense_strides(shape, dtype)
+    elif stride_text[:1].isalpha():
+        return dtype, shape, _read_packing(stride_text, dtype, shape, offset + match.start(3))
     else:
         strides = read_numbers(stride_text, "stride", offset=offset + match.start(3), low=1 - INTEGER_LIMIT)
     if len(strides) != len(shape):
@@ -220,6 +231,17 @@ def read_type(text: str, *, offset: int = 0) -> tuple[str, tuple[int, ...], tupl
     return dtype, shape, strides
 
 
+def _read_packing(text: str, dtype: str, shape: tuple[int, ...], offset: int) -> Packing:
+    """`nm,2,4`."""
+    name, _, numbers = text.partition(",")
+    if name not in FORMATS:
+        raise TokenError(offset, f"unknown weight format {quoted(name)}", did_you_mean(name, FORMATS))
+    packing = Packing(name, read_numbers(numbers, f"number of {name}", offset=offset + len(name) + 1, low=0))
+    for message, hint in packing_remarks(packing, shape, dtype):
+        raise TokenError(offset, message, hint)
+    return packing
+
+
 @lru_cache(maxsize=65536)
 def read_tile(text: str) -> Tile:
     """`%0x100+0x40*i:s8[16,58,64]{3712,64,1}`."""
@@ -227,8 +249,10 @@ def read_tile(text: str) -> Tile:
     space, address, steps = read_place(place)
     if not colon:
         raise TokenError(len(place), f"{quoted(text)} lacks its type", f"write {place}:DTYPE[SIZES], such as {place}:s8[16,64]")
-    dtype, shape, strides = read_type(type_text, offset=len(place) + 1)
-    return Tile(space, address, dtype, shape, strides, steps)
+    dtype, shape, layout = _read_layout(type_text, len(place) + 1)
+    if isinstance(layout, Packing):
+        return Tile(space, address, dtype, shape, dense_strides(shape, dtype), steps, layout)
+    return Tile(space, address, dtype, shape, layout, steps)
 
 
 def print_place(tile: Tile) -> str:
@@ -238,8 +262,8 @@ def print_place(tile: Tile) -> str:
 
 
 def print_type(tile: Tile) -> str:
-    """`s8[16,58,64]{3712,64,1}`, without the strides where they are dense."""
-    strides = "" if tile.is_dense else "{" + ",".join(map(str, tile.strides)) + "}"
+    """`s8[16,58,64]{3712,64,1}`, without the strides where they are dense; of packed weights the packing."""
+    strides = "{" + tile.packing.text() + "}" if tile.packing else "" if tile.is_dense else "{" + ",".join(map(str, tile.strides)) + "}"
     return f"{tile.dtype}[{','.join(map(str, tile.shape))}]{strides}"
 
 

@@ -22,6 +22,7 @@ from runtime.gemm import FloatSums
 from runtime.host import Host
 from runtime.kernels import KERNELS, Bind
 from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
+from runtime.packing import unpack
 from runtime.scratch import Scratch
 from runtime.site import Site
 from runtime.stream import Step
@@ -111,8 +112,9 @@ class Binder:
             return self._bind_host(number, instruction, views, located, attributes)
         result, *others = located.items()
         snapshots = self._snapshots(instruction, result, others, views)
-        known = {} if snapshots or not self.known_order else self._known(dict(others))
+        known = {} if snapshots or not self.known_order else self._known(dict(others), instruction.line)
         views |= {name: content for name, (_, content) in known.items()}
+        unpacking = self._unpacking(instruction, located, views, known)
         window = self._window(instruction, located, attributes) if self.known_order else None
         sums = self._float_sums(instruction, located) if self.known_order else None
         site = Site(instruction, views, attributes, self.scratch, self.memo, known, window, sums=sums)
@@ -120,7 +122,7 @@ class Binder:
         self._note_readers([at for name, at in (*others, *([result] if attributes.get("accumulate") else [])) if name not in known])
         self._follow_accumulators(number, site, step.line.queue, located)
         self._record(number, instruction, located)
-        return _after_copying(snapshots, run) if snapshots else run
+        return _after(unpacking, _after_copying(snapshots, run) if snapshots else run)
 
     def finish(self) -> None:
         """All steps are bound: accumulators that only the taker of the float sums would read need not be stored."""
@@ -193,15 +195,50 @@ class Binder:
             copies.append((views[name], original))
         return copies
 
-    def _known(self, operands: dict[str, Located]) -> dict[str, tuple[Any, Array]]:
+    def _unpacking(
+        self, instruction: Instruction, located: dict[str, Located], views: dict[str, Array], known: dict[str, tuple[Any, Array]]
+    ) -> list[Callable[[], None]]:
+        """Replace packed operands by their values; what then must be done before each execution: nothing where the bytes are constants.
+
+        A load that leaves them packed moves the bytes as they are.
+        """
+        if all(at.tile.packing is not None for at in located.values()):
+            return []
+        steps = []
+        for name, at in located.items():
+            if at.tile.packing is None:
+                continue
+            if name in known:
+                views[name] = known[name][1]
+            elif at.tile.space == "dram" and self.known_order and self._is_constant(at):
+                views[name] = self._unpacked(at, instruction.line)
+            else:
+                stored, values = views[name], np.empty(at.tile.shape, np.int8)
+                views[name] = values
+                steps.append(_refresh(values, at.tile, stored, instruction.line))
+        return steps
+
+    def _unpacked(self, at: Located, line: int) -> Array:
+        """The values of weights that lie packed in the constants, unpacked once."""
+        key = ("unpacked", at.address, at.tile.packing, at.tile.shape)
+        if key not in self.memo:
+            self.memo[key] = unpack(at.tile, self.memories["dram"].view(at.tile, at.address), line=line)
+        values: Array = self.memo[key]
+        return values
+
+    def _is_constant(self, at: Located) -> bool:
+        low, high = at.extent
+        return self._constants[0] <= low and high <= self._constants[1]
+
+    def _known(self, operands: dict[str, Located], line: int) -> dict[str, tuple[Any, Array]]:
         """Operands that hold the same constants in every run."""
         found = {}
         for name, at in operands.items():
-            if name in CONSTANT_OPERANDS and at.tile.space == "spm" and (constant := self._constant(at)) is not None:
+            if name in CONSTANT_OPERANDS and at.tile.space == "spm" and (constant := self._constant(at, line)) is not None:
                 found[name] = constant
         return found
 
-    def _constant(self, at: Located) -> tuple[Any, Array] | None:
+    def _constant(self, at: Located, line: int) -> tuple[Any, Array] | None:
         """(key, content) of a tile whose bytes were all loaded by one instruction from the program's constants, if so.
 
         Seen where it lies in the constants, or as a copy where the load rearranged it; copies take no more memory than the constants.
@@ -210,6 +247,8 @@ class Binder:
         if loaded is None:
             return None
         y, x = loaded
+        if x.tile.packing is not None:
+            return self._packed_constant(at, y, x, line)
         offset, origin = at.address - y.address, y.extent[0]
         if y.tile.is_dense and x.tile.is_dense and (x.address + offset) % NUMPY[at.tile.dtype].itemsize == 0:
             there = replace(at.tile, space="dram")
@@ -230,6 +269,13 @@ class Binder:
         content = self.memo[memo]
         return None if content is None else (key, content)
 
+    def _packed_constant(self, at: Located, y: Located, x: Located, line: int) -> tuple[Any, Array] | None:
+        """(key, values) of a tile that is all of what was loaded, packed or unpacked, from packed constants."""
+        whole = at.address == y.address and at.tile.shape == x.tile.shape and at.tile.dtype == x.tile.dtype
+        if not whole or at.tile.packing != y.tile.packing or (y.tile.packing is None and not (y.tile.is_dense and at.tile.is_dense)):
+            return None
+        return (x.address, x.tile.packing, x.tile.shape), self._unpacked(x, line)
+
     def _window(self, instruction: Instruction, located: dict[str, Located], attributes: dict[str, Any]) -> Any:
         """What tells the windows that a conv reads from all others: the tile, the way it is read, and who wrote its bytes last."""
         if instruction.name != "conv":
@@ -245,9 +291,24 @@ class Binder:
         result = located[names[0]]
         self.writers[result.tile.space].write(*result.extent, number)
         if instruction.name == "ld":
-            low, high = located[names[1]].extent
-            if self._constants[0] <= low and high <= self._constants[1]:
+            if self._is_constant(located[names[1]]):
                 self.loads[number] = (result, located[names[1]])
+
+
+def _refresh(values: Array, tile: Tile, stored: Array, line: int) -> Callable[[], None]:
+    return lambda: np.copyto(values, unpack(tile, stored, line=line))
+
+
+def _after(steps: list[Callable[[], None]], run: Callable[[], None]) -> Callable[[], None]:
+    """`run`, the other steps before it."""
+    if not steps:
+        return run
+
+    def all_in_order() -> None:
+        for step in (*steps, run):
+            step()
+
+    return all_in_order
 
 
 def _after_copying(copies: list[tuple[Array, Array]], run: Callable[[], None]) -> Callable[[], None]:

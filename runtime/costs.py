@@ -30,6 +30,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from isa.packing import Packing
 from isa.program import DTYPES, Instruction, Tile
 from isa.spec import SPEC
 from isa.target import Target
@@ -50,6 +51,7 @@ class Work:
     acc_bytes: int = 0
     dram_read_bytes: int = 0
     dram_write_bytes: int = 0
+    skipped_macs: int = 0  # asked for, but left out by the array
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in WORK_FIELDS))
@@ -63,16 +65,20 @@ class Work:
         return self.dram_read_bytes + self.dram_write_bytes
 
 
-WORK_FIELDS = ("macs", "vector_operations", "spm_bytes", "acc_bytes", "dram_read_bytes", "dram_write_bytes")
+WORK_FIELDS = ("macs", "vector_operations", "spm_bytes", "acc_bytes", "dram_read_bytes", "dram_write_bytes", "skipped_macs")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cycles that the engine is busy (a DMA: that the DRAM channel is), how many of them fill and drain the array, and the work done."""
+    """Cycles that the engine is busy (a DMA: that the DRAM channel is), how many of them fill and drain the array, and the work done.
+
+    `saved`: how many more cycles it would be without skipping.
+    """
 
     cycles: int
     fill: int = 0
     work: Work = field(default_factory=Work)
+    saved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """The matrix product that an instruction is: `pixels` × `depth` × `outputs`, `groups` times; `inputs` bytes wide."""
+    """The matrix product that an instruction is: `pixels` × `depth` × `outputs`, `groups` times; `width` bytes per input."""
 
     pixels: int
     depth: int
@@ -101,10 +107,16 @@ class Product:
     width: int = 1
     depthwise: bool = False
     row: Row | None = None  # depthwise only; without it each result is a window of its own
+    packing: Packing | None = None  # of the weights, where the array takes them packed
 
     @property
     def macs(self) -> int:
         return self.pixels * self.depth * self.outputs * self.groups
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as the array reads them."""
+        return self.packing.bytes((self.depth, self.outputs * self.groups)) if self.packing else self.depth * self.outputs * self.groups
 
 
 def cost(instruction: Instruction, target: Target) -> Cost:
@@ -126,14 +138,14 @@ def product_of(name: str, tiles: dict[str, Tile], attributes: dict[str, Any]) ->
     """The matrix product that conv, dwconv or matmul does."""
     if name == "matmul":
         (pixels, depth), outputs = tiles["a"].shape, tiles["b"].shape[1]
-        return Product(pixels, depth, outputs, width=DTYPES[tiles["a"].dtype])
+        return Product(pixels, depth, outputs, width=DTYPES[tiles["a"].dtype], packing=tiles["b"].packing)
     pixels, taps = math.prod(tiles["y"].shape[:2]), math.prod(tiles["w"].shape[:2])
     width = DTYPES[tiles["x"].dtype]
     if name == "dwconv":
         row = Row(tiles["y"].shape[1], (tiles["w"].shape[0], tiles["w"].shape[1]), attributes["stride"][1], attributes["dilation"][1])
         return Product(pixels, taps, 1, tiles["w"].shape[2], width, depthwise=True, row=row)
     groups = attributes["groups"]
-    return Product(pixels, taps * tiles["w"].shape[2], tiles["w"].shape[3] // groups, groups, width)
+    return Product(pixels, taps * tiles["w"].shape[2], tiles["w"].shape[3] // groups, groups, width, packing=tiles["w"].packing)
 
 
 def matrix_cost(product: Product, target: Target) -> Cost:
@@ -146,19 +158,19 @@ def _mac_array(p: Product, t: Target) -> tuple[int, int, Work]:
     rows, depth = _up(p.pixels, t.rows), _up(p.depth, t.depth)
     columns = _up(p.groups, t.cols) if p.depthwise else p.groups * _up(p.outputs, t.cols)
     input_reads = p.pixels * p.depth * (p.groups if p.depthwise else columns) * p.width
-    weight_reads = p.depth * p.outputs * p.groups * rows
+    weight_reads = p.weight_bytes * rows
     return rows * columns * depth, t.pipeline_depth, _matrix_work(p, input_reads + weight_reads, accumulations=1)
 
 
 def _systolic_array(p: Product, t: Target) -> tuple[int, int, Work]:
     if t.dataflow == "os":
         folds = p.groups * _up(p.pixels, t.rows) * _up(p.outputs, t.cols)
-        reads = p.groups * (p.pixels * p.depth * _up(p.outputs, t.cols) * p.width + p.depth * p.outputs * _up(p.pixels, t.rows))
+        reads = p.groups * (p.pixels * p.depth * _up(p.outputs, t.cols) * p.width) + p.weight_bytes * _up(p.pixels, t.rows)
         return folds * p.depth, folds * (t.rows + t.cols - 2), _matrix_work(p, reads, accumulations=1)
     depth_folds = _up(p.depth, t.rows)
     if t.dataflow == "is":
         folds = p.groups * depth_folds * _up(p.pixels, t.cols)
-        reads = p.groups * (p.pixels * p.depth * p.width + p.depth * p.outputs * _up(p.pixels, t.cols))
+        reads = p.groups * p.pixels * p.depth * p.width + p.weight_bytes * _up(p.pixels, t.cols)
         return folds * p.outputs, folds * (2 * t.rows + t.cols - 2), _matrix_work(p, reads, accumulations=depth_folds)
     return _weight_stationary(p, t)
 
@@ -171,7 +183,7 @@ def _weight_stationary(p: Product, t: Target) -> tuple[int, int, Work]:
     else:
         columns = p.groups if p.depthwise else p.groups * _up(p.outputs, t.cols)
         folds, pixels, input_reads = columns * depth_folds, p.pixels, p.pixels * p.depth * columns
-    work = _matrix_work(p, input_reads * p.width + p.depth * p.outputs * p.groups, accumulations=depth_folds)
+    work = _matrix_work(p, input_reads * p.width + p.weight_bytes, accumulations=depth_folds)
     fill = 2 * t.rows + t.cols - 2
     if t.shadow_weights:
         return folds * _fold_cycles(pixels, t), fill, work
@@ -244,11 +256,13 @@ def _host_cost(tiles: dict[str, Tile], target: Target) -> Cost:
 
 def moved_bytes(tile: Tile) -> int:
     """Bytes of a tile; dimensions with stride 0 count once."""
+    tile = tile.storage
     return DTYPES[tile.dtype] * math.prod(size for size, stride in zip(tile.shape, tile.strides, strict=True) if stride)
 
 
 def burst_bytes(tile: Tile, burst: int) -> int:
     """Bytes that the DRAM channel is taken for by a tile: per run whole bursts, but never more than a group's extent in bursts."""
+    tile = tile.storage
     extent = DTYPES[tile.dtype]
     total = _up(extent, burst) * burst
     for stride, size in sorted((abs(stride), size) for stride, size in zip(tile.strides, tile.shape, strict=True) if stride and size > 1):

@@ -11,7 +11,7 @@ from typing import Any
 
 from isa.program import Instruction, Tile
 from isa.shapes import attribute_values, shape_remarks
-from isa.signature import operand_count_fault, operand_fault
+from isa.signature import operand_count_fault, operand_fault, packing_fault
 from isa.spec import SPEC
 from runtime.errors import RuntimeFault
 
@@ -31,7 +31,7 @@ def decode(instruction: Instruction) -> Decoded:
         raise RuntimeFault(f"unknown instruction {instruction.name!r}", line=instruction.line, hint=f"known: {', '.join(SPEC)}")
     fault = operand_count_fault(spec, len(instruction.tiles))
     for operand, tile in zip(spec.operands, instruction.tiles, strict=False):
-        fault = fault or operand_fault(spec.name, operand, tile.space, tile.dtype)
+        fault = fault or operand_fault(spec.name, operand, tile.space, tile.dtype) or packing_fault(spec.name, operand, tile)
     if fault:
         raise RuntimeFault(fault[0], line=instruction.line, hint=fault[1])
     for message, hint in shape_remarks(instruction):

@@ -51,7 +51,11 @@ class Memory:
         self._fixed = (address, np.frombuffer(content, np.uint8))
 
     def view(self, tile: Tile, address: int, *, line: int = 0) -> Array:
-        """The tile at `address` as an array that shares this memory. Raises RuntimeFault when it leaves the memory or is not aligned."""
+        """The tile at `address` as an array that shares this memory; packed weights as their bytes.
+
+        Raises RuntimeFault when it leaves the memory or is not aligned.
+        """
+        tile = tile.storage
         dtype, width = NUMPY[tile.dtype], DTYPES[tile.dtype]
         if len(tile.shape) != len(tile.strides) or any(size < 1 for size in tile.shape) or tile.elements > LARGEST_TILE:
             raise RuntimeFault(f"a tile of shape {list(tile.shape)} with strides {list(tile.strides)} can't be read or written", line=line)

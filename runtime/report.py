@@ -13,6 +13,7 @@ import numpy as np
 from isa.program import QUEUES, Instruction, Loop, Program
 from runtime.costs import Work
 from runtime.energy import SOURCES, energy
+from runtime.skipping import DYNAMIC
 from runtime.timing import LayerTime, Timeline
 
 
@@ -32,6 +33,9 @@ class LayerReport:
     macs: int
     dram_bytes: int
     energy_pj: float
+    skipped_macs: int = 0
+    matrix_cycles: int = 0
+    saved_cycles: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,12 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One inference. `utilization` is ideal multiply-accumulate cycles over cycles; `energy` is in picojoules by component."""
+    """One inference. `utilization` is ideal multiply-accumulate cycles over cycles; `energy` is in picojoules by component.
+
+    `macs` are done, `skipped_macs` are those that an array without skipping would do besides; `array_utilization` is `macs` over what the
+    array could do while it works (`matrix_cycles`), `array_utilization_unskipped` the same without skipping: the share of useful work there.
+    `at_most`: the target skips zeros of the inputs, and none were seen, so cycles, MACs and energy are upper bounds.
+    """
 
     cycles: int
     macs: int
@@ -59,23 +68,33 @@ class Report:
     energy_sources: dict[str, str]
     layers: tuple[LayerReport, ...]
     counters: tuple[Counter, ...]
+    skipped_macs: int = 0
+    matrix_cycles: int = 0
+    array_utilization: float = 0.0
+    array_utilization_unskipped: float = 0.0
+    at_most: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""
         return asdict(self)
 
 
-def make_report(program: Program, timeline: Timeline) -> Report:
-    """Gather what the timeline counted."""
+def make_report(program: Program, timeline: Timeline, *, seen: bool = False) -> Report:
+    """Gather what the timeline counted; `seen`: it knows the inputs of a run."""
     total = sum((layer.work for layer in timeline.layers), Work())
     components = energy(total, program.target)
     possible = timeline.total_cycles * program.target.macs_per_cycle
     layers = tuple(_layer_report(program, number, time) for number, time in enumerate(timeline.layers))
+    busy, saved = sum(layer.matrix for layer in timeline.layers), sum(layer.saved for layer in timeline.layers)
+    peak = program.target.macs_per_cycle
     return Report(
         cycles=timeline.total_cycles, macs=total.macs, utilization=total.macs / possible if possible else 0.0,
         dram_read_bytes=total.dram_read_bytes, dram_write_bytes=total.dram_write_bytes, spm_peak_bytes=spm_peak(program),
         energy_pj=sum(components.values()), energy=components, energy_sources=dict(SOURCES), layers=layers,
-        counters=count_instructions(timeline),
+        counters=count_instructions(timeline), skipped_macs=total.skipped_macs, matrix_cycles=busy,
+        array_utilization=total.macs / (busy * peak) if busy else 0.0,
+        array_utilization_unskipped=total.macs / ((busy + saved) * peak) if busy else 0.0,
+        at_most=program.target.skip in DYNAMIC and not seen,
     )  # fmt: skip
 
 
@@ -96,7 +115,8 @@ def _layer_report(program: Program, number: int, time: LayerTime) -> LayerReport
     return LayerReport(
         name=layer.name, op=layer.op, nodes=layer.nodes, cycles=time.cycles, ideal=time.ideal, underuse=time.underuse, fill=time.fill,
         dma_stall=time.dma_stall, sync_stall=time.sync_stall, macs=time.work.macs, dram_bytes=time.work.dram_bytes,
-        energy_pj=sum(energy(time.work, program.target).values()),
+        energy_pj=sum(energy(time.work, program.target).values()), skipped_macs=time.work.skipped_macs, matrix_cycles=time.matrix,
+        saved_cycles=time.saved,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ Every cycle of the run belongs to one layer and one of five parts. In a cycle in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +27,10 @@ from isa.program import QUEUES, Program, address_at
 from isa.spec import SPEC
 from isa.target import Target
 from isa.tokens import print_tile
-from runtime.costs import Cost, Work, cost
+from runtime.costs import Cost, Product, Work, cost, product_of
+from runtime.decode import decode
 from runtime.errors import RuntimeFault
+from runtime.skipping import Loaded
 from runtime.stream import EventKey, Step, program_order, unrolled
 
 Integers = NDArray[np.int64]
@@ -44,6 +47,8 @@ class LayerTime:
     dma_stall: int
     sync_stall: int
     work: Work
+    matrix: int = 0  # cycles in which the matrix engine works
+    saved: int = 0  # how many more they would be without skipping
 
     @property
     def cycles(self) -> int:
@@ -87,8 +92,12 @@ def _tiles(step: Step) -> str:
     return ", ".join(print_tile(replace(tile, address=address_at(tile, step.iterations), steps=())) for tile in tiles)
 
 
-def simulate(program: Program) -> Timeline:
-    """Run the program on timed queues. Raises RuntimeFault on deadlock and on operands that do not fit the table."""
+def simulate(program: Program, constants: bytes = b"", seen: Mapping[int, Cost] | None = None) -> Timeline:
+    """Run the program on timed queues. Raises RuntimeFault on deadlock and on operands that do not fit the table.
+
+    Only a target that skips zeros looks at values: of weights among the `constants`, and of a run's inputs, the costs `seen` by step.
+    Without them each instruction takes the most that it can.
+    """
     steps = unrolled(program)
     by_line: dict[int, Cost] = {}
     costs = []
@@ -97,10 +106,28 @@ def simulate(program: Program) -> Timeline:
         if known is None:
             known = by_line[id(step.line)] = cost(step.line.instruction, program.target)
         costs.append(known)
+    if program.target.skip != "none":
+        _skip(program, constants, steps, costs)
+    for number, known in (seen or {}).items():
+        costs[number] = known
     clock = _Clock(steps, costs, program.target)
     clock.run()
     layers = _attribute(program, steps, costs, clock.begins, clock.ends)
     return Timeline(program, steps, clock.starts, clock.begins, clock.ends, int(clock.ends.max(initial=0)), layers)
+
+
+def _skip(program: Program, constants: bytes, steps: list[Step], costs: list[Cost]) -> None:
+    """Replace the costs of matrix instructions by what skipping leaves of them."""
+    loaded = Loaded(constants, program.constants_address)
+    products: dict[int, Product] = {}
+    for number, step in enumerate(steps):
+        if step.line.queue == "mm":
+            if id(step.line) not in products:
+                decoded = decode(step.line.instruction)
+                products[id(step.line)] = product_of(step.line.instruction.name, decoded.tiles, decoded.attributes)
+            if products[id(step.line)].packing is not None:
+                costs[number] = loaded.cost(step, products[id(step.line)], program.target)
+        loaded.follow(step)
 
 
 class _Clock:
@@ -182,12 +209,13 @@ class _Clock:
 def _attribute(program: Program, steps: list[Step], costs: list[Cost], begins: Integers, ends: Integers) -> tuple[LayerTime, ...]:
     """Each layer's parts, by the rule at the top of this file."""
     count, peak = len(program.layers), program.target.macs_per_cycle
-    matrix, fill, work = [0] * count, [0] * count, [Work()] * count
+    matrix, fill, saved, work = [0] * count, [0] * count, [0] * count, [Work()] * count
     executed: dict[tuple[int, int], tuple[Cost, int]] = {}
     for step, each in zip(steps, costs, strict=True):
         if step.line.queue == "mm":
             matrix[step.layer] += each.cycles
             fill[step.layer] += each.fill
+            saved[step.layer] += each.saved
         key = (step.layer, id(each))
         executed[key] = (each, executed[key][1] + 1 if key in executed else 1)
     for (layer, _), (each, times) in executed.items():
@@ -197,7 +225,7 @@ def _attribute(program: Program, steps: list[Step], costs: list[Cost], begins: I
     for layer in range(count):
         ideal = work[layer].macs // peak
         underuse = matrix[layer] - fill[layer] - ideal + int(vector[layer])
-        layers.append(LayerTime(ideal, underuse, fill[layer], int(stall[layer]), int(idle[layer]), work[layer]))
+        layers.append(LayerTime(ideal, underuse, fill[layer], int(stall[layer]), int(idle[layer]), work[layer], matrix[layer], saved[layer]))
     return tuple(layers)
 
 

@@ -104,7 +104,7 @@ class _Lowering:
         self.bounds = arithmetic.clamp_bounds(getattr(group.anchor.attributes, "clamp", None), emitter.graph.quant(group.anchor.outputs[0]))
         self.result = emitter.graph.quant(group.anchor.outputs[0])
         self.resident = emitter.tile(problem.x).space == "spm"
-        self.weights: dict[tuple[int, int], View] = {}
+        self.weights: dict[tuple[int, int], Tile] = {}
         self.parameters: dict[int, View] = {}
 
     def run(self) -> None:
@@ -300,7 +300,7 @@ class _Lowering:
             per_group = problem.outputs // problem.groups
             wide = problem.channels // problem.groups
             low, channels = start // per_group * wide, count // per_group * wide
-        w = self.emitter.load_once("w", (start, low), self._weights(start, count, low, channels), self.w_ring)
+        w = self.emitter.load_weights((start, low), self._weights(start, count, low, channels), self.w_ring)
         x, pad = self._source(pixels, low, channels)
         attributes: dict[str, object] = {
             "stride": problem.strides,
@@ -314,12 +314,12 @@ class _Lowering:
             attributes["groups"] = channels // (problem.channels // problem.groups) if self.tied else 1
         self.emitter.issue("dwconv" if problem.depthwise else "conv", accumulator, x, w, *bias, accumulate=int(not first), **attributes)  # type: ignore[arg-type]
 
-    def _weights(self, start: int, count: int, low: int, channels: int) -> View:
-        """A tile's weights, packed densely among the constants."""
+    def _weights(self, start: int, count: int, low: int, channels: int) -> Tile:
+        """A tile's weights among the constants."""
         if (start, low) not in self.weights:
             rows = slice(None) if self.tied else slice(low, low + channels)
             weights = self.problem.weights[:, :, rows, start : start + count]
-            self.weights[start, low] = self.emitter.constant(weights[:, :, 0] if self.problem.depthwise else weights, "s8")
+            self.weights[start, low] = self.emitter.weights(weights[:, :, 0] if self.problem.depthwise else weights)
         return self.weights[start, low]
 
     def _source(self, pixels: tuple[int, int, int, int, int], low: int, channels: int) -> tuple[Tile, tuple[int, int, int, int]]:

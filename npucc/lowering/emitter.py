@@ -18,6 +18,7 @@ from npucc.errors import CompileError
 from npucc.graph import Graph
 from npucc.lowering.placement import Placement
 from npucc.lowering.views import View, merge_dimensions
+from npucc.lowering.weights import packed
 
 SLOT_ALIGNMENT = 8
 MOST_DMA_DIMENSIONS = 5
@@ -124,6 +125,24 @@ class Emitter:
         """A constant in DRAM, row-major."""
         view = View.dense(CONSTANTS, array.shape, dtype)
         return replace(view, offset=self.constants.add(array))
+
+    def weights(self, array: np.ndarray) -> Tile:
+        """Weights (s8) in DRAM, packed where that takes fewer bytes."""
+        found = packed(array, self.target)
+        if found is None:
+            return self.tile(self.constant(array, "s8"))
+        return replace(self.tile(self.constant(found[1], "u8")), dtype="s8", shape=array.shape, strides=dense_strides(array.shape, "s8"), packing=found[0])
+
+    def load_weights(self, key: object, source: Tile, ring: Ring) -> Tile:
+        """A dense scratchpad tile of weights; the ones that were loaded last are still there."""
+        if "w" not in self._loaded or self._loaded["w"][0] != key:
+            tile = Tile.dense("spm", ring.next(), "s8", source.shape)
+            if source.packing is None:
+                self._transfer("ld", tile, source)
+            else:
+                self.issue("ld", tile, source)
+            self._loaded["w"] = (key, tile)
+        return self._loaded["w"][1]
 
     def load(self, view: View, ring: Ring) -> Tile:
         """The window as a dense scratchpad tile in the view's dimension order; broadcast dimensions are loaded once."""

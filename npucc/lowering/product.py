@@ -73,6 +73,7 @@ class _Lowering:
         self.rows, self.depth, self.columns = self.shape[-2], self.left.shape[-1], self.shape[-1]
         self._merge_batches()
         self.blocks: dict[object, View] = {}
+        self.weight_tiles: dict[object, Tile] = {}
 
     def _batched(self, view: View) -> View:
         """With the batch dimensions of the result (broadcast ones repeat)."""
@@ -207,10 +208,10 @@ class _Lowering:
             window = self._window(self.right, batch, chunk, columns)
             return self.emitter.load_once("b", window, window, self.rings["b"])
         key = (self._right_batch(batch), columns, chunk)
-        if key not in self.blocks:
+        if key not in self.weight_tiles:
             matrix = self.weights[key[0]]
-            self.blocks[key] = self.emitter.constant(matrix[chunk[0] : sum(chunk), columns[0] : sum(columns)], "s8")
-        return self.emitter.load_once("b", key, self.blocks[key], self.rings["b"])
+            self.weight_tiles[key] = self.emitter.weights(matrix[chunk[0] : sum(chunk), columns[0] : sum(columns)])
+        return self.emitter.load_weights(key, self.weight_tiles[key], self.rings["b"])
 
     def _parameters(self, batch: tuple[int, ...], columns: tuple[int, int]) -> Tile:
         key = ("p", self._right_batch(batch) if self.weights is not None else (), columns)

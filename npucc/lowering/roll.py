@@ -102,7 +102,7 @@ def _shape(item: Item) -> object:
     """Everything of an item but its addresses."""
     if isinstance(item, Loop):
         return ("loop", item.count, tuple(_shape(inner) for inner in item.body))
-    tiles = tuple((tile.space, tile.dtype, tile.shape, tile.strides, tile.steps) for tile in item.tiles)
+    tiles = tuple((tile.space, tile.dtype, tile.shape, tile.strides, tile.steps, tile.packing) for tile in item.tiles)
     return (item.name, tiles, item.attributes, item.waits, item.signals)
 
 
