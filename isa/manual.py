@@ -66,8 +66,8 @@ HEAD = """
 Generated from `isa/spec.py` by `python -m isa.manual`; do not edit.
 
 Few instructions, each on whole tiles, each exact. A line can be read alone: there are no modes and no magic address bits.
-Contents: [addressing](#addressing), [packed weights](#packed-weights), [text](#text), [order](#order), [numbers](#numbers), [timing](#timing), [targets](#targets),
-[instructions](#instructions).
+Contents: [addressing](#addressing), [packed weights](#packed-weights), [text](#text), [order](#order), [numbers](#numbers),
+[timing](#timing), [targets](#targets), [instructions](#instructions).
 """
 
 TEXT = f"""

@@ -81,7 +81,7 @@ class Target:
     def _check_sparsity(self) -> None:
         for word in self.formats:
             if not _FORMAT.fullmatch(word):
-                raise TargetError(f"weight_formats names {word!r}", hint="it lists some of nm:N:M (as nm:2:4), block, mask and s4, with spaces between")
+                raise TargetError(f"weight_formats names {word!r}", hint="it lists some of nm:N:M (as nm:2:4), block, mask and s4")
         if self.skip in ("weights", "activations", "both") and self.family != "mac":
             raise TargetError(f"skip is {self.skip!r}", hint="values flow through a systolic array in lock step: use 'structured', or family 'mac'")
         if self.skip == "structured" and self.family == "systolic" and self.dataflow != "ws":

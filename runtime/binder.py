@@ -290,9 +290,8 @@ class Binder:
         names = list(located)
         result = located[names[0]]
         self.writers[result.tile.space].write(*result.extent, number)
-        if instruction.name == "ld":
-            if self._is_constant(located[names[1]]):
-                self.loads[number] = (result, located[names[1]])
+        if instruction.name == "ld" and self._is_constant(located[names[1]]):
+            self.loads[number] = (result, located[names[1]])
 
 
 def _refresh(values: Array, tile: Tile, stored: Array, line: int) -> Callable[[], None]:

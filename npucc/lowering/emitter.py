@@ -131,7 +131,8 @@ class Emitter:
         found = packed(array, self.target)
         if found is None:
             return self.tile(self.constant(array, "s8"))
-        return replace(self.tile(self.constant(found[1], "u8")), dtype="s8", shape=array.shape, strides=dense_strides(array.shape, "s8"), packing=found[0])
+        packing, stored = found
+        return replace(Tile.dense("dram", self.tile(self.constant(stored, "u8")).address, "s8", array.shape), packing=packing)
 
     def load_weights(self, key: object, source: Tile, ring: Ring) -> Tile:
         """A dense scratchpad tile of weights; the ones that were loaded last are still there."""

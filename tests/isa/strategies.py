@@ -14,6 +14,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from isa import SPEC, TABLE, Event, Instruction, InstructionSpec, Layer, Loop, Program, Target, TensorRecord, Tile, dense_strides, unroll
+from isa.packing import Packing
 from isa.program import DTYPES, QUEUES
 from isa.spec import Attribute
 from isa.text import OUTSIDE_DTYPES
@@ -21,7 +22,9 @@ from isa.text import OUTSIDE_DTYPES
 CONSTANTS = 0x8000  # bytes of constants, at DRAM address 0
 DRAM = 0x20000
 SCRATCH = 0xC0000  # scratchpad that instructions under test don't use
-TARGET = Target("test")
+TARGET = Target("test", weight_formats="nm:1:4 block mask s4")
+#: packings that bytes of zeros are legal in
+PACKINGS = [Packing("nm", (1, 4)), Packing("block", (2, 3, 0)), Packing("mask", (0,)), Packing("s4", (0,)), Packing("s4", (2,))]
 
 float32 = st.floats(width=32, allow_nan=False)
 names = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -53,6 +56,21 @@ def tiles(draw: Any, shape: tuple[int, ...], dtype: str, space: str, allocator: 
         strides = tuple(changed)
     low, high = Tile(space, 0, dtype, shape, strides).extent()
     return Tile(space, allocator.take(space, high - low, draw(st.integers(0, 3))) - low, dtype, shape, strides)
+
+
+def pack_some(draw: Any, spec: InstructionSpec, chosen: list[Tile], values: dict[str, Any]) -> list[Tile]:
+    """The same tiles, now and then with packed weights; a load has them packed on both sides, or in DRAM alone."""
+    weights = [index for index, operand in enumerate(spec.operands[: len(chosen)]) if operand.packed]
+    if not weights or any(chosen[i].dtype != "s8" or len(chosen[i].shape) < 2 for i in weights) or draw(st.booleans()):
+        return chosen
+    values.update({"zb": 0} if "zb" in values else {})
+    packing = draw(st.sampled_from(PACKINGS))
+    size, wanted = packing.bytes(chosen[weights[-1]].shape), weights if draw(st.booleans()) else weights[-1:]
+    free = (1 << 19) if spec.queue == "mm" else 0x6000  # far from all other tiles
+    return [
+        replace(Tile.dense(tile.space, free + size * (tile.space == "spm"), "s8", tile.shape), packing=packing) if index in wanted else tile
+        for index, tile in enumerate(chosen)
+    ]  # fmt: skip
 
 
 def _value(draw: Any, attribute: Attribute) -> Any:
@@ -156,6 +174,7 @@ def instructions(draw: Any, spec: InstructionSpec | None = None) -> Instruction:
             allocator.free["dram"] = CONSTANTS
         space = draw(st.sampled_from(operand.spaces))
         chosen.append(draw(tiles(_shape(operand.dims, sizes), dtypes[operand.name], space, allocator, written=operand.role != "read")))
+    chosen = pack_some(draw, spec, chosen, values)
     kept = tuple((each.name, values[each.name]) for each in spec.attributes if repr(values[each.name]) != repr(each.default))
     return Instruction(spec.name, tuple(chosen), kept)
 
