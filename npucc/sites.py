@@ -18,6 +18,8 @@ from npucc.ops import OPS
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+MOST_COLUMNS = 8192  # of a layer that is fitted: its Gram matrix then has half a GiB
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -36,6 +38,11 @@ class Site:
     def taps(self) -> int:
         """Columns per input channel."""
         return self.kernel[0] * self.kernel[1]
+
+    @property
+    def summing_order(self) -> Array:
+        """int[depth]: the columns in the order in which the array sums: kernel row, kernel column, input channel."""
+        return np.asarray(np.arange(self.depth).reshape(-1, self.taps).T.ravel())
 
     @property
     def input(self) -> str:

@@ -26,6 +26,7 @@ Measure = Callable[[Graph], float]
 Progress = Callable[[str, int, int], None]
 
 STEPS = 16  # amounts considered per family, at most
+EVEN = 4  # where no amount saves cycles by itself: shares to go on by
 MEASURED = 6  # of them, the error of the others lies between
 DEEPEST = 0.25  # of a family's channels always stay
 
@@ -48,6 +49,7 @@ class Curve:
     order: Array
     counts: tuple[int, ...]  # removed, ascending
     errors: tuple[float, ...]
+    is_told: bool = False  # the only count is what the user wants
 
     def labels(self, level: int) -> Array:
         """The labels gone at a level; level 0 removes none."""
@@ -116,15 +118,35 @@ def mend(statistics: Statistics, removed: Array) -> dict[str, Array]:
     return values
 
 
-def order_family(statistics: Statistics, family: Family, criterion: str) -> Array:
-    """The family's labels, the least needed first. The last one stays."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A family's labels, the least needed first; the last one stays. `mended[count]`: constants of the readers when so many are gone."""
+
+    labels: Array
+    mended: Mapping[int, Mapping[str, Array]]
+
+
+def order_family(statistics: Statistics, family: Family, criterion: str, *, at: Sequence[int] = ()) -> Order:
+    """The order by a criterion; by the second order what is left is mended at the counts `at` on the way."""
     sites = [statistics.sites[name] for name in family.readers if name in statistics.sites]
-    if criterion == "second_order" and sites:
-        parts = [part for site in sites for part in _second_order_parts(statistics, site, family)]
-        grams, matrices, columns, weights = (list(column) for column in zip(*parts, strict=True))
-        return family.labels[eliminate(grams, matrices, columns, weights).order]
-    scores = _scores(statistics, family, sites if criterion == "activation" else [])
-    return family.labels[np.argsort(scores, kind="stable")[:-1]]
+    sites = list({site.weights: site for site in sites}.values())
+    if criterion != "second_order" or not sites:
+        scores = _scores(statistics, family, sites if criterion == "activation" else [])
+        return Order(family.labels[np.argsort(scores, kind="stable")[:-1]], {})
+    per_site = [_second_order_parts(statistics, site, family) for site in sites]
+    grams, matrices, columns, weights = (list(column) for column in zip(*(part for parts in per_site for part in parts), strict=True))
+    done = eliminate(grams, matrices, columns, weights, at=at)
+    return Order(family.labels[done.order], {count: _constants(statistics, sites, found) for count, found in done.mended.items()})
+
+
+def _constants(statistics: Statistics, sites: Sequence[Site], matrices: Sequence[Array]) -> dict[str, Array]:
+    """Weights and biases by name, of one matrix per group of each site."""
+    values: dict[str, Array] = {}
+    start = 0
+    for site in sites:
+        values |= zip((site.weights, site.bias), site.constants(statistics.graph, np.stack(matrices[start : start + site.groups])), strict=True)
+        start += site.groups
+    return values
 
 
 def _second_order_parts(statistics: Statistics, site: Site, family: Family) -> list[tuple[Array, Array, Array, float]]:
@@ -168,31 +190,46 @@ def _summed_by_label(labels: Array, values: Array, family: Array) -> Array:
 
 
 def draw_curves(
-    statistics: Statistics, families: Sequence[Family], options: PruneOptions, measure: Measure, *, progress: Progress | None = None
+    statistics: Statistics, families: Sequence[Family], prices: PriceList, options: PruneOptions, measure: Measure, *, progress: Progress | None = None
 ) -> tuple[Curve, ...]:
     """Prune each family alone by growing amounts (mended, if repair is on) and measure the outputs."""
     curves = []
     for index, family in enumerate(families):
         if progress:
             progress("sensitivity", index, len(families))
-        order = order_family(statistics, family, options.criterion)
-        counts = _counts(len(family.labels))
+        share = next((share for name in family.makers if (share := options.channels_of(statistics.graph.nodes[name])) is not None), None)
+        counts = _counts(family, prices) if share is None else (int(np.clip(round(share * len(family.labels)), 1, len(family.labels) - 1)),)
         measured = sorted({counts[round(place)] for place in np.linspace(0, len(counts) - 1, MEASURED)}) if counts else []
-        errors = np.maximum.accumulate([_alone(statistics, order[:count], options, measure) for count in measured])
-        curves.append(Curve(family, order, counts, tuple(np.interp(counts, [0, *measured], [0.0, *errors]).tolist())))
+        order = order_family(statistics, family, options.criterion, at=measured)
+        errors = np.maximum.accumulate([_alone(statistics, order, count, options, measure) for count in measured])
+        curves.append(Curve(family, order.labels, counts, tuple(np.interp(counts, [0, *measured], [0.0, *errors]).tolist()), share is not None))
     return tuple(curves)
 
 
-def _counts(channels: int) -> tuple[int, ...]:
-    """Removed channels to consider: at most STEPS amounts, in whole steps."""
+def _counts(family: Family, prices: PriceList) -> tuple[int, ...]:
+    """Removed channels to consider, at most STEPS: those at which the target's cycles fall, so that what is kept fills the array."""
+    channels = len(family.labels)
+    nodes, removed = prices.touched(family.labels), np.zeros(prices.slots.count, bool)
+    least, falling = prices.part(nodes, removed).cycles, []
     most = channels - max(1, round(channels * DEEPEST))
-    step = max(1, -(-channels // (STEPS + 4)))
-    return tuple(range(step, most + 1, step))
+    for count in range(1, most + 1):
+        removed[family.labels[count - 1]] = True
+        cycles = prices.part(nodes, removed).cycles
+        if cycles < least:
+            least = cycles
+            falling.append(count)
+    if not falling:
+        falling = list(range(max(1, channels // EVEN), most + 1, max(1, channels // EVEN)))
+    if not falling:
+        return ()
+    return tuple(falling[index] for index in sorted({round(place) for place in np.linspace(0, len(falling) - 1, STEPS)}))
 
 
-def _alone(statistics: Statistics, labels: Array, options: PruneOptions, measure: Measure) -> float:
+def _alone(statistics: Statistics, order: Order, count: int, options: PruneOptions, measure: Measure) -> float:
     removed = np.zeros(statistics.slots.count, bool)
-    removed[labels] = True
+    removed[order.labels[:count]] = True
+    if options.repair and count in order.mended:
+        return measure(shrink(statistics.graph, statistics.slots, removed, values=order.mended[count]))
     return measure(cut(statistics, removed, repair=options.repair))
 
 
@@ -209,7 +246,12 @@ def choose(curves: Sequence[Curve], prices: PriceList, enough: Callable[[Price],
     removed = np.zeros(prices.slots.count, bool)
     levels = [0] * len(curves)
     touched = [prices.touched(curve.family.labels) for curve in curves]
-    now = whole = prices.of(removed)
+    whole = prices.of(removed)
+    for index, curve in enumerate(curves):
+        if curve.is_told:
+            levels[index] = 1
+            removed = _with(removed, curve.labels(1))
+    now = prices.of(removed)
     while not enough(now):
         best: tuple[float, int, int] | None = None
         for index, curve in enumerate(curves):

@@ -59,17 +59,17 @@ class OutputMeter:
         return float(((have - wanted)[usable] ** 2).sum() / max(spread, 1e-12))
 
     def disagreement(self, graph: Graph) -> float:
-        """Points (hundredths of the rows) in which the largest score is another one, in the first output that has scores."""
+        """Points (hundredths of the rows) in which the largest score is another one, in the first output that has scores; without any,
+        the error in per cent."""
+        scored = next((name for name in self.outputs if score_rows(self.wanted[0][name]) is not None), None)
+        if scored is None:
+            return 100.0 * self.error(graph)
         run = self._run(graph)
         rows = other = 0
         for feed, wanted in zip(self.feeds, self.wanted, strict=True):
-            found = run(feed)
-            for name in self.outputs:
-                scores = score_rows(wanted[name])
-                if scores is not None:
-                    have = score_rows(found[name])
-                    assert have is not None
-                    rows += len(scores)
-                    other += int((scores.argmax(axis=1) != have.argmax(axis=1)).sum())
-                    break
-        return 100.0 * other / rows if rows else 0.0
+            scores, have = (score_rows(values[scored]) for values in (wanted, run(feed)))
+            assert scores is not None
+            assert have is not None
+            rows += len(scores)
+            other += int((scores.argmax(axis=1) != have.argmax(axis=1)).sum())
+        return 100.0 * other / rows

@@ -6,7 +6,6 @@ graph and returns one; nothing is trained, no label is read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,19 +15,19 @@ import numpy as np
 
 from isa.target import Target
 from npucc.errors import PruneError
-from npucc.graph import Editor, Graph
+from npucc.graph import Editor, Graph, Node
 from npucc.lowering.lower import node_macs
 from npucc.ops import OPS
-from npucc.prune.channels import Curve, Statistics, choose, cut, draw_curves, find_families
+from npucc.prune.channels import Curve, Family, Statistics, draw_curves, find_families
 from npucc.prune.measure import OutputMeter
 from npucc.prune.moments import input_moments
 from npucc.prune.options import PruneOptions
-from npucc.prune.price import Price, PriceList
-from npucc.prune.repair import Repaired, repair
+from npucc.prune.price import PriceList
 from npucc.prune.report import FamilyRow, LayerRow, PruneReport
+from npucc.prune.search import Found, Job, search
+from npucc.sites import MOST_COLUMNS, find_sites
 from npucc.prune.slots import find_slots
 from npucc.prune.zeros import remove_zero_channels
-from npucc.sites import find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
@@ -36,7 +35,6 @@ Feed = Mapping[str, Any]
 
 METER_SAMPLES = (8, 32)  # for the sensitivity of each family: fewest and most
 METER_MACS = 1 << 33  # of all these samples together, between the two
-SEARCH_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +45,6 @@ class Pruned:
     report: PruneReport
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What every attempt shares: the dense graph, what is known of it, and the samples."""
-
-    dense: Graph
-    statistics: Statistics
-    curves: tuple[Curve, ...]
-    prices: PriceList
-    feeds: Sequence[Mapping[str, Array]]
-    options: PruneOptions
-    progress: Progress | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    graph: Graph
-    removed: Array
-    repaired: Mapping[str, Repaired]
-
-
 def prune(graph: Graph, feeds: Iterable[Feed], *, target: Target, options: PruneOptions, progress: Progress | None = None) -> Pruned:
     """Prune a float graph. Deterministic. `feeds`: calibration samples, of which the first `options.samples` are used. Raises PruneError."""
     samples = list(islice(feeds, options.samples))
@@ -74,123 +52,72 @@ def prune(graph: Graph, feeds: Iterable[Feed], *, target: Target, options: Prune
         raise PruneError("there are no calibration samples", hint="give at least one, better some hundreds")
     dense, zero_channels = remove_zero_channels(_with_own_constants(graph))
     job = _prepare(dense, samples, target, options, progress)
-    result, stopped, cycles = _search(job, target)
-    return Pruned(result.graph, _report(job, result, zero_channels, stopped, cycles))
+    found = search(job)
+    return Pruned(found.attempt.graph, _report(job, found, zero_channels))
 
 
-def _prepare(dense: Graph, samples: Sequence[Mapping[str, Array]], target: Target, options: PruneOptions, progress: Progress | None) -> _Job:
-    slots, sites = find_slots(dense), find_sites(dense)
-    statistics = Statistics(dense, slots, sites, {})
+def _prepare(dense: Graph, samples: Sequence[Mapping[str, Array]], target: Target, options: PruneOptions, progress: Progress | None) -> Job:
+    slots = find_slots(dense)
+    statistics = Statistics(dense, slots, {}, {})
+    prices = PriceList(dense, slots, target)
+    macs = sum(node_macs(dense, node) for node in dense)
+    judged = (samples[1::2] or samples)[: int(np.clip(METER_MACS // max(macs, 1), *METER_SAMPLES))]
     curves: tuple[Curve, ...] = ()
-    if options.channels is not None or options.cycles is not None:
-        families = find_families(dense, slots, options)
-        if not families:
-            raise PruneError("no channel of this network can be removed", hint="skip fewer layers, or choose N:M")
+    if families := _families(dense, statistics, options):
+        statistics = replace(statistics, sites={name: site for name, site in find_sites(dense).items() if site.depth <= MOST_COLUMNS})
         # what one half of the samples proposes, the other half judges; what is decided is done with all
         places = -(-options.rows // len(samples))
-        halves = [input_moments(dense, sites, samples[start::2] or samples, rows=places) for start in (0, 1)]
-        macs = sum(node_macs(dense, node) for node in dense)
-        meter = OutputMeter(dense, (samples[1::2] or samples)[: int(np.clip(METER_MACS // max(macs, 1), *METER_SAMPLES))])
-        curves = draw_curves(replace(statistics, grams=halves[0]), families, options, meter.error, progress=progress)
+        halves = [input_moments(dense, statistics.sites, samples[start::2] or samples, rows=places) for start in (0, 1)]
+        first = replace(statistics, grams=halves[0])
+        curves = draw_curves(first, families, prices, options, OutputMeter(dense, judged).error, progress=progress)
         statistics = replace(statistics, grams={name: gram + halves[1][name] for name, gram in halves[0].items()})
-    return _Job(dense, statistics, curves, PriceList(dense, slots, target), samples, options, progress)
+    return Job(dense, statistics, curves, prices, target, samples, judged, options, progress)
 
 
-def _search(job: _Job, target: Target) -> tuple[_Result, str, tuple[float, float] | None]:
-    """The pruned graph, which limit was met, and the cycles of compiled programs before and after, if they were asked for."""
-    options = job.options
-    if options.cycles is not None:
-        return _search_cycles(job, target, options.cycles)
-    nothing = np.zeros(job.statistics.slots.count, bool)
-    if options.channels is None:
-        return _attempt(job, nothing), "pattern", None
-    wanted = (1 - options.channels) * job.prices.of(nothing).macs
-    removed = choose(job.curves, job.prices, lambda price: price.macs <= wanted)
-    reached = job.prices.of(removed).macs <= wanted
-    return _attempt(job, removed), "channels" if reached else "every family is as small as allowed", None
-
-
-def _search_cycles(job: _Job, target: Target, wanted: float) -> tuple[_Result, str, tuple[float, float]]:
-    """Choose by estimated cycles, compile, correct the estimate; then step back while the drop is too large."""
-    whole = compiled_cycles(job.dense, job.feeds, target)
-    share, stopped = wanted, "cycles"
-    for _ in range(SEARCH_STEPS):
-        result = _attempt(job, _by_cycles(job, share), mended=False)
-        reached = compiled_cycles(result.graph, job.feeds, target) / whole
-        if reached <= wanted:
-            break
-        share *= wanted / reached
-    else:
-        stopped = "every family is as small as allowed"
-    result = _attempt(job, _by_cycles(job, share))
-    if job.options.drop is not None:
-        meter = OutputMeter(job.dense, job.feeds)
-        low, high = share, 1.0
-        if meter.disagreement(result.graph) > job.options.drop:
-            stopped, result = "drop", _attempt(job, np.zeros(job.statistics.slots.count, bool))
-            for _ in range(SEARCH_STEPS):
-                middle = math.sqrt(low * high)
-                attempt = _attempt(job, _by_cycles(job, middle))
-                if meter.disagreement(attempt.graph) > job.options.drop:
-                    low = middle
-                else:
-                    high, result = middle, attempt
-    return result, stopped, (whole, compiled_cycles(result.graph, job.feeds, target))
-
-
-def _by_cycles(job: _Job, share: float) -> Array:
-    whole = job.prices.of(np.zeros(job.statistics.slots.count, bool)).cycles
-
-    def enough(price: Price) -> bool:
-        return price.cycles <= share * whole
-
-    return choose(job.curves, job.prices, enough)
-
-
-def compiled_cycles(graph: Graph, feeds: Sequence[Mapping[str, Array]], target: Target) -> int:
-    """Simulated cycles of the compiled program; they do not depend on the scales, so one sample does."""
-    from npucc.lowering import lower
-    from npucc.quantize import QuantizeOptions, quantize
-    from runtime.timing import simulate
-
-    quantized = quantize(graph, feeds[:1], options=QuantizeOptions(method="minmax", samples=1, bias_samples=0))
-    return simulate(lower(quantized.graph, target).program).total_cycles
-
-
-def _attempt(job: _Job, removed: Array, *, mended: bool = True) -> _Result:
-    """Cut, then mend: channels first, then the pattern on what is left."""
-    options, slots = job.options, job.statistics.slots
-    now = cut(job.statistics, removed, repair=options.repair) if removed.any() else job.dense
-    if not mended:
-        return _Result(now, removed, {})
-    kept = {name: ~removed[_result_labels(job.dense, slots.labels, name)] for name in job.statistics.sites}
-    plain = cut(job.statistics, removed, repair=False)
-    now, rows = repair(now, job.dense, kept, job.feeds, options, plain=plain, sparse=options.pattern is not None, progress=job.progress)
-    return _Result(now, removed, rows)
-
-
-def _result_labels(graph: Graph, labels: Mapping[tuple[str, int], Array], node: str) -> Array:
-    result = graph.nodes[node].outputs[0]
-    return labels[result, len(graph.tensors[result].shape) - 1 if graph.nodes[node].op == "matmul" else 1]
+def _families(dense: Graph, statistics: Statistics, options: PruneOptions) -> tuple[Family, ...]:
+    """Those that may lose channels; where only some layers are told to, theirs."""
+    told = any(isinstance(amount, float) for _, amount in options.layers)
+    everywhere = options.channels is not None or options.cycles is not None
+    if not told and not everywhere:
+        return ()
+    families = find_families(dense, statistics.slots, options)
+    if not everywhere:
+        families = tuple(family for family in families if any(options.channels_of(dense.nodes[name]) is not None for name in family.makers))
+    if not families:
+        raise PruneError("no channel of this network can be removed", hint="skip fewer layers, or choose N:M")
+    return families
 
 
 def _with_own_constants(graph: Graph) -> Graph:
-    """Every layer with weights has a bias, and shares neither with another one."""
+    """Every layer with weights has a bias, and shares weights and bias with others only if it shares both."""
     editor = Editor(graph)
+    biases: dict[str, str] = {}  # of weights that several layers share
     for node in graph:
         if not OPS[node.op].matrix or not graph.tensors[node.inputs[1]].is_constant:
             continue
-        names = list(node.inputs[:2])
-        bias = node.inputs[2] if len(node.inputs) > 2 else ""
-        if not editor.is_read_once(names[1]):
-            names[1] = _copy(editor, names[1])
-        if not bias:
-            shape = graph.tensors[node.outputs[0]].shape
-            bias = editor.constant(f"{node.name}/bias", np.zeros(shape[-1 if node.op == "matmul" else 1], np.float32))
-        elif not editor.is_read_once(bias):
-            bias = _copy(editor, bias)
-        editor.add_node(replace(node, inputs=(*names, bias)))
+        weights, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else ""
+        if bias and not graph.tensors[bias].is_constant:
+            continue
+        if _share_all(graph, weights):
+            bias = biases.setdefault(weights, _own_bias(editor, graph, node, bias, is_shared=True))
+        else:
+            weights = weights if editor.is_read_once(weights) else _copy(editor, weights)
+            bias = _own_bias(editor, graph, node, bias, is_shared=False)
+        editor.add_node(replace(node, inputs=(node.inputs[0], weights, bias)))
     return editor.freeze()
+
+
+def _share_all(graph: Graph, weights: str) -> bool:
+    """Whether several layers do the same with these weights and have the same bias, as the steps of a recurrent layer."""
+    users = graph.users(weights)
+    return len(users) > 1 and weights not in graph.outputs and len({(user.op, *user.inputs[1:]) for user in users}) == 1
+
+
+def _own_bias(editor: Editor, graph: Graph, node: Node, bias: str, *, is_shared: bool) -> str:
+    if not bias:
+        shape = graph.tensors[node.outputs[0]].shape
+        return editor.constant(f"{node.name}/bias", np.zeros(shape[-1 if node.op == "matmul" else 1], np.float32))
+    return bias if editor.is_read_once(bias) or is_shared else _copy(editor, bias)
 
 
 def _copy(editor: Editor, name: str) -> str:
@@ -198,14 +125,15 @@ def _copy(editor: Editor, name: str) -> str:
     return name if data is None else editor.constant(name, data)
 
 
-def _report(job: _Job, result: _Result, zero_channels: int, stopped: str, cycles: tuple[float, float] | None) -> PruneReport:
-    now = job.prices.of(result.removed)
-    whole = job.prices.of(np.zeros_like(result.removed))
-    before, after = cycles or (whole.cycles, now.cycles)
-    meter = OutputMeter(job.dense, job.feeds)
-    layers = tuple(_layer_row(job, result, name) for name in job.dense.nodes if OPS[job.dense.nodes[name].op].matrix and name in result.graph.nodes)
-    families = tuple(_family_row(curve, result.removed) for curve in job.curves)
-    return PruneReport(whole.macs, now.macs, before, after, meter.error(result.graph), zero_channels, families, layers, stopped)
+def _report(job: Job, found: Found, zero_channels: int) -> PruneReport:
+    removed = found.attempt.removed
+    now, whole = job.prices.of(removed), job.prices.of(job.nothing)
+    before, after = found.cycles or (whole.cycles, now.cycles)
+    error = OutputMeter(job.dense, job.feeds).error(found.attempt.graph)
+    graph = found.attempt.graph
+    layers = tuple(_layer_row(job, found, name) for name in job.dense.nodes if OPS[job.dense.nodes[name].op].matrix and name in graph.nodes)
+    families = tuple(_family_row(curve, removed) for curve in job.curves)
+    return PruneReport(whole.macs, now.macs, before, after, error, found.disagreement, zero_channels, families, layers, found.stopped)
 
 
 def _family_row(curve: Curve, removed: Array) -> FamilyRow:
@@ -214,13 +142,15 @@ def _family_row(curve: Curve, removed: Array) -> FamilyRow:
     return FamilyRow(curve.family.name, len(curve.family.labels), len(curve.family.labels) - gone, curve.family.makers, error)
 
 
-def _layer_row(job: _Job, result: _Result, name: str) -> LayerRow:
-    old, new = job.dense.nodes[name], result.graph.nodes[name]
-    weights = [_nonzero(graph, node.inputs[1]) for graph, node in ((job.dense, old), (result.graph, new))]
-    macs = [node_macs(graph, node) for graph, node in ((job.dense, old), (result.graph, new))]
-    repaired = result.repaired.get(name)
+def _layer_row(job: Job, found: Found, name: str) -> LayerRow:
+    attempt = found.attempt
+    old, new = job.dense.nodes[name], attempt.graph.nodes[name]
+    weights = [_nonzero(graph, node.inputs[1]) for graph, node in ((job.dense, old), (attempt.graph, new))]
+    macs = [node_macs(graph, node) for graph, node in ((job.dense, old), (attempt.graph, new))]
+    repaired, alone = attempt.repaired.get(name), (found.errors or {}).get(name)
     errors = (repaired.before, repaired.after) if repaired else (None, None)
-    return LayerRow(name, old.op, *weights, *macs, *errors)
+    pattern = attempt.patterns.get(name)
+    return LayerRow(name, old.op, str(pattern) if pattern else "", *weights, *macs, *errors, alone)
 
 
 def _nonzero(graph: Graph, name: str) -> int:

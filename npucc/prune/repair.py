@@ -13,113 +13,134 @@ from typing import Any
 import numpy as np
 
 from npucc.graph import Graph
-from npucc.prune.moments import Moments, site_moments, with_constants
-from npucc.prune.options import PruneOptions
-from npucc.prune.solve import refit, sweep_pattern
-from npucc.sites import Site, find_sites
+from npucc.prune.moments import Moments, Pair, Stream, pair_moments, with_constants
+from npucc.prune.patterns import NeighbourPattern, Pattern
+from npucc.sites import MOST_COLUMNS, Site, find_sites
+from npucc.prune.solve import refit, sweep, thin_out
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+JUDGED = 48  # outputs of a layer by which its ridge is chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """The relative error of a layer's answers before and after."""
+    """The relative error of a layer's answers before and after; None where the layer has too many inputs to be fitted."""
 
-    before: float
-    after: float
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`kept`: per layer, bool[outputs in the dense graph] of those that are left; `patterns`: of the layers that get one; how to fit."""
+
+    kept: Mapping[str, Array]
+    patterns: Mapping[str, Pattern]
+    criterion: str
+    repair: bool
+    rows: int
 
 
 def repair(
-    now: Graph,
-    dense: Graph,
-    kept: Mapping[str, Array],
-    feeds: Sequence[Mapping[str, Array]],
-    options: PruneOptions,
-    *,
-    plain: Graph,
-    sparse: bool,
-    progress: Progress | None = None,
+    now: Graph, dense: Graph, plan: Plan, feeds: Sequence[Mapping[str, Array]], *, plain: Graph, progress: Progress | None = None
 ) -> tuple[Graph, dict[str, Repaired]]:
-    """Go through the layers of `now` in order; `kept`: per layer, bool[outputs in the dense graph] of those that are left.
+    """Go through the layers of `now` in order. `plain`: `now` with the dense network's weights, only cut, for the error before.
 
-    `plain`: `now` with the dense network's weights, only cut, for the error before. `sparse`: also impose the options' N:M pattern.
     Layers whose inputs are still exact, and which get no pattern, stay as they are.
     """
-    whole, rows = find_sites(dense), {}
-    names = list(find_sites(now))
-    places = -(-options.rows // len(feeds))
-    for index, name in enumerate(names):
+    rows: dict[str, Repaired] = {}
+    streams = (Stream(now, feeds), Stream(dense, feeds))
+    pairs = _pairs(now, dense, plan)
+    for index, (name, pair) in enumerate(pairs.items()):
         if progress:
-            progress("repair", index, len(names))
-        site = find_sites(now)[name]
-        groups = pattern_groups(site, options) if sparse else None
-        if groups is None and not options.repair:
+            progress("repair", index, len(pairs))
+        site, pattern = pair.now[0], plan.patterns.get(name)
+        if pattern is None and not plan.repair:
             continue
-        halves = site_moments(now, site, dense, whole[name], kept[name], feeds, rows=places)
         start = site.matrix(now)
-        both = halves[0] + halves[1]
-        if groups is None and both.error(start) < 1e-10:
+        if site.depth > MOST_COLUMNS:
+            if pattern is not None:
+                now = with_constants(now, site, start * _mask(start, _choose(start, pattern, site.summing_order, None)))
+                rows[name] = Repaired(None, None)
             continue
-        matrix, mask = _fit(halves, start, groups, options)
-        rows[name] = Repaired(both.error(find_sites(plain)[name].matrix(plain) * mask), both.error(matrix))
+        halves = pair_moments(now, dense, streams, pair, rows=-(-plan.rows // len(feeds)))
+        both = halves[0] + halves[1]
+        if pattern is None and both.error(start) < 1e-10:
+            continue
+        matrix, mask = fit(halves, start, pattern, site.summing_order, plan)
+        rows[name] = Repaired(both.error(site.matrix(plain) * mask), both.error(matrix))
         now = with_constants(now, site, matrix)
     return now, rows
 
 
-def pattern_groups(site: Site, options: PruneOptions) -> Array | None:
-    """int[groups, M]: columns of neighbouring input channels at the same kernel position; None for a layer that is too small or to be left alone."""
-    if options.pattern is None or site.groups != 1 or options.skips(site.node):
-        return None
-    of = options.pattern[1]
-    blocks = site.depth // site.taps // of
-    if not blocks:
-        return None
-    channels = np.arange(blocks * of).reshape(1, blocks, of)
-    return (channels * site.taps + np.arange(site.taps)[:, None, None]).reshape(-1, of)
+def _pairs(now: Graph, dense: Graph, plan: Plan) -> dict[str, Pair]:
+    """The layers in order, those with the same weights together, by the name of the first."""
+    here, there = find_sites(now), find_sites(dense)
+    together: dict[str, list[str]] = {}
+    for name, site in here.items():
+        together.setdefault(site.weights, []).append(name)
+    return {names[0]: Pair(tuple(here[n] for n in names), tuple(there[n] for n in names), plan.kept[names[0]]) for names in together.values()}
 
 
-def _fit(halves: Sequence[Moments], start: Array, groups: Array | None, options: PruneOptions) -> tuple[Array, Array]:
-    """(new matrix, bool of what of it may be other than zero)."""
-    both = halves[0] + halves[1]
-    mask = start != 0
+def _mask(start: Array, chosen: Array) -> Array:
+    """What may be other than zero: no weight that is zero already."""
+    mask = chosen & (start != 0)
     mask[:, -1] = True
-    if groups is not None:
-        mask &= _pattern(both, start, groups, options)[None]
-    if not options.repair:
-        return start * mask, mask
-    dense_start = best_fit(halves, start, start != 0) if groups is not None else start
-    return best_fit(halves, dense_start, mask), mask
+    return np.asarray(mask)
 
 
-def _pattern(moments: Moments, start: Array, groups: Array, options: PruneOptions) -> Array:
-    assert options.pattern is not None
-    keep, of = options.pattern
-    gram, matrix = moments.gram[0], start[0]
-    if options.criterion == "second_order":
-        return sweep_pattern(gram, matrix, keep=keep, of=of, groups=groups)
-    scores = np.abs(matrix)
-    if options.criterion == "activation":
-        scores = scores * np.sqrt(np.diag(gram))[:, None]
-    mask = np.ones(matrix.shape, bool)
-    for columns in groups:
-        gone = np.argsort(scores[columns], axis=0, kind="stable")[: of - keep]
-        part = np.ones((of, matrix.shape[1]), bool)
-        np.put_along_axis(part, gone, False, axis=0)
-        mask[columns] = part
-    return mask
-
-
-def best_fit(halves: Sequence[Moments], start: Array, mask: Array) -> Array:
-    """Least squares with the ridge by which each half foresees the other best; `start` cut to the mask where no ridge does better."""
-    unchanged = start * mask
-    scores = []
-    for ridge in RIDGES:
-        crossed = ((halves[0], halves[1]), (halves[1], halves[0]))
-        scores.append(sum(judge.error(refit(fit.gram, fit.cross, start, mask=mask, ridge=ridge)) for fit, judge in crossed))
-    if min(scores) >= sum(half.error(unchanged) for half in halves):
-        return unchanged
+def fit(halves: Sequence[Moments], start: Array, pattern: Pattern | None, order: Array, plan: Plan) -> tuple[Array, Array]:
+    """(new matrix, bool of what of it may be other than zero). `order`: the columns as the array sums them."""
+    there = _mask(start, np.ones(start.shape, bool))
+    if pattern is None:
+        return best_fit(halves, start, there), there
     both = halves[0] + halves[1]
-    return refit(both.gram, both.cross, start, mask=mask, ridge=RIDGES[int(np.argmin(scores))])
+    if plan.criterion != "second_order":
+        scales = np.diag(both.gram[0]) if plan.criterion == "activation" else None
+        mask = _mask(start, _choose(start, pattern, order, scales))
+        return (best_fit(halves, start, mask) if plan.repair else start * mask), mask
+    whole = best_fit(halves, start, there) if plan.repair else start
+    rows = np.append(order, len(order))
+    kept, swept = (np.empty(start.shape[1:], each) for each in (bool, float))
+    gram, dense, allowed = both.gram[0][np.ix_(rows, rows)], whole[0, rows], there[0, rows]
+    if isinstance(pattern, NeighbourPattern):
+        kept[rows], swept[rows] = sweep(gram, dense, pattern, allowed)
+    else:
+        kept[rows], swept[rows] = thin_out(gram, dense, pattern, allowed)
+    mask = _mask(start, kept[None])
+    return (best_fit(halves, whole, mask, first=swept[None]) if plan.repair else start * mask), mask
+
+
+def _choose(start: Array, pattern: Pattern, order: Array, scales: Array | None) -> Array:
+    """bool like the matrix [1, K + 1, N]: by magnitude, times the root of the inputs' energy where `scales` has it."""
+    costs = start[0] ** 2 if scales is None else start[0] ** 2 * scales[:, None]
+    kept = np.ones(start.shape, bool)
+    kept[0, order] = pattern.choose(costs[order])
+    return kept
+
+
+def best_fit(halves: Sequence[Moments], start: Array, mask: Array, *, first: Array | None = None) -> Array:
+    """Least squares with the ridge by which each half foresees the other best; `start` cut to the mask where no ridge does better."""
+    outputs = np.unique(np.linspace(0, start.shape[-1] - 1, JUDGED).astype(int))
+    parts = [half.only(outputs) for half in halves]
+    begin = None if first is None else first[..., outputs]
+
+    def foresight(ridge: float) -> float:
+        crossed = ((parts[0], parts[1]), (parts[1], parts[0]))
+        fits = (refit(fit.gram, fit.cross, start[..., outputs], mask=mask[..., outputs], ridge=ridge, first=begin) for fit, _ in crossed)
+        return sum(judge.error(fitted) for fitted, (_, judge) in zip(fits, crossed, strict=True))
+
+    best, least = None, sum(part.error((start * mask)[..., outputs]) for part in parts)
+    for ridge in RIDGES:
+        error = foresight(ridge)
+        if error < least:
+            best, least = ridge, error
+        elif best is not None:
+            break
+    if best is None:
+        return np.asarray(start * mask)
+    both = halves[0] + halves[1]
+    return refit(both.gram, both.cross, start, mask=mask, ridge=best, first=first)

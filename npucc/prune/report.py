@@ -22,17 +22,19 @@ class FamilyRow:
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One matrix operator: weights that stay of those that were there, and the relative error of its answers (to those of the dense network,
-    at the outputs that stay) before and after the repair, the layers before it repaired; None where nothing was measured."""
+    """One matrix operator: its pattern, if it got one; weights that stay of those that were there, and the relative error of its answers (to those of the dense network,
+    at the outputs that stay) before and after the repair, the layers before it repaired; None where nothing was measured. `error_alone`: of the network's outputs, with this layer's pattern alone, where layers were chosen by it."""
 
     name: str
     op: str
+    pattern: str
     weights: int
     kept: int
     macs: int
     macs_kept: int
     error_before: float | None
     error_after: float | None
+    error_alone: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,18 +43,20 @@ class LayerRow:
 @dataclass(frozen=True, slots=True)
 class PruneReport:
     """`output_error`: energy of the error over that of the outputs, over calibration samples; `cycles`: estimated (see price.py), or of compiled
-    programs where the budget is cycles; `stopped`: which limit ended the search."""
+    programs where the budget is cycles; `disagreement`: in points, each half of the samples judging what was
+    fitted on the other, where there is a drop to keep; `stopped`: which limit ended the search."""
 
     macs: int
     macs_kept: int
     cycles: float
     cycles_kept: float
     output_error: float
+    disagreement: float | None
     zero_channels: int
     families: tuple[FamilyRow, ...]
     layers: tuple[LayerRow, ...]
     stopped: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "zero_channels", "stopped")}
+        plain = {name: getattr(self, name) for name in ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "disagreement", "zero_channels", "stopped")}
         return {**plain, "families": [row.as_dict() for row in self.families], "layers": [row.as_dict() for row in self.layers]}

@@ -6,16 +6,21 @@ brain surgeon). The same inverse tells what to remove, how to mend the rest, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from npucc.prune.patterns import BlockPattern, NeighbourPattern
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 RIDGE = 1e-3  # of the mean diagonal: keeps the solution near the given weights where the samples say little
-
 FEW_ROWS = 10.0  # rows per column below which the ridge grows
+MOST_ITERATIONS = 40  # of conjugate gradients: the error is then within a per cent of the least, which is less than the samples tell
+ROUNDS = 8  # in which blocks and single weights go
+ENOUGH = 1e-8  # of the first residual's energy
 
 
 def damped(gram: Array, ridge: float = RIDGE) -> Array:
@@ -24,45 +29,73 @@ def damped(gram: Array, ridge: float = RIDGE) -> Array:
     size = gram.shape[-1]
     ridge = ridge * max(1.0, FEW_ROWS * size / max(float(gram[..., -1, -1].min()), 1.0))
     level = np.einsum("...ii->...", gram[..., :-1, :-1]) / max(size - 1, 1)
-    extra = np.ones(size)
-    extra[-1] = 0.0
-    return np.asarray(gram + (ridge * np.maximum(level, 1e-12))[..., None, None] * np.diag(extra) + 1e-9 * np.eye(size))
+    result = gram.copy()
+    entries = np.einsum("...ii->...i", result)  # a view of the diagonals
+    entries[..., :-1] += ridge * np.maximum(level, 1e-12)[..., None]
+    entries += 1e-9
+    return np.asarray(result)
 
 
-def refit(gram: Array, cross: Array, start: Array, *, mask: Array | None = None, ridge: float = RIDGE) -> Array:
-    """The matrix W that minimizes |Y − XW|² + ridge·|W − start|², for (…, k, outputs); zero where bool[…, k, outputs] `mask` is not set."""
+def refit(gram: Array, cross: Array, start: Array, *, mask: Array | None = None, ridge: float = RIDGE, first: Array | None = None) -> Array:
+    """The matrix W that minimizes |Y − XW|² + ridge·|W − start|², for (…, k, outputs); zero where bool[…, k, outputs] `mask` is not set.
+
+    With a mask by conjugate gradients from `first` (default: start), all outputs at once.
+    """
     mended = damped(gram, ridge)
-    wanted = cross + (mended - gram) @ start
+    wanted = cross + mended @ start - gram @ start
     if mask is None or mask.all():
         return np.asarray(np.linalg.solve(mended, wanted))
-    result = np.zeros_like(start)
-    for place in np.ndindex(start.shape[:-2]):
-        for output in range(start.shape[-1]):
-            chosen = np.flatnonzero(mask[place][:, output])
-            part = mended[place][np.ix_(chosen, chosen)]
-            result[place][chosen, output] = np.linalg.solve(part, wanted[place][chosen, output])
-    return result
+    return _conjugate_gradients(mended, wanted, (start if first is None else first) * mask, mask)
+
+
+def _conjugate_gradients(matrix: Array, wanted: Array, solution: Array, mask: Array) -> Array:
+    """Solve matrix · x = wanted within the mask, each output by itself, preconditioned by the diagonal."""
+    inverse = 1 / np.einsum("...ii->...i", matrix)[..., None]
+    residual = (wanted - matrix @ solution) * mask
+    direction = inverse * residual
+    energy = (residual * direction).sum(axis=-2)
+    enough = ENOUGH * (inverse * (wanted * mask) ** 2).sum(axis=-2)
+    for _ in range(MOST_ITERATIONS):
+        if (energy <= enough).all():
+            break
+        image = (matrix @ direction) * mask
+        length = energy / np.maximum((direction * image).sum(axis=-2), 1e-300)
+        solution = solution + length[..., None, :] * direction
+        residual -= length[..., None, :] * image
+        scaled = inverse * residual
+        after = (residual * scaled).sum(axis=-2)
+        direction = scaled + (after / np.maximum(energy, 1e-300))[..., None, :] * direction
+        energy = after
+    return solution
 
 
 @dataclass(frozen=True, slots=True)
 class Elimination:
-    """Units in the order they go. `costs[i]`: squared error of the answers after the first i + 1 are gone and the rest is refitted."""
+    """Units in the order they go. `costs[i]`: squared error of the answers after the first i + 1 are gone and the rest is refitted.
+
+    `mended[count]`: per layer the matrix when `count` units are gone, for the counts that were asked for.
+    """
 
     order: Array
     costs: Array
+    mended: dict[int, list[Array]]
 
 
-def eliminate(grams: list[Array], matrices: list[Array], columns: list[Array], weights: list[float], keep: int = 1) -> Elimination:
+def eliminate(
+    grams: list[Array], matrices: list[Array], columns: list[Array], weights: list[float], *, keep: int = 1, at: Sequence[int] = ()
+) -> Elimination:
     """Remove units one by one, the cheapest first, summed over several layers that read them.
 
-    Per layer: `grams` (k + 1, k + 1), `matrices` (k + 1, outputs), `columns` int[units, m] the columns of each unit, `weights` its factor in the sum.
+    Per layer: `grams` (k + 1, k + 1), `matrices` (k + 1, outputs), `columns` int[units, m] the columns of each unit, `weights` its factor in
+    the sum. `at`: counts of removed units at which to note the matrices.
     """
     inverses = [np.linalg.inv(damped(gram)) for gram in grams]
     current = [matrix.copy() for matrix in matrices]
     units = len(columns[0])
     alive = np.ones(units, bool)
     order, costs, total = [], [], 0.0
-    for _ in range(units - keep):
+    mended: dict[int, list[Array]] = {}
+    for count in range(1, units - keep + 1):
         candidates = np.flatnonzero(alive)
         prices = np.zeros(len(candidates))
         for inverse, matrix, own, weight in zip(inverses, current, columns, weights, strict=True):
@@ -74,7 +107,9 @@ def eliminate(grams: list[Array], matrices: list[Array], columns: list[Array], w
         costs.append(total)
         for inverse, matrix, own in zip(inverses, current, columns, strict=True):
             _remove(inverse, matrix, own[unit])
-    return Elimination(np.array(order, int), np.array(costs))
+        if count in at:
+            mended[count] = [matrix.copy() for matrix in current]
+    return Elimination(np.array(order, int), np.array(costs), mended)
 
 
 def _prices(inverse: Array, matrix: Array, columns: Array) -> Array:
@@ -97,26 +132,41 @@ def _remove(inverse: Array, matrix: Array, columns: Array) -> None:
     inverse[columns, columns] = 1.0
 
 
-def sweep_pattern(gram: Array, matrix: Array, *, keep: int, of: int, groups: Array) -> Array:
-    """bool[k + 1, outputs]: which weights stay when of each `of` neighbours in the order of `groups` (int[n, of]) only `keep` may.
+def sweep(gram: Array, matrix: Array, pattern: NeighbourPattern, allowed: Array) -> tuple[Array, Array]:
+    """(bool of the weights that stay, the mended matrix [K + 1, N]), the rows in the order in which the pattern counts neighbours, bias last.
 
-    SparseGPT's sweep: groups of columns in turn, the weights with the least w² / diagonal² of the inverse's Cholesky factor go, and their error is
-    passed on to the columns that are still to come.
+    SparseGPT's sweep (Frantar and Alistarh, 2023): neighbours after neighbours along K, the weights go whose removal the rows still to come can
+    make up for best, and their error is passed on to those. `allowed`: the weights that are not zero already.
     """
-    order = np.concatenate([groups.ravel(), np.setdiff1d(np.arange(len(gram)), groups)])
-    factor = np.linalg.cholesky(np.linalg.inv(damped(gram)[np.ix_(order, order)])).T  # upper
-    work = matrix[order].copy()
-    mask = np.ones(work.shape, bool)
-    for start in range(0, groups.size, of):
-        block = slice(start, start + of)
-        scores = work[block] ** 2 / (np.diag(factor)[block, None] ** 2)
-        gone = np.argsort(scores, axis=0, kind="stable")[: of - keep]
-        chosen = np.ones((of, work.shape[1]), bool)
-        np.put_along_axis(chosen, gone, False, axis=0)
-        mask[block] = chosen
-        for row in range(start, start + of):
-            error = np.where(chosen[row - start], 0.0, work[row]) / factor[row, row]
-            work[row + 1 :] -= factor[row, row + 1 :, None] * error
-    result = np.empty_like(mask)
-    result[order] = mask
-    return result
+    factor = np.linalg.cholesky(np.linalg.inv(damped(gram))).T  # upper: its first rows are those of the inverse of what is still to come
+    work, mask, diagonal = matrix * allowed, np.ones(matrix.shape, bool), np.diag(factor)[:, None]
+    for start in range(0, len(matrix) - 1, pattern.of):
+        rows = slice(start, min(start + pattern.of, len(matrix) - 1))
+        mask[rows] = pattern.choose((work[rows] / diagonal[rows]) ** 2 * allowed[rows]) & allowed[rows]
+        errors = np.zeros(work[rows].shape)
+        for row in range(rows.start, rows.stop):
+            errors[row - start] = np.where(mask[row], 0.0, work[row]) / factor[row, row]
+            work[row + 1 : rows.stop] -= factor[row, row + 1 : rows.stop, None] * errors[row - start]
+        work[rows.stop :] -= factor[rows, rows.stop :].T @ errors
+    return mask, work * mask
+
+
+def thin_out(gram: Array, matrix: Array, pattern: BlockPattern, allowed: Array) -> tuple[Array, Array]:
+    """Like `sweep`, for blocks or single weights: a part goes in each round, what stays is refitted, and the costs are counted anew."""
+    inverse = np.linalg.inv(damped(gram))
+    work, mask = matrix * allowed, allowed.copy()
+    for turn in range(1, ROUNDS + 1):
+        share = 1 - (1 - pattern.share) ** (turn / ROUNDS)
+        costs = _removal_costs(inverse, work, pattern.rows) * mask[:-1]
+        mask[:-1] &= replace(pattern, share=share).choose(costs)
+        work = refit(gram, gram @ matrix, matrix, mask=mask, first=work)
+    return mask, work
+
+
+def _removal_costs(inverse: Array, matrix: Array, height: int) -> Array:
+    """What it costs to remove blocks of so many rows, entry by entry (those of a block add up)."""
+    depth = len(matrix) - 1
+    if height == 1:
+        return np.asarray(matrix[:-1] ** 2 / np.diag(inverse)[:-1, None])
+    blocks = [slice(start, min(start + height, depth)) for start in range(0, depth, height)]
+    return np.concatenate([(np.linalg.cholesky(np.linalg.inv(inverse[rows, rows])).T @ matrix[rows]) ** 2 for rows in blocks])

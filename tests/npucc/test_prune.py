@@ -15,9 +15,10 @@ from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
 from npucc.prune import PruneOptions, prune
 from npucc.prune.measure import OutputMeter
+from npucc.prune.patterns import BlockPattern, NeighbourPattern
 from npucc.prune.shrink import shrink
 from npucc.prune.slots import FIXED, find_slots
-from npucc.prune.solve import damped, eliminate, refit, sweep_pattern
+from npucc.prune.solve import damped, eliminate, refit, sweep
 from npucc.prune.zeros import remove_zero_channels
 from npucc.quantize.calibrate import tensor_runner
 from npucc.sites import find_sites
@@ -174,7 +175,7 @@ def test_the_pattern_holds_and_the_refit_keeps_to_it() -> None:
     random = np.random.default_rng(0)
     x = np.concatenate([random.normal(size=(400, 16)) @ random.normal(size=(16, 16)), np.ones((400, 1))], axis=1)
     matrix, gram = random.normal(size=(17, 8)), x.T @ x
-    mask = sweep_pattern(gram, matrix, keep=2, of=4, groups=np.arange(16).reshape(4, 4))
+    mask, _ = sweep(gram, matrix, NeighbourPattern(2, 4), np.ones(matrix.shape, bool))
     assert (mask[:16].reshape(4, 4, 8).sum(axis=1) == 2).all()
     assert mask[16].all()
     fitted = refit(gram, gram @ matrix, matrix * mask, mask=mask)
@@ -294,5 +295,5 @@ def test_faulty_specs(spec: str, message: str) -> None:
 
 
 def test_parse() -> None:
-    assert PruneOptions.parse("channels=30%, 2:4, skip=a*, skip=b") == PruneOptions(channels=0.3, pattern=(2, 4), skip=("a*", "b"))
+    assert PruneOptions.parse("channels=30%, 2:4, skip=a*, skip=b") == PruneOptions(channels=0.3, pattern=NeighbourPattern(2, 4), skip=("a*", "b"))
     assert PruneOptions.parse("cycles=0.7,drop=0.5") == PruneOptions(cycles=0.7, drop=0.5)
