@@ -18,9 +18,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 RIDGE = 1e-3  # of the mean diagonal: keeps the solution near the given weights where the samples say little
 FEW_ROWS = 10.0  # rows per column below which the ridge grows
-MOST_ITERATIONS = 40  # of conjugate gradients: the error is then within a per cent of the least, which is less than the samples tell
+MOST_ITERATIONS = 24  # of conjugate gradients: the error is then within a per cent of the least, which is less than the samples tell
 ROUNDS = 8  # in which blocks and single weights go
-ENOUGH = 1e-8  # of the first residual's energy
+ENOUGH = 1e-6  # of the first residual's energy
 
 
 def damped(gram: Array, ridge: float = RIDGE) -> Array:
