@@ -125,13 +125,13 @@ def _narrow_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
 def pruning(report: Mapping[str, Any]) -> Table:
     """What pruning removed, layer by layer, and how well the rest was refitted."""
     rows = (
-        (row["name"], row["op"], f"{row['weights']:,}", f"{row['kept']:,}", f"{row['macs']:,}", f"{row['macs_kept']:,}", *_errors(row))
+        (row["name"], row["op"], row["pattern"], f"{row['weights']:,}", f"{row['kept']:,}", f"{row['macs']:,}", f"{row['macs_kept']:,}", *_errors(row))
         for row in report["layers"]
     )
-    headers = ("layer", "op", "weights", "kept", "MACs", "kept", "error", "repaired")
-    total = ("total", "", "", "", f"{report['macs']:,}", f"{report['macs_kept']:,}", "", f"{report['output_error']:.2%}")
+    headers = ("layer", "op", "pattern", "weights", "kept", "MACs", "kept", "error", "repaired")
+    total = ("total", "", "", "", "", f"{report['macs']:,}", f"{report['macs_kept']:,}", "", f"{report['output_error']:.2%}")
     title = "pruned: error of each layer's result before and after the repair; the last line is the network's output"
-    return grid(title, headers, rows, left=2, footer=total)
+    return grid(title, headers, rows, left=3, footer=total)
 
 
 def _errors(row: Mapping[str, Any]) -> list[str]:

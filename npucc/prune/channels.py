@@ -190,7 +190,13 @@ def _summed_by_label(labels: Array, values: Array, family: Array) -> Array:
 
 
 def draw_curves(
-    statistics: Statistics, families: Sequence[Family], prices: PriceList, options: PruneOptions, measure: Measure, *, progress: Progress | None = None
+    statistics: Statistics,
+    families: Sequence[Family],
+    prices: PriceList,
+    options: PruneOptions,
+    measure: Measure,
+    *,
+    progress: Progress | None = None,
 ) -> tuple[Curve, ...]:
     """Prune each family alone by growing amounts (mended, if repair is on) and measure the outputs."""
     curves = []

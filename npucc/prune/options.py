@@ -60,7 +60,7 @@ class PruneOptions:
     def __post_init__(self) -> None:
         if self.channels is None and self.cycles is None and self.pattern is None and not self.layers:
             raise PruneError("there is nothing to prune", hint=f"write for example {KEYS}")
-        shares = [(name, amount) for name, amount in self.layers if isinstance(amount, float)]
+        shares = [("channels", amount) for _, amount in self.layers if isinstance(amount, float)]
         for name, value in (("channels", self.channels), ("cycles", self.cycles), *shares):
             if value is not None and not 0 < value < 1:
                 raise PruneError(f"{name} is {value:g}", hint=f"expected a share between 0 and 1, as {name}=0.3 or {name}=30%")
@@ -114,7 +114,7 @@ class PruneOptions:
             name, value = _amount(amount)
             if at:
                 if not layer or name not in ("pattern", "channels"):
-                    raise PruneError(f"{part!r} is no pruning option", hint="write LAYER@2:4, LAYER@block=50%, LAYER@unstructured=50% or LAYER@channels=25%")
+                    raise PruneError(f"{part!r} is no pruning option", hint="after @ write 2:4, block=50%, unstructured=50% or channels=25%")
                 layers.append((layer, value))  # type: ignore[arg-type]
             elif name == "skip":
                 skip.append(str(value))

@@ -25,9 +25,9 @@ from npucc.prune.options import PruneOptions
 from npucc.prune.price import PriceList
 from npucc.prune.report import FamilyRow, LayerRow, PruneReport
 from npucc.prune.search import Found, Job, search
-from npucc.sites import MOST_COLUMNS, find_sites
 from npucc.prune.slots import find_slots
 from npucc.prune.zeros import remove_zero_channels
+from npucc.sites import MOST_COLUMNS, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
@@ -145,12 +145,13 @@ def _family_row(curve: Curve, removed: Array) -> FamilyRow:
 def _layer_row(job: Job, found: Found, name: str) -> LayerRow:
     attempt = found.attempt
     old, new = job.dense.nodes[name], attempt.graph.nodes[name]
-    weights = [_nonzero(graph, node.inputs[1]) for graph, node in ((job.dense, old), (attempt.graph, new))]
-    macs = [node_macs(graph, node) for graph, node in ((job.dense, old), (attempt.graph, new))]
+    (weights, macs), (kept, macs_kept) = (
+        (_nonzero(graph, node.inputs[1]), node_macs(graph, node)) for graph, node in ((job.dense, old), (attempt.graph, new))
+    )
     repaired, alone = attempt.repaired.get(name), (found.errors or {}).get(name)
     errors = (repaired.before, repaired.after) if repaired else (None, None)
     pattern = attempt.patterns.get(name)
-    return LayerRow(name, old.op, str(pattern) if pattern else "", *weights, *macs, *errors, alone)
+    return LayerRow(name, old.op, str(pattern) if pattern else "", weights, kept, macs, macs_kept, *errors, alone)
 
 
 def _nonzero(graph: Graph, name: str) -> int:

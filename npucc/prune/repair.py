@@ -15,8 +15,8 @@ import numpy as np
 from npucc.graph import Graph
 from npucc.prune.moments import Moments, Pair, Stream, pair_moments, with_constants
 from npucc.prune.patterns import NeighbourPattern, Pattern
-from npucc.sites import MOST_COLUMNS, Site, find_sites
 from npucc.prune.solve import refit, sweep, thin_out
+from npucc.sites import MOST_COLUMNS, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]

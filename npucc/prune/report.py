@@ -22,8 +22,11 @@ class FamilyRow:
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One matrix operator: its pattern, if it got one; weights that stay of those that were there, and the relative error of its answers (to those of the dense network,
-    at the outputs that stay) before and after the repair, the layers before it repaired; None where nothing was measured. `error_alone`: of the network's outputs, with this layer's pattern alone, where layers were chosen by it."""
+    """One matrix operator: its pattern, if it got one; weights that stay of those that were there; the relative error of its answers (to those
+    of the dense network, at the outputs that stay) before and after the repair, the layers before it repaired; None where nothing was measured.
+
+    `error_alone`: of the network's outputs, with this layer's pattern alone, where layers were chosen by it.
+    """
 
     name: str
     op: str
@@ -58,5 +61,6 @@ class PruneReport:
     stopped: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "disagreement", "zero_channels", "stopped")}
+        names = ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "disagreement", "zero_channels", "stopped")
+        plain = {name: getattr(self, name) for name in names}
         return {**plain, "families": [row.as_dict() for row in self.families], "layers": [row.as_dict() for row in self.layers]}

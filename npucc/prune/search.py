@@ -1,7 +1,8 @@
 """Budgets: try, measure, correct, until the cycles or the accuracy are as asked for.
 
-The one big idea: an attempt is a set of labels to remove and a set of layers with patterns; both come from a list in which the cheapest stands first, so
-that one number, how far to go in it, decides, and bisection finds it. What disagrees is measured on samples that the attempt was not fitted on.
+The one big idea: an attempt is a set of labels to remove and a set of layers with patterns; both come from a list in which the cheapest
+stands first, so that one number, how far to go in it, decides, and bisection finds it. Disagreement is measured on samples that the attempt
+was not fitted on.
 """
 
 from __future__ import annotations

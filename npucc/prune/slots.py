@@ -41,12 +41,12 @@ class Slots:
         return present
 
     def families(self) -> tuple[Array, ...]:
-        """Labels that lie in exactly the same dimensions, so that any of them may go: arrays of at least two labels, ascending."""
-        places: defaultdict[int, list[int]] = defaultdict(list)
+        """Labels that lie in exactly the same dimensions equally often, so that any of them may go: arrays of at least two labels, ascending."""
+        places: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         for index, labels in enumerate(self.labels.values()):
-            for label in np.unique(labels[labels != FIXED]).tolist():
-                places[label].append(index)
-        families: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+            for label, times in zip(*(part.tolist() for part in np.unique(labels[labels != FIXED], return_counts=True)), strict=True):
+                places[label].append((index, times))
+        families: defaultdict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
         for label, where in sorted(places.items()):
             families[tuple(where)].append(label)
         return tuple(np.array(members) for members in families.values() if len(members) > 1)
