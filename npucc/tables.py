@@ -125,7 +125,7 @@ def _narrow_row(layer: Mapping[str, Any], total: int) -> tuple[str, ...]:
 def pruning(report: Mapping[str, Any]) -> Table:
     """What pruning removed, layer by layer, and how well the rest was refitted."""
     rows = (
-        (row["name"], row["op"], row["pattern"], f"{row['weights']:,}", f"{row['kept']:,}", f"{row['macs']:,}", f"{row['macs_kept']:,}", *_errors(row))
+        (row["name"], row["op"], row["pattern"], *(f"{row[key]:,}" for key in ("weights", "kept", "macs", "macs_kept")), *_errors(row))
         for row in report["layers"]
     )
     headers = ("layer", "op", "pattern", "weights", "kept", "MACs", "kept", "error", "repaired")
