@@ -5,6 +5,6 @@ convolution / product / elementwise / window / reduction / rows / movement (tile
 synchronize (events), roll (loops).
 """
 
-from npucc.lowering.lower import Lowered, lower
+from npucc.lowering.lower import Lowered, layer_cycles, lower
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["Lowered", "layer_cycles", "lower"]

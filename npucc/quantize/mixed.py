@@ -1,36 +1,37 @@
 """16 bits for the few tensors that are worth it.
 
-The one big idea: a greedy choice. Each step takes the group whose 16 bits raise the outputs' estimated signal-to-noise ratio most per
-extra cycle, until the budget is spent or a step is no longer worth its price.
+The one big idea: groups are taken one after the other, each time the one whose 16 bits raise the outputs' estimated signal-to-noise ratio
+most per extra cycle; then the best point of that path is looked for. Which is best: the one with the most worth left after its price
+(`auto`), or the first whose estimated loss of accuracy is small enough (`auto,drop=0.1`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from isa.target import Target
+from npucc.evaluate import score_rows
 from npucc.graph import Graph, Node
 from npucc.ops import OPS
 from npucc.quantize.calibrate import measured
+from npucc.quantize.constants import LARGEST_STEP as BYTE_STEP
 from npucc.quantize.constants import LARGEST_SUM
 from npucc.quantize.scales import Scales
-from npucc.quantize.sensitivity import Sensitivity, multiply_accumulates
-from runtime.costs import Product, matrix_cost
+from npucc.quantize.sensitivity import Sensitivity
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 QUIET = 1e-6  # error energy over signal energy that nobody asks to lower (60 dB)
-LARGEST_STEP = 65535  # of an s16 activation from its zero point
-WORTH = 0.5  # dB that one percent of cycles has to gain
+GOOD = 45.0  # dB: up to here all that is gained counts, from here to `QUIET` half
+PERCENT = 0.2  # dB that one percent of cycles has to gain
+FREE = 0.02  # percent of cycles: what costs less is compared as if it cost that
 SMALLEST_GAIN = 0.02  # dB: less is no reason to widen anything
-VECTOR_WIDTH = 32  # elements a cycle, where no target is given
-MEMORY_WIDTH = 8  # bytes a cycle, likewise
-VECTOR_PASSES = 2  # that a reader of 16 bits needs more than one of 8: fewer fast forms, interpolated tables
-ARRAY = 1024  # multiply-accumulates a cycle, likewise
+LARGEST_STEP = 2**15  # of an s16 activation from its zero point
+WEIGHT_BITS = 0.5  # that a reader may lose where its sums would leave 32 bits otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,44 +46,42 @@ class Wide:
 @dataclass(frozen=True, slots=True)
 class Mixed:
     """What was chosen. `before` and `after`: estimated signal-to-noise ratio in dB, mean over outputs and samples; `weights`: what 8-bit
-    weights alone would leave."""
+    weights alone would leave; `loss`: estimated loss of accuracy in points; `spent`: percent more cycles, the prices of the chosen added;
+    `price`: the same measured together."""
 
     chosen: tuple[Wide, ...] = ()
     before: float = 0.0
     after: float = 0.0
     weights: float = 0.0
-
-    @property
-    def price(self) -> float:
-        """Percent of the estimated cycles."""
-        return sum(each.price for each in self.chosen)
+    loss: float = 0.0
+    spent: float = 0.0
+    price: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "price": self.price}
+        return asdict(self)
+
+
+def byte_groups(graph: Graph, scales: Scales) -> dict[str, tuple[str, ...]]:
+    """Per group of real numbers in 8 bits, by its root: its activations."""
+    groups: dict[str, list[str]] = {}
+    for name, tensor in graph.tensors.items():
+        if not tensor.is_constant and tensor.dtype != "bool":
+            groups.setdefault(scales.groups.root(name), []).append(name)
+    roots = {scales.groups.root(name) for name in measured(graph)}
+    stored = {root: names for root, names in groups.items() if root in roots and root in scales.quants and scales.quants[root].dtype == "s8"}
+    return {root: tuple(names) for root, names in stored.items() if all(graph.tensors[name].dtype == "float32" for name in names)}
 
 
 def candidates(graph: Graph, integer: Graph, scales: Scales) -> dict[str, tuple[str, ...]]:
-    """Per group that 16 bits may go to: its activations. Left out are integers, what has 16 bits, and what would cost its readers weight bits."""
-    groups: dict[str, list[str]] = {}
+    """The groups that 16 bits may go to. Left out is what would cost its readers too many weight bits, and what the model has fixed itself."""
     refused = {scales.groups.root(name) for node in graph for name in _refused_operands(graph, integer, node)}
-    float_roots = {scales.groups.root(name) for name in measured(graph) if graph.tensors[name].dtype == "float32"}
-    for name, tensor in graph.tensors.items():
-        if tensor.is_constant or tensor.dtype == "bool":
-            continue
-        root = scales.groups.root(name)
-        if tensor.dtype != "float32":
-            refused.add(root)
-        groups.setdefault(root, []).append(name)
-    return {
-        root: tuple(names)
-        for root, names in groups.items()
-        if root in float_roots and root not in refused and root in scales.quants and scales.quants[root].dtype == "s8"
-    }
+    refused |= {scales.groups.root(name) for name, tensor in graph.tensors.items() if tensor.given is not None}
+    return {root: names for root, names in byte_groups(graph, scales).items() if root not in refused}
 
 
 def _refused_operands(graph: Graph, integer: Graph, node: Node) -> tuple[str, ...]:
-    """Activations that must stay in 8 bits because of this node: operands of products of activations, those whose sums would leave 32
-    bits, and what the host reads or makes."""
+    """Activations that must stay in 8 bits because of this node: right operands of products of activations, those whose sums would be
+    too large, and what the host reads or makes."""
     record = OPS[node.op]
     if record.host or record.indices:
         return tuple(name for name in (*node.inputs, *node.outputs) if name)
@@ -90,70 +89,106 @@ def _refused_operands(graph: Graph, integer: Graph, node: Node) -> tuple[str, ..
         return ()
     weights = integer.tensors[integer.nodes[node.name].inputs[1]]
     if weights.data is None or graph.tensors[node.inputs[1]].data is None:
-        return node.inputs[:2]
+        return node.inputs[1:2] if _left_may_be_wide(graph, node) else node.inputs[:2]
     axis = weights.quant.axis if weights.quant else None
     magnitude = np.abs(weights.data.astype(np.int64))
     others = tuple(i for i in range(magnitude.ndim) if i != axis) if axis is not None else tuple(range(1, magnitude.ndim))
-    return node.inputs[:1] if float(magnitude.sum(axis=others).max(initial=0)) * LARGEST_STEP * 1.01 > LARGEST_SUM else ()
+    return node.inputs[:1] if float(magnitude.sum(axis=others).max(initial=0)) * LARGEST_STEP > LARGEST_SUM * 2**WEIGHT_BITS else ()
 
 
-def prices(graph: Graph, groups: Mapping[str, tuple[str, ...]], target: Target | None) -> dict[str, float]:
-    """Percent of extra cycles per group: its matrix readers a second time, more vector work next to it, and its bytes moved once more."""
-    cycles = {node.name: _matrix_cycles(graph, node, target) for node in graph}
-    lanes = target.vec_lanes if target else VECTOR_WIDTH
-    bandwidth = target.dram_bytes_per_cycle if target else MEMORY_WIDTH
-    total = sum(cycles.values()) + sum(_elements(graph, node.outputs[0]) / lanes for node in graph if not cycles[node.name] and not OPS[node.op].host)
-    result = {}
-    for root, names in groups.items():
-        readers = {user.name for name in names for user in graph.users(name)}
-        moved = sum(_elements(graph, name) for name in names)
-        passes = sum(_elements(graph, name) * VECTOR_PASSES * len(graph.users(name)) for name in names)
-        result[root] = 100 * (sum(cycles[name] for name in readers) + moved / bandwidth + passes / lanes) / max(total, 1.0)
-    return result
+def _left_may_be_wide(graph: Graph, node: Node) -> bool:
+    """Whether a product of two activations stays within 32 bits: few products are summed, or probabilities weigh them."""
+    left = graph.tensors[node.inputs[0]]
+    producer = graph.producer(node.inputs[0])
+    probabilities = producer is not None and producer.op == "softmax" and producer.attributes.axis % len(left.shape) == len(left.shape) - 1  # type: ignore[attr-defined]
+    return probabilities or left.shape[-1] * LARGEST_STEP * BYTE_STEP < LARGEST_SUM
 
 
-def _elements(graph: Graph, name: str) -> int:
-    return int(np.prod(graph.tensors[name].shape))
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """The path up to here: roots and their gains, error per row, percent of cycles, estimated loss."""
+
+    taken: tuple[tuple[str, float], ...]
+    rest: Array
+    spent: float
 
 
-def _matrix_cycles(graph: Graph, node: Node, target: Target | None) -> float:
-    """Of a node with the trait `matrix` on the target, or on a plain array; 0 of any other."""
-    macs = multiply_accumulates(graph, node.name)
-    if target is None or not macs:
-        return macs / ARRAY
-    groups = getattr(node.attributes, "groups", 1)
-    shape = graph.tensors[node.inputs[1]].shape
-    if node.op == "conv":
-        outputs, depth = shape[0] // groups, int(np.prod(shape[1:]))
-    elif node.op == "conv_transpose":
-        outputs, depth = int(np.prod(shape[1:])), shape[0] // groups
+def choose(
+    sensitivity: Sensitivity, groups: Mapping[str, tuple[str, ...]], price: Mapping[str, float], *, budget: float, drop: float | None = None
+) -> tuple[tuple[str, ...], Mixed]:
+    """The roots to widen and the account of it. `price`: percent of cycles; `budget`: at most so many of them together.
+
+    `drop`: points of accuracy that may be lost; None: what is worth its price.
+    """
+    sensitivity = sensitivity.heard()
+    path = _path(sensitivity, {root: price[root] for root in groups if root in sensitivity.groups}, budget)
+    if drop is None:
+        best = max(path, key=lambda point: _worth(point.rest) - PERCENT * point.spent)
     else:
-        depth, outputs = shape[-2], shape[-1]
-    pixels = max(macs // (groups * outputs * depth), 1)
-    return float(matrix_cost(Product(pixels, depth, outputs, groups, depthwise=groups > 1 and outputs == 1), target).cycles)
+        good = [point for point in path if estimated_loss(sensitivity, point.rest) <= drop]
+        best = min(good, key=lambda point: point.spent) if good else min(path, key=lambda point: estimated_loss(sensitivity, point.rest))
+    chosen = tuple(Wide(groups[root], gain, price[root]) for root, gain in best.taken)
+    return tuple(root for root, _ in best.taken), Mixed(
+        chosen, _decibels(path[0].rest), _decibels(best.rest), _decibels(sensitivity.weights), estimated_loss(sensitivity, best.rest), best.spent
+    )  # fmt: skip
 
 
-def choose(sensitivity: Sensitivity, groups: Mapping[str, tuple[str, ...]], price: Mapping[str, float], *, budget: float) -> tuple[set[str], Mixed]:
-    """The roots to widen and the account of it. `budget`: percent of cycles; what is nearly free is judged by its gain alone."""
-    roots = [root for root in groups if root in sensitivity.groups]
-    if not roots or not sensitivity.outputs:
-        return set(), Mixed()
-    noise = np.array([sensitivity.groups[root] for root in roots])
+def _path(sensitivity: Sensitivity, price: Mapping[str, float], budget: float) -> list[_Point]:
+    """From nothing in 16 bits to all that the budget allows: each point has one group more than the one before."""
+    roots = list(price)
+    noise = np.array([sensitivity.groups[root] for root in roots]).reshape(len(roots), len(sensitivity.outputs))
     cost = np.array([price[root] for root in roots])
-    rest = sensitivity.weights + noise.sum(axis=0)
-    chosen: dict[str, Wide] = {}
-    before, spent = _decibels(rest), 0.0
-    while len(chosen) < len(roots):
-        gains = np.mean(10 * np.log10((rest + QUIET) / (np.maximum(rest - noise, 0) + QUIET)), axis=1)
-        allowed = (gains >= SMALLEST_GAIN) & (gains >= WORTH * cost) & (spent + cost <= budget)
-        allowed[[roots.index(root) for root in chosen]] = False
-        if not allowed.any():
+    point = _Point((), sensitivity.weights + sum(sensitivity.groups.values()), 0.0)
+    points = [point]
+    left = np.ones(len(roots), bool)
+    while roots and sensitivity.outputs:
+        gains = np.mean(10 * np.log10((point.rest + QUIET) / (np.maximum(point.rest - noise, 0) + QUIET)), axis=1)
+        left &= (point.spent + cost <= budget) & (gains >= SMALLEST_GAIN)
+        if not left.any():
             break
-        best = int(np.argmax(np.where(allowed, gains / np.maximum(cost, 0.05), -1)))
-        chosen[roots[best]] = Wide(groups[roots[best]], float(gains[best]), float(cost[best]))
-        rest, spent = np.maximum(rest - noise[best], 0), spent + float(cost[best])
-    return set(chosen), Mixed(tuple(chosen.values()), before, _decibels(rest), _decibels(sensitivity.weights))
+        best = int(np.argmax(np.where(left, gains / np.maximum(cost, FREE), -1)))
+        left[best] = False
+        rest = np.maximum(point.rest - noise[best], sensitivity.weights)
+        point = _Point((*point.taken, (roots[best], float(gains[best]))), rest, point.spent + max(float(cost[best]), 0.0))
+        points.append(point)
+    return points
+
+
+def _worth(ratios: Array) -> float:
+    """Decibels, those above `GOOD` counted half, those beyond `QUIET` not at all; mean over the rows."""
+    decibels = -10 * np.log10(ratios + QUIET)
+    return float(np.mean(np.minimum(decibels, GOOD) + np.maximum(decibels - GOOD, 0) / 2)) if len(ratios) else 0.0
 
 
 def _decibels(ratios: Array) -> float:
-    return float(np.mean(-10 * np.log10(ratios + QUIET / 100)))
+    return float(np.mean(-10 * np.log10(ratios + QUIET / 100))) if len(ratios) else 0.0
+
+
+def estimated_loss(sensitivity: Sensitivity, ratios: Array) -> float:
+    """Points of accuracy lost with this error per row, mean over the samples; of the output that loses most.
+
+    Error energy over signal energy, in percent; of an output of scores what `_turned_over` expects, if that is more.
+    """
+    losses: dict[str, list[float]] = {}
+    for name, ratio, wanted in zip(sensitivity.outputs, ratios.tolist(), sensitivity.wanted, strict=True):
+        rows = score_rows(wanted)
+        expected = 0.0 if rows is None else _turned_over(rows.astype(np.float64), ratio)
+        losses.setdefault(name, []).append(100 * max(min(ratio, 1.0), expected))
+    return max((math.fsum(each) / len(each) for each in losses.values()), default=0.0)
+
+
+def _turned_over(rows: Array, ratio: float) -> float:
+    """Share of right answers lost in rows of scores [rows, classes] under normally distributed error of that energy.
+
+    Per row, weighted by its energy: the chance that the largest two scores change places, times by how much the model thinks the first
+    more probable than the second. Scores that are no probabilities are taken for logits.
+    """
+    energy = np.sum(rows * rows, axis=1)
+    deviation = math.sqrt(max(ratio * float(energy.sum()), 1e-30) / rows.size)
+    probable = rows
+    if rows.min() < 0 or rows.max() > 1:
+        probable = np.exp(rows - rows.max(axis=1, keepdims=True))
+        probable = probable / probable.sum(axis=1, keepdims=True)
+    margin, lost = (np.diff(np.sort(each, axis=1)[:, -2:], axis=1)[:, 0] for each in (rows, probable))
+    chance = np.array([math.erfc(each / (2 * deviation)) / 2 for each in margin.tolist()])
+    return float(np.sum(energy * chance * lost) / max(float(energy.sum()), 1e-30))

@@ -10,6 +10,7 @@ from npucc.errors import QuantizeError
 
 SCHEMES = ("auto", "int8", "int16")
 ROUNDINGS = ("second_order", "nearest")
+OWN = "own"  # `priced_on`: compile's own target
 METHODS = ("mse", "minmax", "percentile")
 
 
@@ -18,10 +19,17 @@ class QuantizeOptions:
     """Raises QuantizeError where a value is not allowed."""
 
     scheme: str = field(
-        default="int8",
+        default="auto",
         metadata={"meaning": "auto: 16 bits for the few activations that a measurement finds worth it; int8: none but by rule; int16: all that can"},
     )
-    budget: float = field(default=5.0, metadata={"meaning": "for auto: at most so many percent more cycles (estimated) for 16 bits"})
+    budget: float = field(default=30.0, metadata={"meaning": "for auto: at most so many percent more cycles for 16 bits"})
+    drop: float = field(
+        default=-1.0,
+        metadata={"meaning": "for auto: the fewest cycles that lose at most so many points of accuracy (estimated), whatever the budget; -1: off"},
+    )
+    priced_on: str = field(
+        default="edge", metadata={"meaning": "for auto: whose cycles count; one target for all, so that none changes a value; own: that of compile"}
+    )
     method: str = field(default="mse", metadata={"meaning": "how a range is chosen from the values seen: mse, minmax or percentile"})
     percentile: float = field(default=99.99, metadata={"meaning": "for method=percentile: how many of a hundred values lie in the range"})
     samples: int = field(default=128, metadata={"meaning": "calibrate with at most so many samples"})
@@ -41,6 +49,10 @@ class QuantizeOptions:
             raise QuantizeError(f"there is no scheme {self.scheme!r}", hint=f"choose one of {', '.join(SCHEMES)}")
         if not self.budget >= 0:
             raise QuantizeError(f"budget is {self.budget:g}", hint="expected percent of cycles, 0 or more")
+        if self.drop < 0 and self.drop != -1:
+            raise QuantizeError(f"drop is {self.drop:g}", hint="expected points of accuracy, 0 or more; -1: no such limit")
+        if self.drop >= 0 and self.scheme != "auto":
+            raise QuantizeError(f"drop is given with the scheme {self.scheme}", hint="write auto,drop=…: only a measurement can keep it")
         if self.method not in METHODS:
             raise QuantizeError(f"there is no method {self.method!r}", hint=f"choose one of {', '.join(METHODS)}")
         if not 50 < self.percentile <= 100:

@@ -7,7 +7,7 @@ operators read a copy of it in 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,22 +20,29 @@ from npucc.quantize.ranges import STEPS, Histogram, least_error_range
 from npucc.quantize.share import Groups
 from npucc.scalar import Expression
 
+Operand = tuple[str, str]  # (matrix operator, tensor that it reads)
+
 
 @dataclass(frozen=True, slots=True)
 class Widened:
-    """The graph with its 8-bit copies, the roots of the groups that get 16 and those that get 32 bits, and the calibration with the copies in it."""
+    """The graph with its 8-bit copies, the roots of the groups that get 16 and those that get 32 bits, and the calibration with the copies in it.
+
+    `copies`: of each copy, the tensor that it is one of.
+    """
 
     graph: Graph
     wide: frozenset[str]
     long: frozenset[str]
     calibration: Calibration
+    copies: Mapping[str, str]
 
 
-def widen(graph: Graph, groups: Groups, calibration: Calibration) -> Widened:
-    """Choose what is stored in 16 bits and put 8-bit copies before the matrix operators that read it. `groups` gains the copies."""
+def widen(graph: Graph, groups: Groups, calibration: Calibration, *, direct: Set[Operand]) -> Widened:
+    """Store in 16 bits what the rules say and put 8-bit copies before the matrix operators that read it. `groups` gains the copies.
+
+    `direct`: what is read in 16 bits itself.
+    """
     wide = wide_roots(graph, groups)
-    direct = _uneven_operands(graph, groups, calibration) if wide else set()
-    wide |= {groups.root(name) for _, name in direct}
     copies: dict[str, str] = {}
     editor = Editor(graph)
     for node in graph:
@@ -47,7 +54,9 @@ def widen(graph: Graph, groups: Groups, calibration: Calibration) -> Widened:
             current = editor.nodes[node.name]
             editor.add_node(replace(current, inputs=tuple(copies[name] if each == name else each for each in current.inputs)))
     long = _powers(graph, groups, wide)
-    return Widened(editor.freeze(), frozenset(wide), frozenset(long), _with_copies(calibration, groups, copies))
+    wide |= {groups.root(name) for _, name in direct}
+    originals = {copy: name for name, copy in copies.items()}
+    return Widened(editor.freeze(), frozenset(wide), frozenset(long), _with_copies(calibration, groups, copies), originals)
 
 
 def wide_roots(graph: Graph, groups: Groups) -> set[str]:
@@ -129,13 +138,15 @@ def _is_direct(node: Node, instruction: str) -> bool:
     return arithmetic.DIRECT.get(node.attributes.expression) == instruction  # type: ignore[attr-defined]
 
 
-def _uneven_operands(graph: Graph, groups: Groups, calibration: Calibration) -> set[tuple[str, str]]:
-    """(matrix operator, operand) where outliers leave too little of 8 bits for the other values: the product is worth its double price.
+def uneven_operands(graph: Graph, groups: Groups, calibration: Calibration) -> set[Operand]:
+    """Where outliers leave too little of 8 bits for the other values, beside what is stored in 16 bits by rule: for use without a measurement.
 
     Looked for where weights are multiplied in a matmul, behind roots, and in inputs of which some samples are faint. Attention's
     products of activations stay in 8 bits.
     """
-    found = set()
+    found: set[Operand] = set()
+    if not wide_roots(graph, groups):
+        return found
     for node in graph:
         name = node.inputs[0] if node.inputs else ""
         if not OPS[node.op].matrix or graph.tensors[name].is_constant or not graph.tensors[node.inputs[1]].is_constant:

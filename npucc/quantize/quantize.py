@@ -5,13 +5,15 @@ The one big idea: each step returns a value that the next one takes; the integer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from isa.target import Target
+from isa.errors import TargetError
+from isa.target import Target, load_target
 from npucc.errors import QuantizeError
 from npucc.feeds import Port, synthetic_feeds
 from npucc.graph import Editor, Graph
@@ -21,13 +23,14 @@ from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, measu
 from npucc.quantize.constants import source_of
 from npucc.quantize.correct import correct_biases
 from npucc.quantize.given import not_kept, spread
-from npucc.quantize.mixed import Mixed, candidates, choose, prices
-from npucc.quantize.options import QuantizeOptions
-from npucc.quantize.precision import widen
+from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
+from npucc.quantize.options import OWN, QuantizeOptions
+from npucc.quantize.precision import Operand, uneven_operands, widen
+from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.rounding import collect
 from npucc.quantize.scales import Scales, choose_scales, known_beforehand, observed_ranges
 from npucc.quantize.sensitivity import SAMPLES, measure
-from npucc.quantize.share import share_scales
+from npucc.quantize.share import Groups, share_scales
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
@@ -91,7 +94,7 @@ def quantize(
 
     Scales and integers that the model brings along are kept; where it brings all, nothing is calibrated.
 
-    `target`: whose cycles 16-bit tensors are priced in.
+    `target`: whose cycles 16-bit tensors are priced in if the options say `priced_on=own`.
 
     Deterministic. Raises QuantizeError for feeds that do not fit, for NaN, and for what has no 8-bit form.
     """
@@ -105,24 +108,25 @@ def quantize(
         keep = max(options.bias_samples, options.round_samples, SAMPLES)
         calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
-    widened = widen(shared, groups, calibration)
-    shared, calibration = widened.graph, widened.calibration
-    scales = choose_scales(shared, groups, calibration, options, wide=widened.wide, long=widened.long)
-    integer = build(shared, scales, calibration.means, options)
-    more: set[str] = set()
+    network = _Network(shared, groups, calibration, options)
     mixed = Mixed()
-    if options.scheme != "int8" and feeds is not None and needs_samples:
-        more, mixed = _more_bits(shared, integer, scales, calibration, options, target, progress)
-        scales = choose_scales(shared, groups, calibration, options, wide=widened.wide | more, long=widened.long)
+    if options.scheme == "auto" and feeds is not None and needs_samples:
+        rounded, mixed = _measured(network, _priced_on(options, target), progress)
+    else:
+        direct = frozenset(uneven_operands(shared, groups, calibration))
+        rounded = network.rounded(direct=direct)
+        if options.scheme == "int16":
+            rounded = network.rounded(direct=direct, more=frozenset(candidates(rounded.graph, rounded.integer, rounded.scales)))
+    integer = rounded.integer
     if options.rounding == "second_order" and feeds is not None and needs_samples:
-        evidence = collect(shared, scales, calibration.first[: options.round_samples], progress=progress)
-        integer = build(shared, scales, calibration.means, options, evidence=evidence)
-    elif more:
-        integer = build(shared, scales, calibration.means, options)
+        evidence = collect(rounded.graph, rounded.scales, calibration.first[: options.round_samples], progress=progress)
+        integer = build(rounded.graph, rounded.scales, rounded.calibration.means, options, evidence=evidence)
     if options.bias_samples:
-        integer = correct_biases(shared, integer, calibration.first[: options.bias_samples], progress=progress)
-    anew = not_kept(shared, {name: scales.of(shared, name) for name in shared.tensors if not shared.tensors[name].is_constant})
-    report = QuantizeReport(calibration.samples, options.method, tuple(_rows(shared, calibration, scales)), rescaled, mixed, anew)
+        integer = correct_biases(rounded.graph, integer, calibration.first[: options.bias_samples], progress=progress)
+    activations = (name for name, tensor in rounded.graph.tensors.items() if not tensor.is_constant)
+    anew = not_kept(rounded.graph, {name: rounded.scales.of(rounded.graph, name) for name in activations})
+    rows = tuple(_rows(rounded.graph, rounded.calibration, rounded.scales))
+    report = QuantizeReport(calibration.samples, options.method, rows, rescaled, mixed, anew)
     return Quantized(integer, report, feeds is None and needs_samples)
 
 
@@ -131,21 +135,68 @@ def _unknown(graph: Graph) -> list[str]:
     return [name for name in measured(graph) if not known_beforehand(graph, (name,))]
 
 
-def _more_bits(
-    graph: Graph,
-    integer: Graph,
-    scales: Scales,
-    calibration: Calibration,
-    options: QuantizeOptions,
-    target: Target | None,
-    progress: Progress | None,
-) -> tuple[set[str], Mixed]:
-    """The roots of the groups that get 16 bits: all that can, or those that are worth their price."""
-    groups = candidates(graph, integer, scales)
-    if options.scheme == "int16":
-        return set(groups), Mixed()
-    found = measure(graph, integer, scales, calibration.first, groups, progress=progress)
-    return choose(found, groups, prices(graph, groups, target), budget=options.budget)
+@dataclass(frozen=True, slots=True)
+class _Rounded:
+    """One way to store the network: the float graph with its copies, and the same graph in integers."""
+
+    graph: Graph
+    calibration: Calibration
+    scales: Scales
+    integer: Graph
+    copies: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Network:
+    """What all ways to store a network have in common."""
+
+    graph: Graph
+    groups: Groups
+    calibration: Calibration
+    options: QuantizeOptions
+
+    def rounded(self, *, direct: Set[Operand] = frozenset(), more: Set[str] = frozenset()) -> _Rounded:
+        """With 16 bits where the rules say, where matrix operators read them (`direct`), and in the groups with the roots `more`."""
+        widened = widen(self.graph, self.groups, self.calibration, direct=direct)
+        graph, calibration, wide = widened.graph, widened.calibration, widened.wide | more
+        scales = choose_scales(graph, self.groups, calibration, self.options, wide=wide, long=widened.long)
+        return _Rounded(graph, calibration, scales, build(graph, scales, calibration.means, self.options), widened.copies)
+
+
+def _priced_on(options: QuantizeOptions, target: Target | None) -> Target:
+    if options.priced_on == OWN:
+        if target is None:
+            raise QuantizeError("priced_on=own needs a target", hint="give one, or name the target in priced_on")
+        return target
+    try:
+        return load_target(options.priced_on)
+    except TargetError as error:
+        raise QuantizeError(f"priced_on is {options.priced_on!r}: {error}", hint="expected a target's name or file, or own") from None
+
+
+def _measured(network: _Network, target: Target, progress: Progress | None) -> tuple[_Rounded, Mixed]:
+    """16 bits where measured error is worth measured cycles."""
+    plain, options = network.rounded(), network.options
+    if not candidates(plain.graph, plain.integer, plain.scales):
+        return plain, Mixed()
+    all_groups = byte_groups(plain.graph, plain.scales)
+    found = measure(plain.graph, plain.integer, plain.scales, network.calibration.first, all_groups, progress=progress)
+    important = set(found.important())
+    groups = {root: names for root, names in candidates(plain.graph, plain.integer, plain.scales).items() if root in important}
+    prices = measure_prices(plain.integer, groups, target)
+    percent = {root: prices.percent(root) for root in groups}
+    drop = options.drop if options.drop >= 0 else None
+    allowed = options.budget if drop is None else math.inf
+    while True:
+        roots, mixed = choose(found, groups, percent, budget=allowed, drop=drop)
+        cycles = total_cycles(plain.integer, (name for root in roots for name in groups[root]), target) if roots else prices.cycles
+        mixed = replace(mixed, price=100 * (cycles / max(prices.cycles, 1) - 1))
+        if not roots or (drop is not None and cycles < math.inf) or mixed.price <= options.budget:
+            break
+        allowed = mixed.spent * 0.9  # the groups cost more together than each alone
+    copied = {plain.copies[root] for root in roots if root in plain.copies}
+    direct = {(node.name, name) for node in network.graph if OPS[node.op].matrix for name in node.inputs if name in copied}
+    return network.rounded(direct=direct, more=set(roots) - set(plain.copies)), mixed
 
 
 def _refuse_unsupported(graph: Graph) -> None:

@@ -18,7 +18,7 @@ from npucc.ops import OPS, Table
 from npucc.quantize.bounds import known_ranges
 from npucc.quantize.calibrate import Calibration, softmax_axis
 from npucc.quantize.options import QuantizeOptions
-from npucc.quantize.ranges import SMALLEST, Fit, Histogram, Range, activation_quant, choose_range
+from npucc.quantize.ranges import LARGEST, SMALLEST, Fit, Histogram, Range, activation_quant, choose_range
 from npucc.quantize.share import Groups, moved_inputs
 from npucc.scalar import Expression
 from npucc.segments import raw_quant, untouched
@@ -103,10 +103,10 @@ def _range_of(quant: Quant) -> Range:
 
 
 def wide_quant(covered: Range, dtype: str) -> Quant:
-    """As s16, asymmetric; as s32, around zero with room for twice the range."""
-    if dtype == "s16":
-        return activation_quant(covered, dtype)
-    return Quant(dtype, np.asarray(max(-covered.low, covered.high, SMALLEST) / 2**30, np.float32), 0)
+    """Around zero, which keeps sums of products small; s32 has room for twice the range."""
+    steps = 2.0**15 - 1 if dtype == "s16" else 2.0**30
+    covered = covered.within(-LARGEST, LARGEST)
+    return Quant(dtype, np.asarray(max(-covered.low, covered.high, SMALLEST) / steps, np.float32), 0)
 
 
 def _members(graph: Graph, groups: Groups) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ to 8 bits. One run per group tells what that group's rounding adds to the error 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +27,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Outputs = dict[str, Array]
 
 SAMPLES = 8  # at most so many are measured with
-WORK = 4e10  # multiply-accumulates to spend on all runs together; one run of each group is made in any case
+FIRST = 2  # at most so many tell which groups matter
+WORK = 1.5e11  # multiply-accumulates to spend on each of the two rounds; one run of each group is made in any case
 OVERHEAD = 30  # of an element that is written, in multiply-accumulates
+MATTERS = 0.01  # of an output's error
+DIGITS = 6  # binary ones, of a ratio that is kept: what another machine's float sums change is lost in them
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,41 +39,82 @@ class Sensitivity:
     """Error energy over signal energy, per row: a row is one output in one sample, `outputs` names the output of each.
 
     `groups`: what 8 bits in that group alone cause, by the group's root. `weights`: what the stored weights alone cause.
+    `wanted`: the float model's value in each row.
     """
 
     outputs: tuple[str, ...]
     groups: Mapping[str, Array]
     weights: Array
+    wanted: tuple[Array, ...] = ()
+
+    @property
+    def total(self) -> Array:
+        """What all of it causes together, per row."""
+        return np.asarray(self.weights + sum(self.groups.values()))
+
+    def heard(self) -> Sensitivity:
+        """Only the outputs that some error reaches: what merely passes on an input says nothing."""
+        rows = np.flatnonzero(self.total > NOTHING).tolist()
+        groups = {root: noise[rows] for root, noise in self.groups.items()}
+        return Sensitivity(
+            tuple(self.outputs[row] for row in rows), groups, self.weights[rows], tuple(self.wanted[row] for row in rows),
+        )  # fmt: skip
+
+    def important(self) -> list[str]:
+        """The groups with a share worth knowing in some row's error."""
+        return [root for root, noise in self.groups.items() if float(np.max(noise / (self.total + NOTHING), initial=0.0)) >= MATTERS]
+
+
+NOTHING = 1e-30
 
 
 def measure(
     graph: Graph, integer: Graph, scales: Scales, feeds: Sequence[Mapping[str, Array]], roots: Iterable[str], *, progress: Progress | None = None
 ) -> Sensitivity:
-    """Run the float graph with each group of `roots` in 8 bits. `integer`: the same graph in integers, for its weights."""
+    """Run the float graph with each group of `roots` in 8 bits: all on a sample or two, then those that matter on more.
+
+    `integer`: the same graph in integers, for its weights.
+    """
     chosen = tuple(roots)
-    samples = _spread(feeds, affordable_samples(graph, len(chosen)))
-    exact = tensor_runner(graph, graph.outputs)
-    wanted = [exact(feed) for feed in samples]
-    rows = [(name, index) for index, outputs in enumerate(wanted) for name in graph.outputs if _has_signal(outputs[name])]
-
-    def ratios(found: Sequence[Outputs]) -> Array:
-        return np.array([_ratio(found[index][name], wanted[index][name]) for name, index in rows])
-
-    stored = tensor_runner(_with_stored_weights(graph, integer), graph.outputs)
-    weights = ratios([stored(feed) for feed in samples])
     run = _switched_runner(graph, scales, chosen)
-    noise = {}
-    for done, root in enumerate(chosen, start=1):
-        noise[root] = ratios([run(feed, root) for feed in samples])
-        if progress:
-            progress("sensitivity", done, len(chosen))
-    return Sensitivity(tuple(name for name, _ in rows), noise, weights)
+    stored = tensor_runner(_with_stored_weights(graph, integer), graph.outputs)
+    exact = tensor_runner(graph, graph.outputs)
+
+    def measured_on(samples: Sequence[Mapping[str, Array]], groups: Sequence[str]) -> Sensitivity:
+        wanted = [exact(feed) for feed in samples]
+        rows = [(name, index) for index, outputs in enumerate(wanted) for name in graph.outputs if _has_signal(outputs[name])]
+
+        def ratios(found: Sequence[Outputs]) -> Array:
+            return np.array([_ratio(found[index][name], wanted[index][name]) for name, index in rows])
+
+        noise = {}
+        for done, root in enumerate(groups, start=1):
+            noise[root] = ratios([run(feed, root) for feed in samples])
+            if progress:
+                progress("sensitivity", done, len(groups))
+        weights = ratios([stored(feed) for feed in samples])
+        return Sensitivity(tuple(name for name, _ in rows), noise, weights, tuple(wanted[index][name] for name, index in rows))
+
+    first = measured_on(_spread(feeds, affordable_samples(graph, len(chosen), most=FIRST)), chosen)
+    important = first.important()
+    more = _spread(feeds, affordable_samples(graph, len(important), most=SAMPLES))
+    return _completed(measured_on(more, important), first)
 
 
-def affordable_samples(graph: Graph, groups: int) -> int:
+def _completed(second: Sensitivity, first: Sensitivity) -> Sensitivity:
+    """The second round, with the groups that only the first measured: at each output their mean there."""
+    rest = {
+        root: np.array([float(np.mean(noise[[index for index, each in enumerate(first.outputs) if each == name]])) for name in second.outputs])
+        for root, noise in first.groups.items()
+        if root not in second.groups and set(second.outputs) <= set(first.outputs)
+    }
+    return Sensitivity(second.outputs, {**second.groups, **rest}, second.weights, second.wanted)
+
+
+def affordable_samples(graph: Graph, groups: int, *, most: int = SAMPLES) -> int:
     """How many samples to measure with: as many as the work allows, at least one. Depends on the graph only."""
     once = sum(_work(graph, name) for name in graph.nodes)
-    return int(np.clip(WORK / max(once * groups, 1), 1, SAMPLES))
+    return int(np.clip(WORK / max(once * groups, 1), 1, most))
 
 
 def multiply_accumulates(graph: Graph, name: str) -> int:
@@ -105,7 +150,8 @@ def _finite(values: Array) -> Array:
 def _ratio(found: Array, wanted: Array) -> float:
     exact = _finite(wanted)
     error = _finite(found) - exact
-    return float(np.sum(error * error) / np.sum(exact * exact))
+    mantissa, exponent = math.frexp(float(np.sum(error * error) / np.sum(exact * exact)))
+    return math.ldexp(round(mantissa * 2**DIGITS), exponent - DIGITS)
 
 
 def _with_stored_weights(graph: Graph, integer: Graph) -> Graph:

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from npucc import ops, reference
 from npucc.export import stored_name, to_onnx
 from npucc.graph import Editor, Graph, Quant
-from npucc.quantize import quantize
+from npucc.quantize import QuantizeOptions, quantize
 
 from .float_graphs import FloatNet, classifier, classifier_feeds, exact_session, run_session
 from .integer_graphs import GRAPHS, Net
@@ -157,7 +157,7 @@ def test_integers_wider_than_a_byte_are_written() -> None:
 
 
 def test_no_float_weight_is_left_in_the_integer_model() -> None:
-    quantized = quantize(classifier(), classifier_feeds(4)).graph
+    quantized = quantize(classifier(), classifier_feeds(4), options=QuantizeOptions.parse("int8")).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in to_onnx(quantized).graph.initializer}
     assert arrays[stored_name("w1")].dtype == np.int8
     floats = [name for name, array in arrays.items() if array.dtype == np.float32 and array.size > 4 and not name.endswith("/scale")]

@@ -440,7 +440,7 @@ def test_wrong_options_are_refused(text: str, said: str) -> None:
 
 
 def test_options_are_read() -> None:
-    assert QuantizeOptions.parse("int8") == QuantizeOptions()
+    assert QuantizeOptions.parse("auto") == QuantizeOptions()
     assert QuantizeOptions.parse("auto") == QuantizeOptions(scheme="auto")
     assert QuantizeOptions.parse("int8,budget=2") == QuantizeOptions(scheme="int8", budget=2.0)
     expected = QuantizeOptions(
