@@ -216,9 +216,13 @@ class Package:
         run = self.machine.run(check_feed(feed, self.inputs), dump=tensors)
         return Result(run.outputs, run.raw, run.tensors, run.report)
 
-    def run_many(self, feeds: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
-        """One Result per feed, as they are asked for."""
-        return (self.run(feed) for feed in feeds)
+    def run_many(self, feeds: Iterable[Mapping[str, Any]], *, workers: int = 1) -> Iterator[Result]:
+        """One Result per feed, in order, as they are asked for. Raises DataError, RuntimeFault.
+
+        With `workers` above 1 (`os.cpu_count()` uses all cores) that many processes compute the same bytes; each loads the package first.
+        """
+        checked = (check_feed(feed, self.inputs) for feed in feeds)
+        return (Result(run.outputs, run.raw, run.tensors, run.report) for run in self.machine.run_many(checked, workers=workers))
 
     def to_onnx(self, *, unsigned: bool = True, exact: bool = True) -> onnx.ModelProto:
         """The same quantized model as QDQ ONNX (see `npucc.export.to_onnx`). Raises CompileError when the package has no graph."""

@@ -161,13 +161,14 @@ class Machine:
     def run_many(self, samples: Iterable[Mapping[str, Any]], *, workers: int = 1, dump: Dump = None) -> Iterator[Run]:
         """One Run per sample, in order; with `workers` above 1 in as many processes (a script then needs its `if __name__ == "__main__"`).
 
-        Set OMP_NUM_THREADS=1 before, so that the processes do not fight for the cores. Raises RuntimeFault.
+        Each process computes in one thread. Raises RuntimeFault.
         """
         if workers <= 1:
             return (self.run(sample, dump=dump) for sample in samples)
         if callable(dump):
             raise RuntimeFault("several processes can't call one function for each tensor", hint="give dump the tensors' names, or use workers=1")
-        return run_in_processes(self.program, self.constants, samples, workers=workers, dump=dump, host=self.host.engine, engine=self.engine)
+        found = run_in_processes(self.program, self.constants, samples, workers=workers, dump=dump, host=self.host.engine, engine=self.engine)
+        return (Run(outputs, raw, tensors, self.report) for outputs, raw, tensors in found)
 
     @cached_property
     def timeline(self) -> Timeline:

@@ -71,6 +71,13 @@ def test_run_many_is_lazy_and_in_order(demo_package: npucc.Package) -> None:
     assert not np.array_equal(first.raw["logits"], second.raw["logits"])
 
 
+def test_run_many_in_several_processes_gives_the_same_bytes(demo_package: npucc.Package) -> None:
+    feeds = list(images(3))
+    together = list(demo_package.run_many(iter(feeds), workers=2))
+    assert [each.raw["logits"].tolist() for each in together] == [demo_package.run(feed).raw["logits"].tolist() for feed in feeds]
+    assert together[0].cycles == demo_package.report.cycles
+
+
 def test_tensors_are_kept_if_asked_for(demo_package: npucc.Package) -> None:
     feed = next(images(1))
     assert demo_package.run(feed).tensors == {}
