@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,13 @@ import onnxruntime
 
 import npucc
 from runtime import Machine
+from runtime.kernels import ENGINES
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 EXACT, SIGNED = {"session.x64quantprecision": "1"}, {"session.qdqisint8allowed": "1"}
-NPUCC, ANCHOR = "npucc", "onnxruntime int8"
+ANCHOR = "onnxruntime int8"
+#: what the reports call the machine's engines that are installed
+OWN = {f"npucc, {engine}": engine for engine in ENGINES if engine == "numpy" or find_spec(engine)}
 Feed = dict[str, Any]
 Call = Callable[[], list[Any]]  # one inference: its outputs in the model's order
 Shapes = dict[str, tuple[int, ...]]
@@ -77,9 +82,13 @@ def engines(model: Path, package: npucc.Package, threads: int) -> dict[str, Call
         ANCHOR: session(quantized, threads, EXACT),
         "onnxruntime int8, signed": session(quantized, threads, SIGNED),
     }
-    machine = package.machine
-    calls: dict[str, Call] = {NPUCC: lambda: list(machine.run(feed).outputs.values())}
-    return calls | {name: (lambda each=each: each.run(None, feed)) for name, each in sessions.items()}
+    machines = {name: Machine(package.contents, engine=engine) for name, engine in OWN.items()}
+    own: dict[str, Call] = {name: partial(_outputs, machine, feed) for name, machine in machines.items()}
+    return own | {name: partial(each.run, None, feed) for name, each in sessions.items()}
+
+
+def _outputs(machine: Machine, feed: Feed) -> list[Any]:
+    return list(machine.run(feed).outputs.values())
 
 
 def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, np.ndarray]:
@@ -108,10 +117,10 @@ def measure_alone(engine: str, file: str, threads: int) -> dict[str, float]:
 def alone(engine: str, file: Path, threads: int) -> dict[str, float]:
     """What `measure_alone` starts."""
     start = time.perf_counter()
-    if engine == NPUCC:
+    if engine in OWN:
         package = npucc.load(file)
         parsed = time.perf_counter()
-        npucc_machine = Machine(package.contents)
+        npucc_machine = Machine(package.contents, engine=OWN[engine])
         loaded = time.perf_counter()
         npucc_machine.run(random_feed(package))
         return {"parse_and_check": parsed - start, "decode": loaded - parsed, "load": loaded - start, "peak": _peak()}
@@ -145,24 +154,24 @@ def measure(model: Path, target: str, shapes: Shapes, *, rounds: int, threads: i
         packed, quantized = Path(folder) / "model.npu", Path(folder) / "quantized.onnx"
         package.save(packed)
         onnx.save(package.to_onnx(), quantized)
-        ours, theirs, nothing = (
-            measure_alone(engine, str(file), threads) for engine, file in ((NPUCC, packed), (ANCHOR, quantized), ("imports", packed))
-        )
+        files = {**dict.fromkeys(OWN, packed), ANCHOR: quantized, "imports": packed}
+        memory = {engine: measure_alone(engine, str(file), threads) for engine, file in files.items()}
         size = packed.stat().st_size
     calls = engines(model, package, threads)
     seconds = interleaved(calls, rounds)
     outputs = {name: call() for name, call in calls.items()}
+    expected = outputs[next(iter(OWN))]
     return {
         "model": model.name,
         "seconds": {name: float(np.median(taken)) for name, taken in seconds.items()},
-        "npucc_over": {name: float(np.median(seconds[NPUCC] / taken)) for name, taken in seconds.items() if name != NPUCC},
-        "equal": {name: all(map(np.array_equal, outputs[NPUCC], values)) for name, values in outputs.items() if name != NPUCC},
+        "over_anchor": {name: float(np.median(taken / seconds[ANCHOR])) for name, taken in seconds.items()},
+        "equal": {name: all(map(np.array_equal, expected, values)) for name, values in outputs.items()},
         "compile": compile_seconds,
         "package_bytes": size,
         "constants_bytes": package.program.constants_bytes,
         "lines": package.text.count("\n"),
         "instructions": package.instructions,
-        "alone": {NPUCC: ours, ANCHOR: theirs, "imports": nothing},
+        "alone": memory,
     }
 
 
@@ -172,19 +181,20 @@ def _input_names(model: Path) -> set[str]:
 
 def text(found: dict[str, Any]) -> str:
     """One model's numbers for the reader."""
-    seconds, ratios, memory = found["seconds"], found["npucc_over"], found["alone"]
+    seconds, ratios, memory = found["seconds"], found["over_anchor"], found["alone"]
     lines = [found["model"]]
     for name, taken in seconds.items():
-        same = "the same bytes" if found["equal"].get(name) else "other bytes"
-        lines.append(f"  {name:26}{1e3 * taken:9.2f} ms" + (f"   npucc takes {ratios[name]:.2f} ×   {same}" if name in ratios else ""))
+        same = "the same bytes" if found["equal"][name] else "other bytes"
+        lines.append(f"  {name:26}{1e3 * taken:9.2f} ms   {ratios[name]:5.2f} × {ANCHOR}   {same}")
     lines.append(
         f"  compiled in {found['compile']:.1f} s: package {found['package_bytes'] / 1e6:.2f} MB, constants {found['constants_bytes'] / 1e6:.2f} MB, "
         f"{found['lines']} lines, {found['instructions']} instructions"
     )
-    ours = memory[NPUCC]
-    lines.append(f"  loaded in {ours['load']:.2f} s (read, parse, check {ours['parse_and_check']:.2f}, decode {ours['decode']:.2f})")
+    for name in OWN:
+        ours = memory[name]
+        lines.append(f"  {name} loaded in {ours['load']:.2f} s (read, parse, check {ours['parse_and_check']:.2f}, decode {ours['decode']:.2f})")
     told = ", ".join(f"{name} {each['peak'] / 1e6:.0f} MB" for name, each in memory.items())
-    lines.append(f"  peak memory: {told}; npucc beyond its imports {(ours['peak'] - memory['imports']['peak']) / 1e6:.0f} MB")
+    lines.append(f"  peak memory: {told}")
     return "\n".join(lines)
 
 
@@ -202,7 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON list")
-    parser.add_argument("--alone", choices=(NPUCC, ANCHOR, "imports"), help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=(*OWN, ANCHOR, "imports"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     restart_with_threads(options.threads)
     if options.alone:
