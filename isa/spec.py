@@ -88,11 +88,15 @@ def _quant(name: str, of: str) -> Attribute:
     return Attribute(name, "quant", (1.0, 0), f"{QUANT} {of}", 2)
 
 
-def _elementwise(name: str, formula: str, note: str = "") -> InstructionSpec:
+OFFSET = Attribute("offset", "int", 128, "for s8 operands: 128 rounds as onnxruntime's kernel of unsigned bytes, 0 as that of signed ones")
+
+
+def _elementwise(name: str, formula: str, note: str = "", *extra: Attribute) -> InstructionSpec:
     return InstructionSpec(
         name, "vec",
         (Operand("y", "write", SPM, ANY, "*d"), Operand("a", "read", SPM, ANY, "*d"), Operand("b", "read", SPM, ANY, "*d", optional=True)),
-        (_quant("qa", "a"), _quant("qb", "b"), _quant("qy", "y"), Attribute("imm", "float", 0.0, "stands for real(b) when b is left out"), CLAMP),
+        (_quant("qa", "a"), _quant("qb", "b"), _quant("qy", "y"), Attribute("imm", "float", 0.0, "stands for real(b) when b is left out"), CLAMP,
+         *extra),
         f"y = {formula}", "vector",
         "All tiles have the same shape; broadcast with a stride of 0. " + note,
         f"{name} %0x0:s8[14,56,64], %0xd000:s8[14,56,64], %0x1a000:s8[14,56,64]{{0,0,1}} qa=0.05,-3 qb=0.1,0 qy=0.07,-128",
@@ -171,14 +175,14 @@ TABLE: tuple[InstructionSpec, ...] = (
     ),
     _elementwise(
         "add", "quant(real(a) + real(b))",
-        "For s8 a, b and y the sum is two fused multiply-adds on unsigned bytes, as onnxruntime's kernel has it: "
-        "with A = a+128, B = b+128, ra = f32(sa/sy), rb = f32(sb/sy), "
-        "F = f32((zy+128) - fma(ra, za+128, f32(rb*(zb+128)))): y = clamp(rint(fma(A, ra, fma(B, rb, F))) - 128).",
+        "For s8 a, b and y the sum is two fused multiply-adds, as onnxruntime's kernels have it: "
+        "with o = offset, A = a+o, B = b+o, ra = f32(sa/sy), rb = f32(sb/sy), "
+        "F = f32((zy+o) - fma(ra, za+o, f32(rb*(zb+o)))): y = clamp(rint(fma(A, ra, fma(B, rb, F))) - o).", OFFSET,
     ),
     _elementwise("sub", "quant(real(a) - real(b))"),
     _elementwise(
         "mul", "quant(real(a) * real(b))",
-        "For s8 a, b and y: clamp(rint(f32(f32(f32((a-za)*(b-zb)) * r) + f32(zy+128))) - 128) with r = f32(f32(sa*sb)/sy).",
+        "For s8 a, b and y: clamp(rint(f32(f32(f32((a-za)*(b-zb)) * r) + f32(zy+o))) - o) with o = offset, r = f32(f32(sa*sb)/sy).", OFFSET,
     ),
     _elementwise("div", "quant(real(a) / real(b))", "x/0 follows IEEE-754; NaN is stored as the zero point."),
     _elementwise("max", "quant(max(real(a), real(b)))"),

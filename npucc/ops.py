@@ -66,9 +66,10 @@ class MatMul(Attributes):
 
 @dataclass(frozen=True, slots=True)
 class Binary(Attributes):
-    """numpy broadcasting."""
+    """numpy broadcasting. `offset`: 128 where bytes are added or multiplied as unsigned ones, 0 where as signed ones (isa.spec, add)."""
 
     clamp: Clamp = None
+    offset: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,14 @@ class Table(Attributes):
 
 @dataclass(frozen=True, slots=True)
 class Quantize(Attributes):
-    """clamp(rint(x / scale) + zero), and back to reals: what a pair of QuantizeLinear and DequantizeLinear does. dtype: s8 or s16."""
+    """clamp(rint(x / scale) + zero), and back to reals: what a pair of QuantizeLinear and DequantizeLinear does. dtype: s8 or s16.
+
+    `offset`: what was subtracted from the model's own integers, 128 for unsigned bytes."""
 
     dtype: str = "s8"
     scale: float = 1.0
     zero: int = 0
+    offset: int = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,7 +224,7 @@ class Package:
         checked = (check_feed(feed, self.inputs) for feed in feeds)
         return (Result(run.outputs, run.raw, run.tensors, run.report) for run in self.machine.run_many(checked, workers=workers))
 
-    def to_onnx(self, *, unsigned: bool = True, exact: bool = True) -> onnx.ModelProto:
+    def to_onnx(self, *, unsigned: bool | None = None, exact: bool = True) -> onnx.ModelProto:
         """The same quantized model as QDQ ONNX (see `npucc.export.to_onnx`). Raises CompileError when the package has no graph."""
         from npucc.export import to_onnx
 

@@ -321,15 +321,15 @@ def _all_bytes(call: Call) -> bool:
 
 
 def _add(call: Call) -> Array:
-    """As onnxruntime's kernel: two fused multiply-adds on unsigned bytes."""
+    """As onnxruntime's kernels: two fused multiply-adds on unsigned or signed bytes."""
     if not _all_bytes(call):
         return call.quantized(call.operand(0).real + call.operand(1).real)
-    a, b, y = call.operand(0).scaled, call.operand(1).scaled, call.quant
+    a, b, y, offset = call.operand(0).scaled, call.operand(1).scaled, call.quant, call.attributes.offset
     ratio_a, ratio_b = F32(a.scale / y.scale), F32(b.scale / y.scale)
-    zeros = fused_multiply_add(ratio_a, F32(a.zero + 128), F32(ratio_b * F32(b.zero + 128)))
-    shift = F32(F32(y.zero + 128) - zeros)
-    inner = fused_multiply_add(call.operand(1).stored + 128, ratio_b, shift)
-    return call.clamp(np.rint(fused_multiply_add(call.operand(0).stored + 128, ratio_a, inner)).astype(np.float64) - 128)
+    zeros = fused_multiply_add(ratio_a, F32(a.zero + offset), F32(ratio_b * F32(b.zero + offset)))
+    shift = F32(F32(y.zero + offset) - zeros)
+    inner = fused_multiply_add(call.operand(1).stored + offset, ratio_b, shift)
+    return call.clamp(np.rint(fused_multiply_add(call.operand(0).stored + offset, ratio_a, inner)).astype(np.float64) - offset)
 
 
 def _mul(call: Call) -> Array:
@@ -338,7 +338,8 @@ def _mul(call: Call) -> Array:
         return call.quantized(call.operand(0).real * call.operand(1).real)
     factor = F32(arithmetic.multiplier(call.operand(0).scaled, call.operand(1).scaled, call.quant))
     scaled = (call.operand(0).steps * call.operand(1).steps).astype(F32) * factor
-    return call.clamp(np.rint(scaled + F32(call.quant.zero + 128)).astype(np.float64) - 128)
+    offset = call.attributes.offset
+    return call.clamp(np.rint(scaled + F32(call.quant.zero + offset)).astype(np.float64) - offset)
 
 
 def _on_reals(function: Callable[[Array, Array], Array]) -> Callable[[Call], Array]:

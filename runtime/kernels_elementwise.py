@@ -26,8 +26,6 @@ ARITHMETIC: dict[str, Callable[[Array, Array], Array]] = {
 RELATIONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
-#: how far an s8 code is shifted to count from 0, as the unsigned arithmetic of `add` and `mul` on bytes does
-UNSIGNED = 128
 
 
 def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
@@ -47,11 +45,12 @@ def add_bytes(a: Array, b: Array, attributes: dict[str, Any]) -> Array:
     """s8 + s8 → s8 in the order of onnxruntime's QLinearAdd: fma(A, ra, fma(B, rb, F)), zero point inside the rounding."""
     (scale_a, zero_a), (scale_b, zero_b), (scale_y, zero_y) = (attributes[name] for name in ("qa", "qb", "qy"))
     ratio_a, ratio_b = (np.asarray([scale], np.float32) / np.float32(scale_y) for scale in (scale_a, scale_b))
-    offset_a, offset_b, offset_y = (np.asarray([zero + UNSIGNED], np.float32) for zero in (zero_a, zero_b, zero_y))
+    offset = attributes["offset"]
+    offset_a, offset_b, offset_y = (np.asarray([zero + offset], np.float32) for zero in (zero_a, zero_b, zero_y))
     start = offset_y - fused_multiply_add(ratio_a, offset_a, ratio_b * offset_b)
-    codes_a, codes_b = (np.asarray(stored, np.float32) + np.float32(UNSIGNED) for stored in (a, b))
+    codes_a, codes_b = (np.asarray(stored, np.float32) + np.float32(offset) for stored in (a, b))
     values = fused_multiply_add(codes_a, ratio_a, fused_multiply_add(codes_b, ratio_b, start))
-    return round_and_clamp(values, -UNSIGNED, "s8", attributes["clamp"])
+    return round_and_clamp(values, -offset, "s8", attributes["clamp"])
 
 
 def multiply_bytes(a: Array, b: Array, attributes: dict[str, Any]) -> Array:
@@ -59,8 +58,8 @@ def multiply_bytes(a: Array, b: Array, attributes: dict[str, Any]) -> Array:
     (scale_a, zero_a), (scale_b, zero_b), (scale_y, zero_y) = (attributes[name] for name in ("qa", "qb", "qy"))
     ratio = np.float32(scale_a) * np.float32(scale_b) / np.float32(scale_y)
     products = (a.astype(np.int32) - zero_a) * (b.astype(np.int32) - zero_b)
-    values = products.astype(np.float32) * ratio + np.float32(zero_y + UNSIGNED)
-    return round_and_clamp(values, -UNSIGNED, "s8", attributes["clamp"])
+    values = products.astype(np.float32) * ratio + np.float32(zero_y + attributes["offset"])
+    return round_and_clamp(values, -attributes["offset"], "s8", attributes["clamp"])
 
 
 def _binary(site: Site) -> Evaluate:

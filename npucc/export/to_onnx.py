@@ -13,18 +13,22 @@ from npucc.export.operators import FLOAT, clip, emit, rounded
 from npucc.export.quantized import emit_quantized
 from npucc.export.segment import emit_segment, newest_opset
 from npucc.graph import Graph, Node
-from npucc.ops import OPS
+from npucc.ops import OPS, Binary
 
 
-def to_onnx(graph: Graph, *, unsigned: bool = True, exact: bool = True) -> onnx.ModelProto:
+def to_onnx(graph: Graph, *, unsigned: bool | None = None, exact: bool = True) -> onnx.ModelProto:
     """The graph as a checked ONNX model with the graph's input and output names and types.
 
     An integer graph (one with scales) becomes QDQ, and onnxruntime agrees with it to the bit given `session.x64quantprecision=1`.
     Where its kernels would compute in float (softmax, layer normalization, tables, whatever stores 16 bits) the operator is spelled out
     in integer operators; `exact=False` leaves such operators as ONNX has them, easier to read and to deploy, a step off here and there.
     `unsigned=False` writes int8 activations, for tools that want them; onnxruntime is then exact with `session.qdqisint8allowed=1`
-    instead. ONNX rounds as targets with requantize=fp32.rne do; the q31 modes of other targets may differ from it by a step of the result.
+    instead, but for ties in sums and products, where its kernels of signed and unsigned bytes differ. Left open, it is what the graph's own
+    sums are: signed for a model that was imported with int8 activations, else unsigned. ONNX rounds as targets with requantize=fp32.rne do;
+    the q31 modes of other targets may differ from it by a step of the result.
     """
+    if unsigned is None:
+        unsigned = not any(isinstance(node.attributes, Binary) and node.attributes.offset == 0 for node in graph)
     quants = [tensor.quant for tensor in graph.tensors.values() if tensor.quant is not None]
     opset = OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET
     model = Model(max(opset, newest_opset(graph)), taken=graph.tensors)

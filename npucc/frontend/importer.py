@@ -291,7 +291,7 @@ class _Importer:
         except ImportModelError:
             return False
         quant, kind = found[0]
-        emitted = moved(node.emitted, quant, kind, self.editor.tensors)
+        emitted = moved(node.emitted, quant, kind, self.editor.tensors) if self._result_type(node) == kind else None
         if emitted is None:
             return False
         node.emitted[:] = emitted

@@ -27,9 +27,9 @@ STORAGE = {"s8": np.int8, "s16": np.int16, "s32": np.int32}
 DYNAMIC = Quant("f32", np.asarray(1.0, np.float32), 0)
 
 
-def as_attributes(quant: Quant) -> Quantize:
-    """The graph operator that rounds to these steps."""
-    return Quantize(quant.dtype, float(quant.scale), quant.zero)
+def as_attributes(quant: Quant, kind: int) -> Quantize:
+    """The graph operator that rounds to these steps of ONNX type `kind`."""
+    return Quantize(quant.dtype, float(quant.scale), quant.zero, FORMS[kind][1])
 
 
 def whole(quant: Quant, kind: int) -> scalar.Expression:

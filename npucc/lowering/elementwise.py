@@ -16,7 +16,7 @@ from npucc.graph import Node, Quant
 from npucc.lowering.emitter import Emitter, Ring, spm_tile, windows
 from npucc.lowering.layers import Group
 from npucc.lowering.views import View, merge_dimensions
-from npucc.ops import Clamp, Compare, Table
+from npucc.ops import Binary, Clamp, Compare, Table
 
 FEWEST_TILE_BYTES = 8192
 WANTED_TILES = 4
@@ -211,6 +211,7 @@ def emit_elementwise(emitter: Emitter, node: Node, result: Tile, tiles: Sequence
     emitter.vector(
         node.op, result, tiles[first], tiles[second],
         qa=quant_pair(quants[first]), qb=quant_pair(quants[second]), qy=quant_pair(after), clamp=bounds,
+        **({"offset": node.attributes.offset} if isinstance(node.attributes, Binary) and node.op in ("add", "mul") else {}),
     )  # fmt: skip
 
 

@@ -154,6 +154,10 @@ class _Giving:
         (name,), (result,) = node.inputs, node.outputs
         source = self.editor.tensors[name]
         known = source.given.quant if source.given else None
+        producer = self.editor.producer(name)
+        if source.given is None and producer is not None and isinstance(producer.attributes, ops.Binary) and producer.op in ("add", "mul"):
+            offset = steps.offset if quant.dtype == "s8" else producer.attributes.offset
+            self.editor.add_node(replace(producer, attributes=replace(producer.attributes, offset=offset)))
         if source.given is None and not source.is_constant:
             self.editor.add_tensor(replace(source, given=given))
         elif known is None or known.key != quant.key:

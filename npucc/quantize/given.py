@@ -60,8 +60,10 @@ def _spread_up(graph: Graph, node: Node, known: dict[str, Given]) -> None:
 
 
 def _spread_down(graph: Graph, node: Node, known: dict[str, Given]) -> None:
-    """Of several scales the coarsest, which holds all values."""
+    """Of several scales the coarsest, which holds all values; that of a constant where nothing else is moved."""
     found = [known[name] for name in _movable(graph, node) if name in known]
+    if not any(_movable(graph, node)):
+        found = [given for name in moved_inputs(node) if (given := graph.tensors[name].given) is not None and given.quant is not None]
     if found:
         known.setdefault(node.outputs[0], max(found, key=lambda given: float(given.scale)))
 

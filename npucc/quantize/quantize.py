@@ -28,7 +28,7 @@ from npucc.quantize.options import OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
 from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.rounding import collect
-from npucc.quantize.scales import Scales, choose_scales, known_beforehand, observed_ranges
+from npucc.quantize.scales import Scales, choose_scales, is_index, known_beforehand, observed_ranges
 from npucc.quantize.sensitivity import SAMPLES, measure
 from npucc.quantize.share import Groups, share_scales
 
@@ -132,7 +132,7 @@ def quantize(
 
 def _unknown(graph: Graph) -> list[str]:
     """The tensors that only samples tell the range of."""
-    return [name for name in measured(graph) if not known_beforehand(graph, (name,))]
+    return [name for name in measured(graph) if not known_beforehand(graph, (name,)) and not is_index(graph, name)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,23 @@ def test_integers_of_a_bias_beyond_24_bits_are_kept() -> None:
     assert package.graph.quant(conv.inputs[1]).scale.tolist() == scales.tolist()
 
 
+@pytest.mark.parametrize("zero", [np.int8(-12), np.uint8(116)])
+def test_sums_round_ties_as_the_kernel_of_the_model_s_own_type(zero: Any) -> None:
+    """x + 3 at scales that are multiples of 1/255: 127.5 steps come out as 0 in signed bytes and as 127 in unsigned ones."""
+    lowest = np.asarray(np.iinfo(zero.dtype).min, zero.dtype)
+    three = np.asarray(np.iinfo(zero.dtype).max, zero.dtype)
+    before, first = pair("x", 0.047855195, zero)
+    after, last = pair("r", 6 / 255, lowest, into="y")
+    constants = {**first, **last, "c": three, "cs": np.float32(3 / 255), "cz": lowest}
+    nodes = [*before, node("DequantizeLinear", "c cs cz", "cr"), node("Add", "x_real cr", "r"), *after]
+    proto = model(nodes, {"x": [1, 4, 8, 8]}, ["y"], constants)
+    feed = {"x": (np.arange(256).reshape(1, 4, 8, 8) - 128 + 12).astype(np.float32) * first["x_scale"]}
+    package = npucc.compile(proto)
+    option = "session.qdqisint8allowed" if zero.dtype == np.int8 else "session.x64quantprecision"
+    assert steps_apart(package, onnxruntime_results(proto, feed, option), feed) == 0
+    assert steps_apart(package, onnxruntime_results(package.to_onnx(), feed, option), feed) == 0
+
+
 @pytest.mark.parametrize("kind", [TensorProto.INT4, TensorProto.UINT4])
 def test_weights_of_4_bits_are_kept(kind: int) -> None:
     random = np.random.default_rng(0)

@@ -40,7 +40,7 @@ def quantize_linear(node: NodeImport) -> str:
     if kind not in ACTIVATIONS:
         raise node.refuse(f"makes {TensorProto.DataType.Name(kind)}", hint="supported are 8 and 16 bits")
     node.result_type, node.result_steps = kind, _steps(node, 1, 2, kind)
-    return node.emit("quantize", (node.input(0),), as_attributes(node.result_steps))
+    return node.emit("quantize", (node.input(0),), as_attributes(node.result_steps, kind))
 
 
 def dequantize_linear(node: NodeImport) -> str:
@@ -61,7 +61,7 @@ def dequantize_linear(node: NodeImport) -> str:
     if known is not None and known.key == quant.key:
         return node.reals(0)
     value_of = node.table(real(quant, kind), node.input(0))
-    return node.emit("quantize", (value_of,), as_attributes(quant)) if kind in ACTIVATIONS else value_of
+    return node.emit("quantize", (value_of,), as_attributes(quant, kind)) if kind in ACTIVATIONS else value_of
 
 
 def dynamic_quantize_linear(node: NodeImport) -> str:
