@@ -58,6 +58,58 @@ def _pointer_to(element: Any) -> Any:
 _bytes, _codes = _pointer_to(types.uint8), _pointer_to(types.int8)
 _sums, _reals, _words = _pointer_to(types.int32), _pointer_to(types.float32), _pointer_to(types.uint16)
 
+# ---- generated code: registers of sixteen sums --------------------------------------------------------------------------
+
+_NUMBER, _WIDE, _FLAG, _BYTE = (ir.IntType(bits) for bits in (32, 64, 1, 8))
+_REGISTER, _MASK, _QUARTER = (ir.VectorType(kind, LANES) for kind in (_NUMBER, _FLAG, _BYTE))
+_SIZE = LANES * 4  # bytes of a register
+
+
+class _Writer:
+    """Writes LLVM instructions where `builder` stands; addresses and offsets are 64-bit numbers."""
+
+    def __init__(self, builder: Any):
+        self.builder = builder
+
+    def plus(self, base: Any, offset: Any, times: int = 1) -> Any:
+        """base + offset * times."""
+        if isinstance(offset, int):
+            return self.builder.add(base, ir.Constant(_WIDE, offset * times))
+        return self.builder.add(base, self.builder.mul(offset, ir.Constant(_WIDE, times)))
+
+    def load(self, place: Any, kind: Any) -> Any:
+        return self.builder.load(self.builder.inttoptr(place, kind.as_pointer()), align=1)
+
+    def broadcast(self, value: Any) -> Any:
+        """A 32-bit number in all lanes."""
+        nothing = ir.Constant(_REGISTER, ir.Undefined)
+        first = self.builder.insert_element(nothing, value, ir.Constant(_NUMBER, 0))
+        return self.builder.shuffle_vector(first, nothing, ir.Constant(_REGISTER, [0] * LANES))
+
+    def lanes_below(self, count: Any, start: int = 0) -> Any:
+        """The mask of the lanes whose number, counted from `start`, is below `count`."""
+        numbers = ir.Constant(_REGISTER, [start + lane for lane in range(LANES)])
+        return self.builder.icmp_signed("<", numbers, self.broadcast(self.builder.trunc(count, _NUMBER)))
+
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
+
+    def start(self, value: Any) -> Any:
+        """A pointer to a sum that begins with `value`; LLVM keeps it in a register."""
+        place = cgutils.alloca_once(self.builder, _REGISTER)
+        self.builder.store(value, place)
+        return place
+
+    def dot(self, total: Any, unsigned: Any, signed: Any) -> None:
+        """Add the four products of each lane to its sum behind the pointer `total`."""
+        self.builder.store(self.call("llvm.x86.avx512.vpdpbusd.512", _REGISTER, self.builder.load(total), unsigned, signed), total)
+
+    def store(self, total: Any, place: Any, mask: Any) -> None:
+        pointer = self.builder.inttoptr(place, _REGISTER.as_pointer())
+        self.call("llvm.masked.store.v16i32.p0", ir.VoidType(), self.builder.load(total), pointer, ir.Constant(_NUMBER, 4), mask)
+
+
 # ---- matrix products ---------------------------------------------------------------------------------------------------
 
 
@@ -66,46 +118,24 @@ def _block(rows: int, vectors: int) -> Any:
 
     w: for each group of four k, `vectors` registers; a register holds 16 columns of the four k each. `bias` has 16 * vectors entries.
     """
-    number, flag, wide = ir.IntType(32), ir.IntType(1), ir.IntType(64)
-    register, mask = ir.VectorType(number, LANES), ir.VectorType(flag, LANES)
-    size = LANES * 4
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         x, x_row, w, depth, bias, y, y_row, columns = values
-        multiply = cgutils.get_or_insert_function(builder.module, ir.FunctionType(register, [register] * 3), "llvm.x86.avx512.vpdpbusd.512")
-        write_type = ir.FunctionType(ir.VoidType(), [register, register.as_pointer(), number, mask])
-        write = cgutils.get_or_insert_function(builder.module, write_type, "llvm.masked.store.v16i32.p0")
-
-        def at(base: Any, offset: Any, kind: Any) -> Any:
-            return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
-
-        def broadcast(value: Any) -> Any:
-            nothing = ir.Constant(register, ir.Undefined)
-            first = builder.insert_element(nothing, value, ir.Constant(number, 0))
-            return builder.shuffle_vector(first, nothing, ir.Constant(register, [0] * LANES))
-
-        def constant(value: int) -> Any:
-            return ir.Constant(wide, value)
-
-        sums = [[cgutils.alloca_once(builder, register) for _ in range(vectors)] for _ in range(rows)]
-        for v in range(vectors):
-            start = builder.load(at(bias, constant(v * size), register), align=4)
-            for row in sums:
-                builder.store(start, row[v])
-        with cgutils.for_range(builder, depth, intp=wide) as loop:
-            step = builder.add(w, builder.mul(loop.index, constant(vectors * size)))
-            weights = [builder.load(at(step, constant(v * size), register), align=4) for v in range(vectors)]
-            place = builder.add(x, builder.mul(loop.index, constant(TAPS)))
+        write = _Writer(builder)
+        starts = [write.load(write.plus(bias, v * _SIZE), _REGISTER) for v in range(vectors)]
+        sums = [[write.start(start) for start in starts] for _ in range(rows)]
+        with cgutils.for_range(builder, depth, intp=_WIDE) as loop:
+            step = write.plus(w, loop.index, vectors * _SIZE)
+            weights = [write.load(write.plus(step, v * _SIZE), _REGISTER) for v in range(vectors)]
+            place = write.plus(x, loop.index, TAPS)
             for m, row in enumerate(sums):
-                four = broadcast(builder.load(at(place, builder.mul(x_row, constant(m)), number), align=1))
+                four = write.broadcast(write.load(write.plus(place, x_row, m), _NUMBER))
                 for total, weight in zip(row, weights, strict=True):
-                    builder.store(builder.call(multiply, [builder.load(total), four, weight]), total)
-        left = builder.trunc(columns, number)
+                    write.dot(total, four, weight)
         for v in range(vectors):
-            within = builder.icmp_signed("<", ir.Constant(register, [v * LANES + lane for lane in range(LANES)]), broadcast(left))
+            mask = write.lanes_below(columns, v * LANES)
             for m, row in enumerate(sums):
-                place = at(builder.add(y, builder.mul(y_row, constant(m))), constant(v * size), register)
-                builder.call(write, [builder.load(row[v]), place, ir.Constant(number, 4), within])
+                write.store(row[v], write.plus(write.plus(y, y_row, m), v * _SIZE), mask)
         return context.get_dummy_value()
 
     @intrinsic
@@ -228,6 +258,129 @@ def windows(
 
 
 # ---- depthwise convolution ---------------------------------------------------------------------------------------------
+
+COLUMNS = 4  # neighbouring results at a time
+
+
+@intrinsic
+def _four_taps(typing_context: Any, first: Any, second: Any, third: Any, fourth: Any, channels: Any, out: Any) -> Any:
+    """out[16, 4] = the unsigned bytes of up to 16 channels at four addresses, side by side per channel."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        *places, count, target = values
+        write = _Writer(builder)
+        mask, zeros = write.lanes_below(count), ir.Constant(_QUARTER, [0] * LANES)
+        pointers = [builder.inttoptr(place, _QUARTER.as_pointer()) for place in places]
+        one, two, three, four = (
+            write.call("llvm.masked.load.v16i8.p0", _QUARTER, pointer, ir.Constant(_NUMBER, 1), mask, zeros) for pointer in pointers
+        )
+        sides = ir.VectorType(_NUMBER, 2 * LANES), ir.VectorType(_NUMBER, 4 * LANES)
+        every = list(range(2 * LANES))
+        low, high = (builder.shuffle_vector(left, right, ir.Constant(sides[0], every)) for left, right in ((one, two), (three, four)))
+        order = [tap * LANES + lane for lane in range(LANES) for tap in range(TAPS)]
+        together = builder.shuffle_vector(low, high, ir.Constant(sides[1], order))
+        flipped = builder.xor(together, ir.Constant(together.type, [0x80] * len(order)))
+        builder.store(flipped, builder.inttoptr(target, together.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), generate
+
+
+def _neighbours(columns: int) -> Any:
+    """y[columns, channels <= 16] = bias + the sums over rows and groups of taps of t (as `_four_taps` leaves them) times w."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        t, t_row, t_column, w, rows, groups, bias, y, y_column, channels = values
+        write = _Writer(builder)
+        start = write.load(bias, _REGISTER)
+        sums = [write.start(start) for _ in range(columns)]
+        with cgutils.for_range(builder, rows, intp=_WIDE) as down:
+            line, weights = builder.add(t, builder.mul(down.index, t_row)), write.plus(w, builder.mul(down.index, groups), _SIZE)
+            with cgutils.for_range(builder, groups, intp=_WIDE) as across:
+                place, weight = write.plus(line, across.index, _SIZE), write.load(write.plus(weights, across.index, _SIZE), _REGISTER)
+                for column, total in enumerate(sums):
+                    write.dot(total, write.load(write.plus(place, t_column, column), _REGISTER), weight)
+        mask = write.lanes_below(channels)
+        for column, total in enumerate(sums):
+            write.store(total, write.plus(y, y_column, column), mask)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def neighbours(
+        typing_context: Any, t: Any, t_row: Any, t_column: Any, w: Any, rows: Any, groups: Any, bias: Any, y: Any, y_column: Any, channels: Any
+    ) -> Any:
+        return types.void(*[types.intp] * 10), generate
+
+    return neighbours
+
+
+_four_neighbours, _one_neighbour = _neighbours(COLUMNS), _neighbours(1)
+
+
+def depthwise_by_dot_products(
+    x: int, x_row: int, x_column: int, height: int, width: int, channels: int, h: int, w: int, kernel_h: int, kernel_w: int, stride_h: int,
+    stride_w: int, dilation_h: int, dilation_w: int, top: int, left: int, fill: int, taps: int, weights: int, bias: int, y: int, y_row: int,
+    y_column: int,
+) -> None:  # fmt: skip
+    """y[h, w, channels] = bias + windows of x + 128, each channel times its own taps, packed as `pack_taps` does.
+
+    `fill`: where 16 bytes of what lies around x stand; `taps`: room for [rows that the windows touch, w, groups of taps] registers.
+    """
+    groups, rows = (kernel_w + TAPS - 1) // TAPS, (h - 1) * stride_h + (kernel_h - 1) * dilation_h + 1
+    column_size = groups * LANES * TAPS
+    row_size = w * column_size
+    for start in range(0, channels, LANES):
+        count = min(LANES, channels - start)
+        for r in range(rows):
+            inside = 0 <= r - top < height
+            source = x + (r - top) * x_row + start
+            for j in range(w):
+                for group in range(groups):
+                    first = j * stride_w + group * TAPS * dilation_w - left
+                    second, third, fourth = first + dilation_w, first + 2 * dilation_w, first + 3 * dilation_w
+                    _four_taps(
+                        source + first * x_column if inside and 0 <= first < width else fill,
+                        source + second * x_column if inside and 0 <= second < width else fill,
+                        source + third * x_column if inside and 0 <= third < width else fill,
+                        source + fourth * x_column if inside and 0 <= fourth < width else fill,
+                        count, taps + r * row_size + j * column_size + group * LANES * TAPS,
+                    )  # fmt: skip
+        packed = weights + start * kernel_h * groups * TAPS
+        for i in range(h):
+            line, target = taps + i * stride_h * row_size, y + i * y_row + start * 4
+            if w < COLUMNS:
+                for j in range(w):
+                    _one_neighbour(
+                        line + j * column_size, dilation_h * row_size, column_size, packed, kernel_h, groups, bias + start * 4,
+                        target + j * y_column, y_column, count,
+                    )  # fmt: skip
+                continue
+            for block in range(0, w, COLUMNS):
+                j = min(block, w - COLUMNS)  # the last block begins early: the same sums once more
+                _four_neighbours(
+                    line + j * column_size, dilation_h * row_size, column_size, packed, kernel_h, groups, bias + start * 4,
+                    target + j * y_column, y_column, count,
+                )  # fmt: skip
+
+
+if has_dot_products():
+    depthwise_by_dot_products = _compiled(*[Address] * 23)(depthwise_by_dot_products)
+
+
+@_compiled(*[Address] * 8)
+def pack_taps(w: int, w_row: int, w_column: int, kernel_h: int, kernel_w: int, channels: int, packed: int, sums: int) -> None:
+    """w[kernel_h, kernel_w, channels] as registers [groups of 16 channels, kernel_h, groups of taps]; the sum of each channel's taps."""
+    groups, whole = (kernel_w + TAPS - 1) // TAPS, (channels + LANES - 1) // LANES
+    target = carray(_codes(packed), (whole, kernel_h, groups, LANES, TAPS))
+    totals = carray(_sums(sums), whole * LANES)
+    for channel in range(whole * LANES):
+        totals[channel] = 0
+        for k in range(kernel_h):
+            for tap in range(groups * TAPS):
+                inside = channel < channels and tap < kernel_w
+                value = carray(_codes(w + k * w_row + tap * w_column + channel), 1)[0] if inside else np.int8(0)
+                target[channel // LANES, k, tap // TAPS, channel % LANES, tap % TAPS] = value
+                totals[channel] += value
 
 
 @njit(inline="always")

@@ -42,7 +42,7 @@ def bind_conv(site: Site) -> Run | None:
         return None
     left = _left(site, shape.outputs[0] * shape.outputs[1], depth)
     gathering = None if site.scratch.holds(left, site.window) else _gathering(site, shape, left)
-    return _multiply(site, gathering, left, _Right(site, "w", depth, matrix), y, "b")
+    return _multiply(site, gathering, left, depth, _product_weights(site, "w", depth, matrix), y, "b")
 
 
 def bind_matmul(site: Site) -> Run | None:
@@ -53,7 +53,7 @@ def bind_matmul(site: Site) -> Run | None:
     (m, k), left = a.shape, _left(site, *a.shape)
     site.scratch.holds(left, None)
     arguments = (address(a), *a.strides, m, k, address(left), left.strides[0])
-    return _multiply(site, lambda: compiled.unsigned_rows(*arguments), left, _Right(site, "b", k, b), y.reshape(1, *y.shape), "c")
+    return _multiply(site, lambda: compiled.unsigned_rows(*arguments), left, k, _product_weights(site, "b", k, b), y.reshape(1, *y.shape), "c")
 
 
 def _rows_of(*tiles: Array) -> bool:
@@ -79,74 +79,95 @@ def _gathering(site: Site, shape: Geometry, left: Array) -> Run:
     return lambda: compiled.windows(*arguments)
 
 
-class _Right:
-    """The right matrix of a product, packed: once if it is a constant, else by `refresh` before each use. `sums` are its columns' sums."""
+class _Packed:
+    """Weights packed for dot products: once if they are constants, else by `refresh` before each use. `sums` are those of each result's weights.
 
-    def __init__(self, site: Site, name: str, depth: int, matrix: Array):
-        columns = -(-matrix.shape[1] // compiled.LANES) * compiled.LANES
-        size = columns * -(-depth // compiled.TAPS) * compiled.TAPS
-        self.depth = depth
+    `pack(weights, packed, sums)` fills both.
+    """
+
+    def __init__(self, site: Site, name: str, weights: Array, size: int, pack: Callable[[Array, Array, Array], None]):
+        columns = -(-weights.shape[-1] // compiled.LANES) * compiled.LANES
         self.refresh: Run | None = None
         if name in site.constants:
             key, content = site.constants[name]
-            memo = ("packed", key, depth)
+            memo = ("packed", site.instruction.name, key)
             if memo not in site.memo:
-                site.memo[memo] = np.empty(size, np.int8), np.empty(columns, np.int32)
-                compiled.pack(*_pack_arguments(np.ascontiguousarray(content).reshape(depth, -1), *site.memo[memo]))
+                site.memo[memo] = np.empty(size * columns, np.int8), np.empty(columns, np.int32)
+                pack(np.ascontiguousarray(content), *site.memo[memo])
             self.packed, self.sums = site.memo[memo]
             return
-        self.packed, self.sums = site.scratch.take("packed", (size,), np.int8), site.scratch.take("column_sums", (columns,), np.int32)
-        arguments = _pack_arguments(matrix, self.packed, self.sums)
-        self.refresh = lambda: compiled.pack(*arguments)
+        packed, sums = site.scratch.take("packed", (size * columns,), np.int8), site.scratch.take("column_sums", (columns,), np.int32)
+        self.packed, self.sums = packed, sums
+        self.refresh = lambda: pack(weights, packed, sums)
 
 
-def _pack_arguments(matrix: Array, packed: Array, sums: Array) -> tuple[int, ...]:
-    return (address(matrix), *matrix.strides, *matrix.shape, address(packed), address(sums))
+def _product_weights(site: Site, name: str, depth: int, matrix: Array) -> _Packed:
+    def pack(weights: Array, packed: Array, sums: Array) -> None:
+        matrix = weights.reshape(depth, -1)
+        compiled.pack(address(matrix), *matrix.strides, *matrix.shape, address(packed), address(sums))
+
+    return _Packed(site, name, matrix, -(-depth // compiled.TAPS) * compiled.TAPS, pack)
 
 
-def _multiply(site: Site, fill_left: Run | None, left: Array, right: _Right, y: Array, bias_name: str) -> Run:
+def _tap_weights(site: Site) -> _Packed:
+    height, width, _ = site.views["w"].shape
+
+    def pack(weights: Array, packed: Array, sums: Array) -> None:
+        compiled.pack_taps(address(weights), *weights.strides[:2], *weights.shape, address(packed), address(sums))
+
+    return _Packed(site, "w", site.views["w"], height * -(-width // compiled.TAPS) * compiled.TAPS, pack)
+
+
+class _Offset:
+    """What is added to every row of sums: the bias, less what zero points contribute; `refresh` is None where it never changes."""
+
+    def __init__(self, site: Site, weights: _Packed, bias_name: str, *, zero_left: int, per_column: int = 0):
+        self.values = np.zeros(len(weights.sums), np.int32)
+        bias = site.views.get(bias_name)
+
+        def refresh() -> None:
+            start = weights.sums.astype(np.int64) * -zero_left + per_column
+            if bias is not None:
+                start[: len(bias)] += bias
+            np.copyto(self.values, start, casting="unsafe")
+
+        fixed = weights.refresh is None and (bias is None or bias_name in site.constants)
+        self.refresh = None if fixed else refresh
+        if fixed:
+            refresh()
+
+
+def _multiply(site: Site, fill_left: Run | None, left: Array, depth: int, right: _Packed, y: Array, bias_name: str) -> Run:
     """y[groups, rows, n] (+)= left times right + bias, with the operands' zero points taken off."""
-    zero_left = int(site.attributes.get("za", 0)) + SHIFT
-    zero_right = int(site.attributes.get("zb", 0))
-    n, (groups, rows, _) = y.shape[2], y.shape
+    zero_left, zero_right = int(site.attributes.get("za", 0)) + SHIFT, int(site.attributes.get("zb", 0))
+    offset = _Offset(site, right, bias_name, zero_left=zero_left, per_column=depth * zero_left * zero_right)
+    groups, rows, n = y.shape
     if y.strides[0] == rows * y.strides[1]:
         groups, rows = 1, groups * rows
-    accumulate = bool(site.attributes["accumulate"])
-    target = site.scratch.take("integers", y.shape, np.int32) if accumulate else y
-    start = np.zeros(len(right.sums), np.int64)
-    offset = np.zeros(len(start), np.int32)
-
-    def set_offset(bias: Array | None) -> None:
-        """What the zero points add to every row, and the bias."""
-        np.multiply(right.sums, -zero_left, out=start, casting="unsafe")
-        start[:n] += right.depth * zero_left * zero_right
-        if bias is not None:
-            start[:n] += bias
-        np.copyto(offset, start, casting="unsafe")
-
-    bias = site.views.get(bias_name)
-    fixed = right.refresh is None and (bias is None or bias_name in site.constants)
-    if fixed:
-        set_offset(None if bias is None else site.constants[bias_name][1])
+    target = _target(site, y)
     place, row = address(target), target.strides[1]
     arguments = (
-        address(left), left.strides[0], address(right.packed), left.shape[1] // compiled.TAPS, address(offset),
+        address(left), left.strides[0], address(right.packed), left.shape[1] // compiled.TAPS, address(offset.values),
         place, row, target.strides[0], groups, rows, n,
     )  # fmt: skip
-    row_sums = (address(left), left.strides[0], rows, right.depth, zero_right, place, row, n)
-    steps = [
-        *([] if fill_left is None else [fill_left]),
-        *([] if right.refresh is None else [right.refresh]),
-        *([] if fixed else [lambda: set_offset(bias)]),
-        lambda: compiled.product(*arguments),
-        *([lambda: compiled.subtract_row_sums(*row_sums)] if zero_right else []),
-        *([lambda: np.add(y, target, out=y)] if accumulate else []),
-    ]
+    row_sums = (address(left), left.strides[0], rows, depth, zero_right, place, row, n)
+    take_off = (lambda: compiled.subtract_row_sums(*row_sums)) if zero_right else None
+    steps = [fill_left, right.refresh, offset.refresh, lambda: compiled.product(*arguments), take_off, _adding(y, target)]
     return _sequence(steps, (left, right, offset, target, y))
 
 
-def _sequence(steps: list[Any], kept: tuple[Any, ...]) -> Run:
-    """The steps one after the other, holding on to the arrays whose addresses they know."""
+def _target(site: Site, y: Array) -> Array:
+    """Where new sums go: to y, or beside it if they are to be added."""
+    return site.scratch.take("integers", y.shape, np.int32) if site.attributes["accumulate"] else y
+
+
+def _adding(y: Array, target: Array) -> Run | None:
+    return None if target is y else lambda: np.copyto(y, y + target)
+
+
+def _sequence(wanted: list[Any], kept: tuple[Any, ...]) -> Run:
+    """The steps (None: nothing to do) one after the other, holding on to the arrays whose addresses they know."""
+    steps = [step for step in wanted if step is not None]
     if len(steps) == 1:
         only = steps[0]
 
@@ -165,19 +186,25 @@ def _sequence(steps: list[Any], kept: tuple[Any, ...]) -> Run:
 def bind_dwconv(site: Site) -> Run | None:
     """dwconv of bytes."""
     x, w, y = (site.views[name] for name in ("x", "w", "y"))
-    if x.dtype != np.int8 or not _rows_of(x, w, y):
+    bias = site.views.get("b")
+    if x.dtype != np.int8 or not _rows_of(x, w, y) or (bias is not None and not _rows_of(bias)):
         return None
-    shape, bias = geometry(site, w.shape[:2]), site.views.get("b")
-    if bias is not None and not _rows_of(bias):
-        return None
-    bias = np.zeros(y.shape[2], np.int32) if bias is None else bias
-    start = (address(bias), address(y), *y.strides[:2], *y.shape)
+    shape, zero = geometry(site, w.shape[:2]), int(site.attributes["zero"])
     sizes = (*x.shape, *shape.outputs, *shape.kernel, *shape.stride, *shape.dilation, *shape.pad[:2])
-    arguments = (address(x), *x.strides[:2], *sizes, int(site.attributes["zero"]), address(w), *w.strides[:2], address(y), *y.strides[:2])
-    steps = [lambda: compiled.depthwise(*arguments)]
-    if not site.attributes["accumulate"]:
-        steps.insert(0, lambda: compiled.start_sums(*start))
-    return _sequence(steps, (x, w, y, bias))
+    if not HAS_PRODUCTS:
+        bias = np.zeros(y.shape[2], np.int32) if bias is None else bias
+        start = (address(bias), address(y), *y.strides[:2], *y.shape)
+        arguments = (address(x), *x.strides[:2], *sizes, zero, address(w), *w.strides[:2], address(y), *y.strides[:2])
+        begin = None if site.attributes["accumulate"] else lambda: compiled.start_sums(*start)
+        return _sequence([begin, lambda: compiled.depthwise(*arguments)], (x, w, y, bias))
+    weights, target, fill = _tap_weights(site), _target(site, y), np.full(compiled.LANES, zero, np.int8)
+    offset = _Offset(site, weights, "b", zero_left=SHIFT)
+    registers = shape.reach(0) * shape.outputs[1] * -(-shape.kernel[1] // compiled.TAPS)
+    taps = site.scratch.take("taps", (registers, compiled.PANEL), np.uint8)
+    places = (address(fill), address(taps), address(weights.packed), address(offset.values), address(target))
+    by_products = (address(x), *x.strides[:2], *sizes, *places, *target.strides[:2])
+    steps = [weights.refresh, offset.refresh, lambda: compiled.depthwise_by_dot_products(*by_products), _adding(y, target)]
+    return _sequence(steps, (x, fill, taps, weights, offset, target, y))
 
 
 def bind_requant(site: Site) -> Run | None:
