@@ -24,6 +24,8 @@ PANEL = 4 * LANES  # columns of the right matrix at a time
 FLIP = np.uint8(0x80)
 
 Address, Real = types.intp, types.float32
+if binding.llvm_version_info < (20,):
+    raise ImportError("numba 0.62 or later is needed: the code generated here is for LLVM 20 or later")
 
 
 def _compiled(*arguments: Any) -> Callable[[Any], Any]:

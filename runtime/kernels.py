@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 
 from isa.spec import SPEC
 from runtime.errors import RuntimeFault
@@ -40,17 +39,19 @@ if KERNELS.keys() != SPEC.keys():
 def kernels_of(engine: str | None = None) -> Mapping[str, Bind]:
     """The kernels of an engine: `numpy`, or `numba`, which compiles what pays; both give the same bytes.
 
-    Without a name: what the environment variable NPU_ENGINE says, else numba if it is installed. Raises RuntimeFault.
+    Without a name: what the environment variable NPU_ENGINE says, else numba if it can be imported. Raises RuntimeFault.
     """
-    name = engine or os.environ.get(VARIABLE) or ("numba" if find_spec("numba") else "numpy")
-    if name not in ENGINES:
+    name = engine or os.environ.get(VARIABLE)
+    if name and name not in ENGINES:
         raise RuntimeFault(f"unknown engine {name!r}", hint=f"use one of {', '.join(ENGINES)}")
     if name == "numpy":
         return KERNELS
-    if not find_spec("numba"):
-        raise RuntimeFault("the engine 'numba' needs numba, which is not installed", hint="pip install 'npucc[fast]', or use the engine 'numpy'")
-    from runtime import fast
-
+    try:
+        from runtime import fast
+    except ImportError as error:
+        if not name:
+            return KERNELS
+        raise RuntimeFault(f"the engine 'numba' cannot be used: {error}", hint="pip install 'npucc[fast]', or use the engine 'numpy'") from error
     return KERNELS | {mnemonic: _either(bind, KERNELS[mnemonic]) for mnemonic, bind in fast.KERNELS.items()}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+import runtime
 from runtime import Machine, RuntimeFault, kernels
 from runtime.site import Site
 from tests.runtime.harness import INSTALLED, execute, integers
@@ -27,9 +29,12 @@ def test_the_engine_is_chosen_by_argument_then_environment(monkeypatch: pytest.M
 
 def test_without_numba_numpy_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    for name in ("fast", "compiled"):
+        monkeypatch.delitem(sys.modules, f"runtime.{name}", raising=False)
+        monkeypatch.delattr(runtime, name, raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
     assert kernels.kernels_of() is kernels.KERNELS
-    with pytest.raises(RuntimeFault, match=r"numba, which is not installed.*\n?.*npucc\[fast\]"):
+    with pytest.raises(RuntimeFault, match=r"'numba' cannot be used: .*\n?.*npucc\[fast\]"):
         kernels.kernels_of("numba")
 
 
