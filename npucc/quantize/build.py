@@ -32,6 +32,7 @@ from npucc.quantize.constants import (
 )
 from npucc.quantize.given import kept_matrix
 from npucc.quantize.options import QuantizeOptions
+from npucc.quantize.ranges import Range
 from npucc.quantize.rounding import Evidence, Lattice, round_weights
 from npucc.quantize.scales import BOOLEAN, INDEX, Scales
 
@@ -174,12 +175,18 @@ class _Builder:
         given = self.graph.tensors[name].given
         if given and given.quant and given.stored is not None and given.dtype != "s32" and not OPS[node.op].moves_data:
             return self._store(name, given.stored, given.quant)
-        values = finite_constant(node, name, data, self.scales.range(result))
+        values = finite_constant(node, name, data, self._reach(node))
         if OPS[node.op].moves_data:
             quant = self.scales.of(self.graph, result)
         else:
             quant = constant_quant(values, wide=any(self._is_wide(other) for other in (*node.inputs, result)))
         return self._store(name, _integers(values, quant), quant)
+
+    def _reach(self, node: Node) -> float:
+        """More than the largest magnitudes of the node's operands and result together."""
+        names = [name for name in (*node.inputs, *node.outputs) if name and not self._is_constant(name)]
+        ranges = [Range(0.0, 1.0) if self.graph.tensors[name].dtype == "bool" else self.scales.range(name) for name in names]
+        return 2 * max(sum(max(-each.low, each.high) for each in ranges), 1.0)
 
     def _is_wide(self, name: str) -> bool:
         return not self._is_constant(name) and self.scales.of(self.graph, name).dtype == "s16"

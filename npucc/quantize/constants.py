@@ -133,12 +133,16 @@ def source_of(node: Node) -> str:
     return node.sources[-1] if node.sources else node.name
 
 
-def finite_constant(node: Node, name: str, data: Array, result: Range) -> Array:
-    """A constant operand, float64, infinities replaced by values beyond the result's range on any scale. Raises QuantizeError for NaN."""
+def finite_constant(node: Node, name: str, data: Array, reach: float) -> Array:
+    """A constant operand, float64, with nothing beyond ±reach if it is added or selected: the result saturates there anyway.
+
+    Elsewhere only infinities end there. Raises QuantizeError for NaN.
+    """
     values = data.astype(np.float64)
     if np.isnan(values).any():
         raise QuantizeError(f"the constant {name!r} holds NaN", node=source_of(node), hint="NaN has no integer form; correct the model")
-    reach = 4 * max(-result.low, result.high, 1.0)
+    if node.op in ("add", "sub", "where"):
+        return np.clip(values, -reach, reach)
     return np.clip(np.where(np.isinf(values), np.sign(values) * reach, values), -LARGEST, LARGEST)
 
 

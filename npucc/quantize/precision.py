@@ -154,7 +154,7 @@ def uneven_operands(graph: Graph, groups: Groups, calibration: Calibration) -> s
         members = groups.members(name)
         if _is_softmax(graph, members) or any(_is_fixed(graph, each) for each in members):
             continue
-        histogram = _histogram(calibration, groups, name)
+        histogram = group_histogram(calibration, groups, name)
         uneven = _behind_root(graph, members) or (node.op == "matmul" and _bulk_ratio(histogram) < SMALLEST_BULK)
         if uneven or any(_quiet_ratio(histogram, calibration.loudness.get(each, [])) < SMALLEST_BULK for each in members):
             found.add((node.name, name))
@@ -201,7 +201,7 @@ def _feeds_product(graph: Graph, name: str, depth: int = 8) -> bool:
     for user in graph.users(name):
         if user.op == "matmul" and not any(graph.tensors[each].is_constant for each in user.inputs[:2]):
             return True
-        if depth and OPS[user.op].moves_data and _feeds_product(graph, user.outputs[0], depth - 1):
+        if depth and (OPS[user.op].moves_data or user.op == "where") and _feeds_product(graph, user.outputs[0], depth - 1):
             return True
     return False
 
@@ -247,12 +247,12 @@ def _with_copies(calibration: Calibration, groups: Groups, copies: Mapping[str, 
     """The copies take the values that their originals were seen with."""
     histograms, means = dict(calibration.histograms), dict(calibration.means)
     for name, copy in copies.items():
-        histograms[copy] = _histogram(calibration, groups, name)
+        histograms[copy] = group_histogram(calibration, groups, name)
         means |= {(copy, axis): values for (original, axis), values in calibration.means.items() if original == name}
     return replace(calibration, histograms=histograms, means=means)
 
 
-def _histogram(calibration: Calibration, groups: Groups, name: str) -> Histogram:
+def group_histogram(calibration: Calibration, groups: Groups, name: str) -> Histogram:
     """Of the tensor itself, else of all its group."""
     for known in (calibration.histograms, calibration.operands):
         if name in known:

@@ -17,7 +17,9 @@ from npucc.graph import Graph, Node, Quant
 from npucc.ops import OPS, Table
 from npucc.quantize.bounds import known_ranges
 from npucc.quantize.calibrate import Calibration, softmax_axis
+from npucc.quantize.masks import Masks
 from npucc.quantize.options import QuantizeOptions
+from npucc.quantize.precision import group_histogram
 from npucc.quantize.ranges import LARGEST, SMALLEST, Fit, Histogram, Range, activation_quant, choose_range
 from npucc.quantize.share import Groups, moved_inputs
 from npucc.scalar import Expression
@@ -80,6 +82,7 @@ def choose_scales(
     implied = known_ranges(graph, moved)
     covered: dict[str, Range] = {}
     quants: dict[str, Quant] = {}
+    limits = Masks.find(graph, lambda name: group_histogram(calibration, groups, name))
     raw = {name: quant for name in untouched(graph) if (quant := raw_quant(graph.tensors[name].dtype)) is not None}
     for root, names in _members(graph, groups).items():
         if all(name in raw for name in names):
@@ -91,6 +94,7 @@ def choose_scales(
         covered[root] = _covered(graph, names, calibration, moved, options, whole=root in wide | long)
         for name in names:
             covered[root] = covered[root].joined(implied.get(name, Range()))
+        covered[root] = limits.of(names, covered[root], group_histogram(calibration, groups, root))
         dtype = "s32" if root in long else "s16" if root in wide else ""
         quants[root] = wide_quant(covered[root], dtype) if dtype else _quant(graph, names, covered[root])
     return Scales(groups, covered, quants, raw)
