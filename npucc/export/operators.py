@@ -51,10 +51,15 @@ class Call:
 
 def emit(model: Model, graph: Graph, node: Node, inputs: tuple[str, ...], into: str, type_of: Callable[[str], str]) -> None:
     """The node without its clamp: casts what it can't compute with to float32, and the result to what `type_of` says of it."""
-    moves = OPS[node.op].moves_data
+    moves, wanted = OPS[node.op].moves_data, type_of(node.outputs[0])
     types = [type_of(name) if name else "" for name in node.inputs]
-    arguments = inputs if moves else tuple(_as_float(model, node, index, value, types[index]) for index, value in enumerate(inputs))
-    natural, wanted = types[0] if moves else RESULT_TYPES.get(node.op, FLOAT), type_of(node.outputs[0])
+    if moves:
+        moved = {dtype for index, dtype in enumerate(types) if index not in OPS[node.op].indices}
+        natural = types[0] if len(moved) == 1 else wanted
+        arguments = tuple(_as_moved(model, node, index, value, types[index], natural) for index, value in enumerate(inputs))
+    else:
+        natural = RESULT_TYPES.get(node.op, FLOAT)
+        arguments = tuple(_as_float(model, node, index, value, types[index]) for index, value in enumerate(inputs))
     if natural == wanted:
         EMITTERS[node.op](Call(model, graph, node, arguments, into))
         return
@@ -84,6 +89,11 @@ def _as_float(model: Model, node: Node, index: int, value: str, dtype: str) -> s
     """The value as float32; the condition of a `where` as bool."""
     wanted = "bool" if (node.op, index) == ("where", 0) else FLOAT
     return value if not value or dtype == wanted else model.cast(value, wanted)
+
+
+def _as_moved(model: Model, node: Node, index: int, value: str, dtype: str, wanted: str) -> str:
+    """The value in the type that all parts of the result have; positions as they are."""
+    return value if index in OPS[node.op].indices or dtype == wanted else model.cast(value, wanted)
 
 
 def _conv(call: Call) -> None:

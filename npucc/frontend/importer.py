@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from npucc.errors import GraphError, ImportModelError
@@ -32,7 +33,7 @@ FOLDED = {
     "Constant": "", "Shape": "the input's shape is fixed", "Size": "the input's shape is fixed", "EyeLike": "the input's shape is fixed",
     **dict.fromkeys(("ConstantOfShape", "Range", "HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix"), "constant inputs"),
 }  # fmt: skip
-BOOLEAN_RESULTS = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"})
+INTEGERS = NUMBERS - {*FLOATS, TensorProto.BOOL}
 
 
 def import_model(model: str | Path | ModelProto, *, shapes: Mapping[str, tuple[int, ...]] | None = None, host: bool = False) -> Graph:
@@ -295,8 +296,8 @@ class _Importer:
         if emitted is None:
             return False
         node.emitted[:] = emitted
-        self._commit(node, results)
         self.steps |= dict.fromkeys(filter(None, node.outputs), quant)
+        self._commit(node, results)
         return True
 
     def _run(self, record: Importer, node: NodeImport) -> Sequence[str]:
@@ -317,7 +318,7 @@ class _Importer:
         """Give the emitted results the names of the ONNX outputs, and put the emitted nodes into the graph."""
         made = {emitted.output for emitted in node.emitted}
         renamed: dict[str, str] = {}
-        for output, result in zip(node.outputs, results, strict=False):
+        for index, (output, result) in enumerate(zip(node.outputs, results, strict=False)):
             if not output or output in self.constants:
                 continue
             if result in made and result not in renamed:
@@ -327,20 +328,27 @@ class _Importer:
                 self.constants.set(output, known.data, known.given)
                 continue
             self.tensors[output] = renamed.get(result, result)
-            self.types[output] = self._result_type(node)
+            self.types[output] = self._result_type(node, index)
             if node.result_steps is not None:
                 self.steps[output] = node.result_steps
         for index, emitted in enumerate(node.emitted):
             self._add_node(node, emitted, renamed, index)
 
-    def _result_type(self, node: NodeImport) -> int:
+    def _result_type(self, node: NodeImport, index: int) -> int:
+        """The ONNX element type of a result: what the schema says, be it the type of an input."""
         if node.result_type:
             return node.result_type
-        if node.operator in BOOLEAN_RESULTS:
-            return TensorProto.BOOL
         if node.operator == "Cast":
             return node.integer("to", TensorProto.FLOAT)
-        return node.element_type(1 if node.operator == "Where" else 0)
+        if not onnx.defs.has(node.operator, self.opset, node.proto.domain):
+            return TensorProto.FLOAT
+        schema = onnx.defs.get_schema(node.operator, self.opset, node.proto.domain)
+        wanted = schema.outputs[min(index, len(schema.outputs) - 1)].type_str
+        allowed = next((each.allowed_type_strs for each in schema.type_constraints if each.type_param_str == wanted), [wanted])
+        if len(allowed) == 1:
+            return int(TensorProto.DataType.Value(allowed[0][len("tensor(") : -1].upper()))
+        same = (i for i, port in enumerate(schema.inputs) if port.type_str == wanted and node.has(i))
+        return node.element_type(next(same, 0))
 
     def _add_node(self, node: NodeImport, emitted: Emitted, renamed: Mapping[str, str], index: int) -> None:
         output = renamed.get(emitted.output, emitted.output)
@@ -353,7 +361,9 @@ class _Importer:
                 hint="check the input shapes",
             )
         source = output if emitted.output in renamed else ""
-        self.editor.add_tensor(Tensor(output, emitted.shape, emitted.dtype, source=source, wide=emitted.wide))
+        kind = self.types.get(output, TensorProto.FLOAT) if source and output not in self.steps else TensorProto.FLOAT
+        dtype = numpy_name(kind) if kind in INTEGERS else emitted.dtype
+        self.editor.add_tensor(Tensor(output, emitted.shape, dtype, source=source, wide=emitted.wide))
         inputs = tuple(renamed.get(name, name) for name in emitted.inputs)
         name = node.name if index == len(node.emitted) - 1 else f"{node.name}/{emitted.op}"
         self.editor.add_node(Node(self._fresh_node(name), emitted.op, inputs, (output,), emitted.attributes, (self.origin or node.name,)))

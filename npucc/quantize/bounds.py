@@ -7,7 +7,8 @@ arithmetic from the range of what is counted, not taken from the samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from npucc.ops import OPS, Reduce, Table
 from npucc.quantize.ranges import Range
 
 POINTS = 257  # at which a function's range is looked up
+ARITHMETIC: Mapping[str, Callable[[float, float], float]] = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "max": max, "min": min}
 LARGEST = 1e30  # beyond, a bound is that of a mask and says nothing
 
 
@@ -32,6 +34,8 @@ def known_ranges(graph: Graph, observed: Mapping[str, Range]) -> dict[str, Range
 
 def _range_of(graph: Graph, node: Node, known: Mapping[str, Range]) -> Range | None:
     source = known.get(node.inputs[0]) if node.inputs else None
+    if node.op in ARITHMETIC:
+        return _of_two(node.op, *(known.get(name) or _constant(graph, name) for name in node.inputs))
     if source is None:
         return None
     if isinstance(node.attributes, Table):
@@ -42,6 +46,19 @@ def _range_of(graph: Graph, node: Node, known: Mapping[str, Range]) -> Range | N
     if OPS[node.op].moves_data and len(node.inputs) == 1 and not getattr(node.attributes, "value", 0.0):
         return source
     return None
+
+
+def _constant(graph: Graph, name: str) -> Range | None:
+    data = graph.tensors[name].data
+    return None if data is None or not np.isfinite(data).all() else Range(min(0.0, float(data.min())), max(0.0, float(data.max())))
+
+
+def _of_two(op: str, first: Range | None, second: Range | None) -> Range | None:
+    """What an operation makes of two ranges."""
+    if first is None or second is None:
+        return None
+    ends = [ARITHMETIC[op](a, b) for a in (first.low, first.high) for b in (second.low, second.high)]
+    return Range(min(0.0, *ends), max(0.0, *ends))
 
 
 def _through(expression: scalar.Expression, source: Range) -> Range | None:

@@ -27,6 +27,7 @@ from npucc.segments import raw_quant, untouched
 
 INDEX = Quant("s32", np.asarray(1.0, np.float32), 0)
 BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
+WHOLE = 2**15 - 1  # integers up to here are exact in 16 bits
 CLIPPING_MUST_PAY = 0.5  # a graph input is clipped only if that at least halves its squared error
 
 
@@ -183,7 +184,8 @@ def _quant(graph: Graph, names: Sequence[str], covered: Range) -> Quant:
     if any(is_index(graph, name) for name in names):
         return INDEX
     if any(_is_whole_number(graph, name) for name in names):
-        return whole_steps(names[0], covered)
+        fixed = any(name in graph.inputs or name in graph.outputs for name in names)
+        return whole_steps(names[0], covered) if fixed or -covered.low <= WHOLE >= covered.high else activation_quant(covered, "s16")
     quant = activation_quant(covered)
     if not any(node.op == "softmax" for node in map(graph.producer, names) if node):
         return quant

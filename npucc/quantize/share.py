@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from npucc.graph import Editor, Graph, Node
 from npucc.ops import OPS, Table
 from npucc.quantize.ranges import Range
@@ -65,6 +67,8 @@ def _join_inputs(graph: Graph, editor: Editor, node: Node, groups: Groups, range
     for each in covered.values():
         whole = whole.joined(each)
     apart = [name for name, each in covered.items() if whole.width > ratio * each.width > 0 and _read_elsewhere(graph, groups, name, node)]
+    counts = {name for name in covered if _is_whole(graph, groups, name)}
+    apart += [name for name in covered if name in counts and name not in apart and counts != set(covered)]
     for name in apart:
         _rescale(editor, groups, node.name, name)
     for name in editor.nodes[node.name].inputs:
@@ -72,11 +76,15 @@ def _join_inputs(graph: Graph, editor: Editor, node: Node, groups: Groups, range
     return apart
 
 
+def _is_whole(graph: Graph, groups: Groups, name: str) -> bool:
+    """Whether the tensor's group holds integers, whose steps are 1: reals would lose theirs."""
+    return any(np.dtype(graph.tensors[member].dtype).kind in "iu" for member in groups.members(name) if member in graph.tensors)
+
+
 def _rescale(editor: Editor, groups: Groups, reader: str, name: str) -> None:
     """reader(name) → reader(table "x"(name)): the same values on another scale."""
-    copy = editor.fresh(f"{name}/rescaled")
-    editor.add_tensor(replace(editor.tensors[name], name=copy, data=None, source=""))
-    node = editor.nodes[reader]
+    copy, node = editor.fresh(f"{name}/rescaled"), editor.nodes[reader]
+    editor.add_tensor(replace(editor.tensors[name], name=copy, dtype=editor.tensors[node.outputs[0]].dtype, data=None, source=""))
     editor.add_node(Node(editor.fresh(f"{copy}:table"), "table", (name,), (copy,), Table("x"), node.sources), at=reader)
     editor.add_node(replace(node, inputs=tuple(copy if each == name else each for each in node.inputs)))
     groups.root(copy)

@@ -106,27 +106,64 @@ def test_rows_are_gathered_exactly() -> None:
     np.testing.assert_array_equal(package.run(feed).outputs["y"], session.run(None, feed)[0])
 
 
+CAUSAL = np.tri(6, dtype=bool)
+SLOPE = np.float32(-0.37) * np.abs(np.arange(6)[:, None] - np.arange(6)).astype(np.float32)
+#: ways to write a mask: from the scores s and an integer mask to t
 MASKS = {
-    "-10000": [
+    "arithmetic": [
         node("Cast", "mask", "f", to=TensorProto.FLOAT), node("Sub", "one f", "off"), node("Mul", "off low", "bias"), node("Add", "s bias", "t"),
     ],
-    "-inf": [node("Equal", "mask zero", "off"), node("Where", "off low s", "t")],
-}
+    "selected": [node("Equal", "mask zero", "off"), node("Where", "off low s", "t")],
+    "added": [node("Equal", "mask zero", "off"), node("Where", "off low none", "bias"), node("Add", "s bias", "t")],
+    "causal": [node("Add", "s triangle", "t")],
+    "causal, selected": [node("Where", "below s low", "t")],
+    "with slopes": [node("Add", "s sloped", "t")],
+    "with slopes, two masks": [
+        node("Equal", "mask zero", "off"), node("Where", "off low none", "bias"), node("Add", "bias sloped", "both"), node("Add", "both s", "t"),
+    ],
+    "scaled after": [node("Equal", "mask zero", "off"), node("Where", "off low none", "bias"), node("Add", "s bias", "u"), node("Div", "u two", "t")],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "low"), [("-10000", -1e4), ("-10000", -3.4028235e38), ("-inf", -np.inf), ("-inf", -3.4028235e38)])
+@pytest.mark.parametrize("low", [-1e4, -65504.0, -3.4028235e38, -np.inf])
+@pytest.mark.parametrize("kind", MASKS)
 def test_masks_do_not_take_the_scale_of_scores(kind: str, low: float) -> None:
-    nodes = [node("MatMul", "q k", "s"), *MASKS[kind], node("Softmax", "t", "p", axis=-1), node("MatMul", "p v", "y")]
-    constants = {"one": np.float32(1), "zero": np.int64(0), "low": np.float32(low)}
+    if kind == "arithmetic" and np.isinf(low):
+        low = -1e9  # 0 times infinity is not a number
+    guard = [node("IsNaN", "p", "odd"), node("Where", "odd none p", "w")] if low == -np.inf else [node("Identity", "p", "w")]
+    nodes = [node("MatMul", "q k", "s"), *MASKS[kind], node("Softmax", "t", "p", axis=-1), *guard, node("MatMul", "w v", "y")]
+    triangle = np.where(CAUSAL, 0, np.float32(low)).astype(np.float32)
+    constants = {
+        "one": np.float32(1), "zero": np.int64(0), "low": np.float32(low), "none": np.float32(0), "two": np.float32(2), "below": CAUSAL,
+        "triangle": triangle, "sloped": np.where(CAUSAL, SLOPE, triangle),
+    }  # fmt: skip
     inputs = {"q": (1, 6, 8), "k": (1, 8, 6), "v": (1, 6, 8), "mask": (1, 1, 6)}
     proto = model(nodes, inputs, ["y"], constants, dtypes={"mask": "int64"})
     feeds = []
-    for seed in range(6):
-        mask = (np.arange(6) < 3 + seed % 4).astype(np.int64).reshape(1, 1, 6)
+    for seed in range(4):
+        mask = (np.arange(6) < 3 + seed).astype(np.int64).reshape(1, 1, 6)
         feeds.append({"q": normal(1, 6, 8, seed=seed), "k": normal(1, 8, 6, seed=seed + 10), "v": normal(1, 6, 8, seed=seed + 20), "mask": mask})
     package = npucc.compile(proto, target="tiny", calibration=feeds)
+    assert not package.host_nodes
     for feed in feeds:
         assert decibels(package.run(feed).outputs, run(proto, feed)) > 30
+
+
+def test_integers_are_exact() -> None:
+    """Positions that are computed from a length: sums, differences and comparisons in steps of one."""
+    nodes = [
+        node("Add", "n offsets", "places"), node("Sub", "places three", "shifted"), node("Mul", "shifted shifted", "squares"),
+        node("Less", "shifted n", "below"), node("Cast", "below", "ones", to=TensorProto.INT64), node("Add", "squares ones", "y"),
+        node("ArgMax", "x", "place", axis=1), node("Add", "place places", "z"),
+    ]  # fmt: skip
+    constants = {"offsets": np.arange(9)[:, None], "three": np.int64(3)}
+    proto = model(nodes, {"n": (1, 1), "x": (1, 300)}, ["y", "z"], constants, dtypes=dict.fromkeys("nyz", "int64"))
+    feeds = [{"n": np.array([[seed * 7]]), "x": normal(1, 300, seed=seed) + 9 * np.eye(300, dtype=np.float32)[31 * seed]} for seed in range(5)]
+    package = npucc.compile(proto, target="tiny", calibration=feeds)
+    for feed in feeds:
+        found, (y, z) = package.run(feed).outputs, run(proto, feed)
+        np.testing.assert_array_equal(found["y"], y)
+        np.testing.assert_array_equal(found["z"], z)
 
 
 def test_the_range_of_a_count_does_not_depend_on_the_samples() -> None:
