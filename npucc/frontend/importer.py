@@ -292,7 +292,7 @@ class _Importer:
         except ImportModelError:
             return False
         quant, kind = found[0]
-        emitted = moved(node.emitted, quant, kind, self.editor.tensors) if self._result_type(node) == kind else None
+        emitted = moved(node.emitted, quant, kind, self.editor.tensors) if self._result_type(node, 0) == kind else None
         if emitted is None:
             return False
         node.emitted[:] = emitted
