@@ -88,6 +88,11 @@ class Target:
             raise TargetError("skip is 'structured'", hint="of the systolic arrays only the weight stationary one (dataflow 'ws') skips")
 
     @property
+    def skips_inputs(self) -> bool:
+        """Whether cycles depend on zeros in the data of a run."""
+        return self.skip in ("activations", "both")
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """The weight formats, each a word."""
         return tuple(self.weight_formats.split())

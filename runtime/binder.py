@@ -25,6 +25,7 @@ from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
 from runtime.packing import unpack
 from runtime.scratch import Scratch
 from runtime.site import Site
+from runtime.skipping import Meter
 from runtime.stream import Step
 
 #: operands that programs load from their constants: weights and right-hand sides, scales, tables
@@ -88,10 +89,10 @@ class Binder:
 
     def __init__(
         self, program: Program, memories: dict[str, Memory], memo: dict[Any, Any], *, known_order: bool, host: Host | None = None,
-        kernels: Mapping[str, Bind] = KERNELS,
+        kernels: Mapping[str, Bind] = KERNELS, meter: Meter | None = None,
     ):  # fmt: skip
         self.program, self.memories, self.memo, self.known_order, self.kernels = program, memories, memo, known_order, kernels
-        self.scratch, self.host = Scratch(), host
+        self.scratch, self.host, self.meter = Scratch(), host, meter
         self.writers = {space: Writers() for space in memories}
         self.loads: dict[int, tuple[Located, Located]] = {}
         self.latest: tuple[int, Located, FloatSums] | None = None  # the last matrix instruction, if its sums are exact in float32
@@ -101,8 +102,8 @@ class Binder:
         self._decoded: dict[int, Decoded] = {}
         self._constants = (program.constants_address, program.constants_address + program.constants_bytes)
 
-    def bind(self, number: int, step: Step) -> Callable[[], None]:
-        """The closure of the step that executes as the `number`-th. Raises RuntimeFault."""
+    def bind(self, number: int, step: Step, index: int) -> Callable[[], None]:
+        """The closure of the step that executes as the `number`-th and stands `index`-th in the program. Raises RuntimeFault."""
         instruction = step.line.instruction
         decoded = self._decode(instruction)
         attributes = decoded.attributes
@@ -119,6 +120,8 @@ class Binder:
         sums = self._float_sums(instruction, located) if self.known_order else None
         site = Site(instruction, views, attributes, self.scratch, self.memo, known, window, sums=sums)
         run = self.kernels[instruction.name](site)
+        if self.meter is not None and (look := self.meter.before(index, decoded, instruction.name, views)) is not None:
+            unpacking.append(look)
         self._note_readers([at for name, at in (*others, *([result] if attributes.get("accumulate") else [])) if name not in known])
         self._follow_accumulators(number, site, step.line.queue, located)
         self._record(number, instruction, located)

@@ -23,6 +23,7 @@ from runtime.kernels import kernels_of
 from runtime.memory import Array, Memory, extent
 from runtime.parallel import run_in_processes
 from runtime.report import LayerReport, Report, make_report
+from runtime.skipping import Meter
 from runtime.stream import program_order, random_order, unrolled
 from runtime.timing import Timeline, simulate
 
@@ -100,6 +101,7 @@ class Machine:
         self.host, self.engine, self._kernels = Host(host), engine, kernels_of(engine)
         self._check_sizes()
         target = program.target
+        self._meter = Meter(target) if target.skips_inputs else None
         sizes = {"dram": program.dram_bytes, "spm": target.spm_bytes, "acc": target.acc_bytes}
         self.memories = {space: Memory(space, size) for space, size in sizes.items()}
         self.steps = unrolled(program)
@@ -132,7 +134,7 @@ class Machine:
             self._run_layers(self._collector(dump, tensors))
         raw = {record.name: view.copy() for record, view in self._outputs}
         outputs = {record.name: boundary.to_real(record, raw[record.name]) for record, _ in self._outputs}
-        return Run(outputs, raw, tensors, self.report)
+        return Run(outputs, raw, tensors, self._report_of_run())
 
     def run_until(self, inputs: Mapping[str, Any], line: int, *, turn: int = 1) -> Stop:
         """An inference up to the `turn`-th execution of a line of the program's text. Raises RuntimeFault when there is none."""
@@ -173,11 +175,17 @@ class Machine:
     @cached_property
     def timeline(self) -> Timeline:
         """When each instruction runs."""
-        return simulate(self.program)
+        return simulate(self.program, self.constants)
+
+    def _report_of_run(self) -> Report:
+        """What the run before cost: on a target that skips zero inputs more than `report` knows."""
+        if self._meter is None:
+            return self.report
+        return make_report(self.program, simulate(self.program, self.constants, self._meter.seen), seen=True)
 
     @cached_property
     def report(self) -> Report:
-        """Cycles, bytes and energy of one inference; they do not depend on the inputs."""
+        """Cycles, bytes and energy of one inference; they do not depend on the inputs (on a target that skips zero inputs: at most)."""
         return make_report(self.program, self.timeline)
 
     def _check_sizes(self) -> None:
@@ -225,8 +233,8 @@ class Machine:
         return found
 
     def _bind(self, order: list[int], *, known_order: bool) -> list[Callable[[], None]]:
-        binder = Binder(self.program, self.memories, self._memo, known_order=known_order, host=self.host, kernels=self._kernels)
-        closures = [binder.bind(number, self.steps[index]) for number, index in enumerate(order)]
+        binder = Binder(self.program, self.memories, self._memo, known_order=known_order, host=self.host, kernels=self._kernels, meter=self._meter)
+        closures = [binder.bind(number, self.steps[index], index) for number, index in enumerate(order)]
         binder.finish()
         if known_order:
             for number in binder.unread((*self.program.tensors, *self.program.outputs)):

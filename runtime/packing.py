@@ -6,8 +6,7 @@ The one big idea: `pack` and `unpack` of each format stand side by side, and wha
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -213,13 +212,10 @@ def _blocks(matrix: Array, rows: int, columns: int) -> Packing:
     return Packing("block", (rows, columns, int((np.outer(heights, widths) * used).sum())))
 
 
-def smallest(values: Array, formats: tuple[str, ...], block: tuple[int, int]) -> tuple[Packing, Array] | None:
-    """The packing that takes the fewest bytes and the bytes; None where none of the formats takes fewer than the values themselves."""
+def packings(values: Array, formats: tuple[str, ...], block: tuple[int, int]) -> Iterator[tuple[Packing, Array]]:
+    """The packings that take fewer bytes than the values themselves, each with its bytes, the smallest first."""
     matrix = values.reshape(matrix_shape(values.shape))
     options = [(packing.bytes(values.shape), order, packing) for order, packing in enumerate(candidates(matrix, formats, block))]
     for size, _, packing in sorted(options, key=lambda option: option[:2]):
-        if size >= math.prod(values.shape):
-            return None
-        if (stored := pack(values, packing)) is not None:
-            return packing, stored
-    return None
+        if size < values.size and (stored := pack(values, packing)) is not None:
+            yield packing, stored

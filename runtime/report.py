@@ -13,7 +13,6 @@ import numpy as np
 from isa.program import QUEUES, Instruction, Loop, Program
 from runtime.costs import Work
 from runtime.energy import SOURCES, energy
-from runtime.skipping import DYNAMIC
 from runtime.timing import LayerTime, Timeline
 
 
@@ -94,7 +93,7 @@ def make_report(program: Program, timeline: Timeline, *, seen: bool = False) -> 
         counters=count_instructions(timeline), skipped_macs=total.skipped_macs, matrix_cycles=busy,
         array_utilization=total.macs / (busy * peak) if busy else 0.0,
         array_utilization_unskipped=total.macs / ((busy + saved) * peak) if busy else 0.0,
-        at_most=program.target.skip in DYNAMIC and not seen,
+        at_most=program.target.skips_inputs and not seen,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from isa.packing import Packing
-from isa.program import DTYPES, Instruction, Tile, address_at
+from isa.program import DTYPES, Tile, address_at
 from isa.spec import SPEC
 from isa.target import Target
 from runtime.costs import Cost, Product, Work, matrix_cost, product_of
@@ -35,8 +35,6 @@ from runtime.memory import Array
 from runtime.packing import block_map, unpack
 from runtime.stream import Step
 
-#: what a target skips that only a run can tell
-DYNAMIC = ("activations", "both")
 #: rows of inputs that are compared with the weights at once
 CHUNK = 4096
 Strips = list[tuple[int, int, int]]
@@ -58,7 +56,7 @@ def packed_cost(product: Product, target: Target, weights: Array | None, inputs:
     strips = _strips(product, target, weights) if target.skip == "structured" else None
     if strips is not None:
         skipping = _structured(product, target, strips)
-    elif target.skip in ("weights", *DYNAMIC):
+    elif target.skip in ("weights", "activations", "both"):
         kept = weights != 0 if weights is not None and product.packing and product.packing.drops_zeros and target.skip != "activations" else None
         if kept is None and inputs is None:
             return dense
@@ -165,15 +163,15 @@ class Meter:
         self.target = target
         self.seen: dict[int, Cost] = {}
 
-    def before(self, number: int, instruction: Instruction, decoded: Decoded, views: Mapping[str, Array]) -> Callable[[], None] | None:
+    def before(self, number: int, decoded: Decoded, name: str, views: Mapping[str, Array]) -> Callable[[], None] | None:
         """What to do before the step with that number; None where its cost is known without."""
-        if instruction.name not in ("conv", "matmul") or decoded.attributes.get("groups", 1) > 1:
+        if name not in ("conv", "matmul") or decoded.attributes.get("groups", 1) > 1:
             return None
-        product = product_of(instruction.name, decoded.tiles, decoded.attributes)
-        weights = views[weights_name(instruction.name)]
+        product = product_of(name, decoded.tiles, decoded.attributes)
+        weights = views[weights_name(name)]
 
         def look() -> None:
-            inputs = _inputs(instruction.name, decoded.tiles, decoded.attributes, views)
+            inputs = _inputs(name, decoded.tiles, decoded.attributes, views)
             self.seen[number] = packed_cost(product, self.target, weights.reshape(-1, weights.shape[-1]), inputs)
 
         return look

@@ -7,6 +7,7 @@ with weights or pixels in the outer loop, by max(matrix, DMA, vector cycles) plu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from npucc.lowering.emitter import Emitter, Ring, aligned, factor_tiles, paramet
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
+from npucc.lowering.weights import shares
 from runtime.costs import Row
 
 
@@ -104,6 +106,7 @@ class _Lowering:
         self.bounds = arithmetic.clamp_bounds(getattr(group.anchor.attributes, "clamp", None), emitter.graph.quant(group.anchor.outputs[0]))
         self.result = emitter.graph.quant(group.anchor.outputs[0])
         self.resident = emitter.tile(problem.x).space == "spm"
+        self.shares = shares(problem.weights, emitter.target, 0 if self.tied else problem.size[0] * problem.size[1])
         self.weights: dict[tuple[int, int], Tile] = {}
         self.parameters: dict[int, View] = {}
 
@@ -207,9 +210,10 @@ class _Lowering:
         else:
             groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
             matrix = cost.matrix_cycles(target, count, kh * kw * plan.channels // groups, plan.outputs // groups, groups, width=width)
-        sizes = self.sizes(plan)
+        matrix, sizes = math.ceil(matrix * self.shares[0]), self.sizes(plan)
         load_x = cost.dma_cycles(target, sizes["x"], self._run_length(plan))
-        load_w = cost.dma_cycles(target, sizes["w"], sizes["w"]) + cost.dma_cycles(target, sizes["p"], sizes["p"])
+        packed = math.ceil(sizes["w"] * self.shares[1])
+        load_w = cost.dma_cycles(target, packed, packed) + cost.dma_cycles(target, sizes["p"], sizes["p"])
         run = plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1) * DTYPES[self.result.dtype]
         store = cost.dma_cycles(target, sizes["y"], run)
         extra = cost.dma_cycles(target, sizes["e"], plan.outputs)
@@ -300,13 +304,14 @@ class _Lowering:
             per_group = problem.outputs // problem.groups
             wide = problem.channels // problem.groups
             low, channels = start // per_group * wide, count // per_group * wide
-        w = self.emitter.load_weights((start, low), self._weights(start, count, low, channels), self.w_ring)
+        source = self._weights(start, count, low, channels, rows_and_columns=pixels[2] * pixels[4])
+        w = self.emitter.load_weights((start, low), source, self.w_ring, in_array=not self.tied)
         x, pad = self._source(pixels, low, channels)
         attributes: dict[str, object] = {
             "stride": problem.strides,
             "dilation": problem.dilations,
             "pad": pad,
-            "zero": problem.zero if any(pad) else 0,
+            "zero": problem.zero if any(pad) or self.emitter.target.skips_inputs else 0,
         }
         first = self.tied or low == 0
         bias = (Tile("spm", parameters.address, "s32", (count,), (4,)),) if first else ()
@@ -314,12 +319,14 @@ class _Lowering:
             attributes["groups"] = channels // (problem.channels // problem.groups) if self.tied else 1
         self.emitter.issue("dwconv" if problem.depthwise else "conv", accumulator, x, w, *bias, accumulate=int(not first), **attributes)  # type: ignore[arg-type]
 
-    def _weights(self, start: int, count: int, low: int, channels: int) -> Tile:
+    def _weights(self, start: int, count: int, low: int, channels: int, *, rows_and_columns: int) -> Tile:
         """A tile's weights among the constants."""
         if (start, low) not in self.weights:
             rows = slice(None) if self.tied else slice(low, low + channels)
             weights = self.problem.weights[:, :, rows, start : start + count]
-            self.weights[start, low] = self.emitter.weights(weights[:, :, 0] if self.problem.depthwise else weights)
+            self.weights[start, low] = self.emitter.weights(
+                weights[:, :, 0] if self.problem.depthwise else weights, 0 if self.tied else rows_and_columns
+            )
         return self.weights[start, low]
 
     def _source(self, pixels: tuple[int, int, int, int, int], low: int, channels: int) -> tuple[Tile, tuple[int, int, int, int]]:

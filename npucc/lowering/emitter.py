@@ -19,6 +19,7 @@ from npucc.graph import Graph
 from npucc.lowering.placement import Placement
 from npucc.lowering.views import View, merge_dimensions
 from npucc.lowering.weights import packed
+from runtime.skipping import kept_packing
 
 SLOT_ALIGNMENT = 8
 MOST_DMA_DIMENSIONS = 5
@@ -126,21 +127,22 @@ class Emitter:
         view = View.dense(CONSTANTS, array.shape, dtype)
         return replace(view, offset=self.constants.add(array))
 
-    def weights(self, array: np.ndarray) -> Tile:
-        """Weights (s8) in DRAM, packed where that takes fewer bytes."""
-        found = packed(array, self.target)
+    def weights(self, array: np.ndarray, pixels: int = 0) -> Tile:
+        """Weights (s8) in DRAM, packed where that costs less (`pixels`: see `packed`)."""
+        found = packed(array, self.target, pixels)
         if found is None:
             return self.tile(self.constant(array, "s8"))
         packing, stored = found
         return replace(Tile.dense("dram", self.tile(self.constant(stored, "u8")).address, "s8", array.shape), packing=packing)
 
-    def load_weights(self, key: object, source: Tile, ring: Ring) -> Tile:
-        """A dense scratchpad tile of weights; the ones that were loaded last are still there."""
+    def load_weights(self, key: object, source: Tile, ring: Ring, *, in_array: bool = False) -> Tile:
+        """A scratchpad tile of weights, dense, or packed where the array takes and skips them; the ones that were loaded last are still there."""
         if "w" not in self._loaded or self._loaded["w"][0] != key:
             tile = Tile.dense("spm", ring.next(), "s8", source.shape)
             if source.packing is None:
                 self._transfer("ld", tile, source)
             else:
+                tile = replace(tile, packing=source.packing) if in_array and kept_packing(source.packing, self.target) else tile
                 self.issue("ld", tile, source)
             self._loaded["w"] = (key, tile)
         return self._loaded["w"][1]

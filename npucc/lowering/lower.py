@@ -114,7 +114,7 @@ def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fus
             continue
         tried.append(residents)
         lowered = _finish(job, _lower_with(job, dict(residents)))
-        cycles = simulate(lowered.program).total_cycles if len(shares) > 1 else 0
+        cycles = simulate(lowered.program, lowered.constants).total_cycles if len(shares) > 1 else 0
         if best is None or cycles < best[0]:
             best = (cycles, lowered)
     assert best is not None
@@ -123,9 +123,9 @@ def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fus
 
 def layer_cycles(graph: Graph, target: Target) -> list[tuple[tuple[Node, ...], int]]:
     """The nodes of each layer and the cycles that it takes, compiled with one placement only. Raises CompileError."""
-    program = lower(graph, target, shares=RESIDENT_SHARES[1:2]).program
+    lowered = lower(graph, target, shares=RESIDENT_SHARES[1:2])
     groups = group_nodes(graph, assign_views(graph))
-    return [(group.nodes, time.cycles) for group, time in zip(groups, simulate(program).layers, strict=True)]
+    return [(group.nodes, time.cycles) for group, time in zip(groups, simulate(lowered.program, lowered.constants).layers, strict=True)]
 
 
 def _lower_with(job: _Job, residents: dict[str, int]) -> _Attempt:

@@ -6,6 +6,7 @@ are a loop outside. The right operand takes the part of the weights, whether it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,12 +17,13 @@ from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.errors import CompileError
 from npucc.lowering import cost
-from npucc.lowering.convolution import integer_weights
+from npucc.lowering.convolution import integer_weights, wrap
 from npucc.lowering.elementwise import Box, Chain, operand_view
 from npucc.lowering.emitter import Emitter, aligned, factor_tiles, parameter_block, spm_tile, windows
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
+from npucc.lowering.weights import shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,11 @@ class _Lowering:
             data = right.data.astype(np.int8)
             self.right_batches = data.shape[:-2]
             self.weights = data
-            folded = [integer_weights(emitter, node, data[index], axis=1) for index in np.ndindex(self.right_batches)]
-            self.biases = {index: part[1] for index, part in zip(np.ndindex(self.right_batches), folded, strict=True)}
+            skips = emitter.target.skips_inputs  # then the array must know which value is the zero
+            folded = [integer_weights(emitter, node, data[index], axis=1, fold_zero=not skips) for index in np.ndindex(self.right_batches)]
+            self.biases = {index: wrap(part[1]) for index, part in zip(np.ndindex(self.right_batches), folded, strict=True)}
             self.factors = folded[0][2]
-            self.zeros = (0, 0)
+            self.zeros = (self.source.zero if skips else 0, 0)
         else:
             self.right = self._batched(operand_view(emitter, node.inputs[1]))
             self.biases = {(): np.zeros(self.shape[-1], np.int32)}
@@ -72,6 +75,7 @@ class _Lowering:
             self.zeros = (self.source.zero, graph.quant(node.inputs[1]).zero)
         self.rows, self.depth, self.columns = self.shape[-2], self.left.shape[-1], self.shape[-1]
         self._merge_batches()
+        self.shares = shares(self.weights.reshape(-1, self.columns), emitter.target, self.rows) if self.weights is not None else (1.0, 1.0)
         self.blocks: dict[object, View] = {}
         self.weight_tiles: dict[object, Tile] = {}
 
@@ -148,15 +152,14 @@ class _Lowering:
         target, sizes, width = self.emitter.target, self.sizes(plan), DTYPES[self.left.dtype]
         rows, columns, chunks = -(-self.rows // plan.rows), -(-self.columns // plan.columns), -(-self.depth // plan.depth)
         load_a = cost.dma_cycles(target, sizes["a"], plan.depth * (plan.rows if chunks == 1 else 1) * width)
-        load_b = cost.dma_cycles(target, sizes["b"], sizes["b"] if self.weights is not None else plan.columns) + cost.dma_cycles(
-            target, sizes["p"], sizes["p"]
-        )
+        right = math.ceil(sizes["b"] * self.shares[1])
+        load_b = cost.dma_cycles(target, right, right if self.weights is not None else plan.columns) + cost.dma_cycles(target, sizes["p"], sizes["p"])
         store = cost.dma_cycles(target, sizes["y"] + sizes["e"], plan.columns * DTYPES[self.result.dtype])
         again = chunks > 1
         a_loads = rows * chunks * (columns if (plan.right_outer or again) and rows * chunks > 1 else 1)
         b_loads = columns * chunks * (rows if (not plan.right_outer or again) and columns * chunks > 1 else 1)
         vector = cost.vector_cycles(target, plan.rows * plan.columns) * (1 + len(self.chain.nodes))
-        matrix = cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=width)
+        matrix = math.ceil(cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=width) * self.shares[0])
         busiest = max(rows * columns * chunks * matrix, a_loads * load_a + b_loads * load_b + rows * columns * store, rows * columns * vector)
         return busiest + load_a + load_b + vector + store + 2 * target.dram_latency
 
@@ -179,7 +182,7 @@ class _Lowering:
         parameters = self._parameters(batch, columns)
         for low, count in windows(self.depth, plan.depth):
             a = emitter.load_once("a", (batch, rows, low), self._window(self.left, batch, rows, (low, count)), self.rings["a"])
-            b = self._right_tile(batch, columns, (low, count))
+            b = self._right_tile(batch, rows[1], columns, (low, count))
             bias = (Tile("spm", parameters.address, "s32", (columns[1],), (4,)),) if low == 0 else ()
             emitter.issue("matmul", accumulator, _matrix(a), _matrix(b), *bias, za=self.zeros[0], zb=self.zeros[1], accumulate=int(low > 0))
         box = self._box(batch, rows, columns)
@@ -203,15 +206,15 @@ class _Lowering:
         own = batch[len(batch) - len(self.right_batches) :]
         return tuple(0 if size == 1 else index for index, size in zip(own, self.right_batches, strict=True))
 
-    def _right_tile(self, batch: tuple[int, ...], columns: tuple[int, int], chunk: tuple[int, int]) -> Tile:
+    def _right_tile(self, batch: tuple[int, ...], rows: int, columns: tuple[int, int], chunk: tuple[int, int]) -> Tile:
         if self.weights is None:
             window = self._window(self.right, batch, chunk, columns)
             return self.emitter.load_once("b", window, window, self.rings["b"])
         key = (self._right_batch(batch), columns, chunk)
         if key not in self.weight_tiles:
             matrix = self.weights[key[0]]
-            self.weight_tiles[key] = self.emitter.weights(matrix[chunk[0] : sum(chunk), columns[0] : sum(columns)])
-        return self.emitter.load_weights(key, self.weight_tiles[key], self.rings["b"])
+            self.weight_tiles[key] = self.emitter.weights(matrix[chunk[0] : sum(chunk), columns[0] : sum(columns)], rows)
+        return self.emitter.load_weights(key, self.weight_tiles[key], self.rings["b"], in_array=True)
 
     def _parameters(self, batch: tuple[int, ...], columns: tuple[int, int]) -> Tile:
         key = ("p", self._right_batch(batch) if self.weights is not None else (), columns)

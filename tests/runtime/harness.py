@@ -90,7 +90,7 @@ def _execute(
         tiles.append(_expanded(tile, result[0]) if operand.name in broadcast else tile)
     steps = [*loads, instruction(name, *tiles, **attributes)]
     binder = Binder(program(layer("only", *steps), constants=(1 << 16, 1 << 20)), memories, {}, known_order=True, kernels=kernels_of(engine))
-    closures = [binder.bind(number, Step(make_line(step), (), 0)) for number, step in enumerate(steps)]
+    closures = [binder.bind(number, Step(make_line(step), (), 0), number) for number, step in enumerate(steps)]
     for view, values in contents:  # after binding: a kernel must not have looked at them before
         view[...] = values
     for closure in closures:

@@ -14,10 +14,14 @@ from isa.packing import Packing
 from isa.program import Tile
 from isa.target import Target
 from runtime import Machine, RuntimeFault
-from runtime.packing import pack, smallest, unpack
+from runtime.packing import pack, packings, unpack
 
 FORMATS = Target("t", weight_formats="nm:2:4 nm:1:4 nm:4:8 block mask s4").formats
 rng = np.random.default_rng(5)
+
+
+def smallest(values: np.ndarray[Any, Any], formats: tuple[str, ...], block: tuple[int, int]) -> tuple[Packing, np.ndarray[Any, Any]] | None:
+    return next(packings(values, formats, block), None)
 
 
 def tile(shape: tuple[int, ...], packing: Packing) -> Tile:
