@@ -226,4 +226,4 @@ class _Lowering:
 
 def _matrix(tile: Tile) -> Tile:
     """The last two dimensions of a tile whose others have size 1."""
-    return Tile(tile.space, tile.address, tile.dtype, tile.shape[-2:], tile.strides[-2:])
+    return replace(tile, shape=tile.shape[-2:], strides=tile.strides[-2:])
