@@ -7,7 +7,6 @@ with weights or pixels in the outer loop, by max(matrix, DMA, vector cycles) plu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,6 @@ from npucc.lowering.emitter import Emitter, Ring, aligned, factor_tiles, paramet
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
-from npucc.lowering.weights import shares
 from runtime.costs import Row
 
 
@@ -106,7 +104,6 @@ class _Lowering:
         self.bounds = arithmetic.clamp_bounds(getattr(group.anchor.attributes, "clamp", None), emitter.graph.quant(group.anchor.outputs[0]))
         self.result = emitter.graph.quant(group.anchor.outputs[0])
         self.resident = emitter.tile(problem.x).space == "spm"
-        self.shares = shares(problem.weights, emitter.target, 0 if self.tied else problem.size[0] * problem.size[1])
         self.weights: dict[tuple[int, int], Tile] = {}
         self.parameters: dict[int, View] = {}
 
@@ -210,10 +207,9 @@ class _Lowering:
         else:
             groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
             matrix = cost.matrix_cycles(target, count, kh * kw * plan.channels // groups, plan.outputs // groups, groups, width=width)
-        matrix, sizes = math.ceil(matrix * self.shares[0]), self.sizes(plan)
+        sizes = self.sizes(plan)
         load_x = cost.dma_cycles(target, sizes["x"], self._run_length(plan))
-        packed = math.ceil(sizes["w"] * self.shares[1])
-        load_w = cost.dma_cycles(target, packed, packed) + cost.dma_cycles(target, sizes["p"], sizes["p"])
+        load_w = cost.dma_cycles(target, sizes["w"], sizes["w"]) + cost.dma_cycles(target, sizes["p"], sizes["p"])
         run = plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1) * DTYPES[self.result.dtype]
         store = cost.dma_cycles(target, sizes["y"], run)
         extra = cost.dma_cycles(target, sizes["e"], plan.outputs)

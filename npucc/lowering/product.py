@@ -6,7 +6,6 @@ are a loop outside. The right operand takes the part of the weights, whether it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -23,7 +22,6 @@ from npucc.lowering.emitter import Emitter, aligned, factor_tiles, parameter_blo
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
-from npucc.lowering.weights import shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,6 @@ class _Lowering:
             self.zeros = (self.source.zero, graph.quant(node.inputs[1]).zero)
         self.rows, self.depth, self.columns = self.shape[-2], self.left.shape[-1], self.shape[-1]
         self._merge_batches()
-        self.shares = shares(self.weights.reshape(-1, self.columns), emitter.target, self.rows) if self.weights is not None else (1.0, 1.0)
         self.blocks: dict[object, View] = {}
         self.weight_tiles: dict[object, Tile] = {}
 
@@ -152,14 +149,15 @@ class _Lowering:
         target, sizes, width = self.emitter.target, self.sizes(plan), DTYPES[self.left.dtype]
         rows, columns, chunks = -(-self.rows // plan.rows), -(-self.columns // plan.columns), -(-self.depth // plan.depth)
         load_a = cost.dma_cycles(target, sizes["a"], plan.depth * (plan.rows if chunks == 1 else 1) * width)
-        right = math.ceil(sizes["b"] * self.shares[1])
-        load_b = cost.dma_cycles(target, right, right if self.weights is not None else plan.columns) + cost.dma_cycles(target, sizes["p"], sizes["p"])
+        load_b = cost.dma_cycles(target, sizes["b"], sizes["b"] if self.weights is not None else plan.columns) + cost.dma_cycles(
+            target, sizes["p"], sizes["p"]
+        )
         store = cost.dma_cycles(target, sizes["y"] + sizes["e"], plan.columns * DTYPES[self.result.dtype])
         again = chunks > 1
         a_loads = rows * chunks * (columns if (plan.right_outer or again) and rows * chunks > 1 else 1)
         b_loads = columns * chunks * (rows if (not plan.right_outer or again) and columns * chunks > 1 else 1)
         vector = cost.vector_cycles(target, plan.rows * plan.columns) * (1 + len(self.chain.nodes))
-        matrix = math.ceil(cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=width) * self.shares[0])
+        matrix = cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=width)
         busiest = max(rows * columns * chunks * matrix, a_loads * load_a + b_loads * load_b + rows * columns * store, rows * columns * vector)
         return busiest + load_a + load_b + vector + store + 2 * target.dram_latency
 

@@ -47,12 +47,3 @@ def matrix_cycles(values: np.ndarray, target: Target, pixels: int, packing: Pack
     if not kept_packing(packing, target):
         return matrix_cost(Product(pixels, depth, outputs), target).cycles
     return packed_cost(Product(pixels, depth, outputs, packing=packing), target, values.reshape(depth, outputs)).cycles
-
-
-def shares(values: np.ndarray, target: Target, pixels: int = 0) -> tuple[float, float]:
-    """What is left of the array's cycles and of the bytes of the weights by packing all of them at once: an estimate for its tiles."""
-    found = packed(values, target, pixels)
-    if found is None:
-        return 1.0, 1.0
-    cycles = matrix_cycles(values, target, pixels, None)
-    return (matrix_cycles(values, target, pixels, found[0]) / cycles if cycles else 1.0), len(found[1]) / values.size
