@@ -40,7 +40,7 @@ TIMING = {
     "Systolic, weight stationary, F = `G * ceil(K/rows) * ceil(N/cols)` folds: with shadow weights `F * max(M, rows) + 2*rows + cols - 2`, "
     "without `F * (M + 2*rows + cols - 2)`; output stationary `G * ceil(M/rows) * ceil(N/cols) * (K + rows + cols - 2)`; input stationary "
     "`G * ceil(K/rows) * ceil(M/cols) * (N + 2*rows + cols - 2)`. MAC array: `G * ceil(M/rows) * ceil(N/cols) * ceil(K/depth) + pipeline_depth`. "
-    "s16 inputs: twice that.",
+    "s16 inputs: twice that. A target with `skip` needs less, see [skipping](#skipping).",
     "depthwise": "as `matrix` with K = kernel taps. Weight stationary: a fold holds g channels block-diagonally, each with the Toeplitz matrix of "
     "n neighbouring results of a row and the u input columns under them: g·kh·u <= rows, g·n <= cols, `ceil(channels/g)` folds of "
     "`h * ceil(w/n)` pixels, n and g chosen for the fewest cycles; other dataflows: N = 1, G = channels. "
@@ -56,7 +56,8 @@ ROLES = {"read": "read", "write": "written", "update": "written, and read when a
 
 def manual() -> str:
     """The whole manual as Markdown."""
-    parts = [HEAD, _memories(), _packings(), TEXT, _limits(), _queues(), NUMBERS, _timing(), _targets(), _index(), *map(_instruction, TABLE)]
+    parts = [HEAD, _memories(), _packings(), TEXT, _limits(), _queues(), NUMBERS, _timing(), SKIPPING, _targets(), _index()]
+    parts += map(_instruction, TABLE)
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -189,6 +190,26 @@ An instruction starts when its queue is free and its waits have passed; it occup
 signals at the end. Timing never changes values. Names in `code` are fields of the target.
 
 {rows}
+"""
+
+
+SKIPPING = """
+<a id="skipping"></a>**Skipping.**
+
+What the array leaves out of its time, by the target's `skip`; of `conv` with one group and `matmul`. The lanes of an array go on together, so a
+step takes as long as its slowest lane. With S = the rows of K that a strip of `cols` columns keeps, the sums over the strips:
+
+- `structured`: weights packed as `nm` (S = K·N/M: NVIDIA's sparse tensor cores, Mishra et al. 2021; on a systolic array S2TA, HPCA 2022) or as
+  `block` (S = rows of the blocks that are not all zero, packed one under the other). Weight stationary: F = `sum(ceil(S/rows))` folds;
+  MAC array: `ceil(M/rows) * sum(ceil(S/depth)) + pipeline_depth`.
+- `weights`, `activations`, `both` (MAC arrays): products with a zero weight (where weights are packed as `nm`, `block` or `mask`), with a zero input
+  (one that equals `zero` of `conv`, `za` of `matmul`), or with either take no cycle. The lane *l* of the `depth` lanes of an output does the
+  products whose row of K is l modulo `depth`; all lanes begin the next `rows` x `cols` outputs together:
+  `sum(max(1, most products left in any lane)) + pipeline_depth` (Cnvlutin, ISCA 2016; SCNN, ISCA 2017; SparTen, MICRO 2019). So cycles depend on the
+  data of a run; without it the most that it can be is told. A skipped input stands for `zero`: the array adds `zero` times the sum of the weights.
+
+Energy counts the products that are done and the bytes that are moved: packed weights as they are packed, inputs whole (for blocks: the rows that
+are kept). Finding the pairs costs nothing here.
 """
 
 

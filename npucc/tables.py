@@ -54,15 +54,26 @@ def facts(rows: Iterable[tuple[str, object]]) -> Table:
 def totals(report: Mapping[str, Any], *, clock_hz: float) -> list[tuple[str, str]]:
     """The figures of one inference."""
     cycles = int(report["cycles"])
+    at_most = "at most " if report.get("at_most") else ""
     return [
-        ("cycles", f"{cycles:,} ({duration(cycles / clock_hz)} at {clock_hz / 1e6:,.0f} MHz)"),
-        ("MACs", f"{int(report['macs']):,}"),
+        ("cycles", f"{at_most}{cycles:,} ({duration(cycles / clock_hz)} at {clock_hz / 1e6:,.0f} MHz)"),
+        *([("", "the target skips zero inputs: npucc run tells the cycles of an input")] if at_most else []),
+        ("MACs", f"{at_most}{int(report['macs']):,}"),
+        *_skipped(report),
         ("utilization", f"{report['utilization']:.1%} of the peak MAC rate"),
         ("DRAM", f"{size(report['dram_read_bytes'])} read, {size(report['dram_write_bytes'])} written"),
         ("scratchpad peak", size(report["spm_peak_bytes"])),
         ("energy", f"{energy(report['energy_pj'])} estimated: {_shares(report['energy'])}"),
         ("", f"counted events × energy per event ({energy_sources(report)})"),
     ]
+
+
+def _skipped(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What skipping zeros saves, if it does."""
+    if not report.get("skipped_macs"):
+        return []
+    before, after = report["array_utilization_unskipped"], report["array_utilization"]
+    return [("skipped", f"{int(report['skipped_macs']):,} MACs; useful work of the array while it runs: {after:.1%}, without skipping {before:.1%}")]
 
 
 def host(nodes: Sequence[HostNode], *, onnx_nodes: int, cycles: int, total: int) -> Table:

@@ -69,7 +69,7 @@ def _escape(text: str) -> str:
 
 def _array(chip: Target) -> str:
     sizes = (chip.rows, chip.cols) if chip.family == "systolic" else (chip.rows, chip.cols, chip.depth)
-    return f"{chip.family} {'×'.join(map(str, sizes))}"
+    return f"{chip.family} {'×'.join(map(str, sizes))}{' sparse' * (chip.skip != 'none')}"
 
 
 def _peak(chip: Target) -> str:

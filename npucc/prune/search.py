@@ -182,7 +182,8 @@ def compiled_cycles(graph: Graph, feeds: Feeds, target: Target) -> int:
     from runtime.timing import simulate
 
     quantized = quantize(graph, feeds[:1], options=QuantizeOptions(method="minmax", samples=1, bias_samples=0))
-    return simulate(lower(quantized.graph, target).program).total_cycles
+    lowered = lower(quantized.graph, target)
+    return simulate(lowered.program, lowered.constants).total_cycles
 
 
 def try_out(job: Job, amount: Amount, *, feeds: Feeds | None = None) -> Attempt:

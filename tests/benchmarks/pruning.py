@@ -86,7 +86,7 @@ def measure(
             "int8_accuracy": whole,
             "int8_sqnr_db": whole_db,
             "macs": sum(node_macs(pruned, node) for node in pruned),
-            "cycles": simulate(lowered.program).total_cycles,
+            "cycles": simulate(lowered.program, lowered.constants).total_cycles,
             "constants_bytes": len(lowered.constants),
             "seconds": seconds,
         }

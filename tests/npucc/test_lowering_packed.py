@@ -1,0 +1,93 @@
+"""Weights with structure, whoever made it: found by their values, stored packed, skipped where the target can; never another byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import npucc
+from isa.check import check
+from isa.discipline import suspicions
+from isa.program import Program, Tile, unroll
+from isa.target import load_target
+from npucc import demo, reference
+from npucc.graph import Graph, make_graph
+from npucc.lowering import lower
+from npucc.ops import OPS
+from runtime import Machine
+
+EDGE = load_target("edge")
+SMALL = replace(EDGE, name="small", rows=8, cols=8, skip="structured")
+TARGETS = {
+    "edge": EDGE, "small": SMALL, "cube": replace(load_target("cube"), rows=8, cols=8, depth=8, skip="structured"),
+    "weights": replace(load_target("sparse-dynamic"), skip="weights"), "both": load_target("sparse-dynamic"),
+}  # fmt: skip
+
+
+def structured(matrix: np.ndarray, kind: str) -> np.ndarray:
+    """s8 [K, N] with the structure."""
+    if kind == "s4":
+        return np.clip(matrix // 16, -7, 7) * 16
+    if kind == "mask":
+        return np.where(np.abs(matrix) > np.quantile(np.abs(matrix), 0.7), matrix, 0)
+    rows, columns = np.indices(matrix.shape)
+    if kind == "block":
+        return np.where((rows // 8 + columns // 32) % 4 == 0, matrix, 0)
+    _, keep, neighbours = kind.split(":")
+    return np.where((rows + columns) % int(neighbours) < int(keep), matrix, 0)
+
+
+def with_structure(graph: Graph, kind: str) -> Graph:
+    """The integer graph with other weights."""
+    tensors = dict(graph.tensors)
+    for node in graph:
+        weights = tensors[node.inputs[1]] if OPS[node.op].matrix else None
+        if weights is not None and weights.data is not None and getattr(node.attributes, "groups", 1) == 1:
+            order = (2, 3, 1, 0) if weights.data.ndim == 4 else (0, 1)
+            laid = weights.data.transpose(order)
+            values = structured(laid.reshape(-1, laid.shape[-1]).astype(np.int16), kind).reshape(laid.shape)
+            tensors[weights.name] = replace(weights, data=values.transpose(np.argsort(order)).astype(weights.data.dtype))
+    return make_graph(graph.name, list(graph), tensors, graph.inputs, graph.outputs)
+
+
+def packed_tiles(program: Program, name: str) -> list[Tile]:
+    return [tile for layer in program.layers for line, _ in unroll(layer.body) if line.name == name for tile in line.tiles if tile.packing]
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("nm:2:4", ("edge", "small")), ("nm:1:4", ("cube",)), ("nm:4:8", ("both",)),
+        ("block", ("small", "cube")), ("mask", ("weights",)), ("s4", ("edge",)),
+    ],
+)  # fmt: skip
+def test_structure_is_found_and_changes_no_byte(demo_package: npucc.Package, kind: str, targets: tuple[str, ...]) -> None:
+    graph = with_structure(demo_package.graph, kind)
+    with np.load(demo.CALIBRATION) as archive:
+        feed = {"image": archive["image"][:1]}
+    expected = reference.run(graph, feed)
+    for name in targets:
+        target = TARGETS[name]
+        lowered, dense = (lower(graph, each, shares=(0.5,)) for each in (target, replace(target, weight_formats="", skip="none")))
+        check(lowered.program)
+        assert not suspicions(lowered.program)
+        machine, plain = Machine(lowered.program, lowered.constants), Machine(dense.program, dense.constants)
+        run = machine.run(feed, dump=True)
+        for tensor, stored in {**run.tensors, **run.raw}.items():
+            np.testing.assert_array_equal(stored, expected[tensor], err_msg=f"{tensor} on {name}")
+        found = {tile.packing.kind for tile in packed_tiles(lowered.program, "ld") if tile.packing}
+        by_chance = {"mask"} if target.skip != "structured" else set()  # takes fewer bytes than nm where there are more zeros than it asks for
+        assert found & {kind, *by_chance}
+        assert run.report.dram_read_bytes < plain.report.dram_read_bytes
+        if target.skip != "none":
+            assert packed_tiles(lowered.program, "conv")
+            assert run.report.skipped_macs > 0
+            assert run.report.matrix_cycles < plain.report.matrix_cycles
+            assert run.report.energy_pj < plain.report.energy_pj
+            assert run.report.cycles <= machine.report.cycles
+
+
+def test_a_dense_network_is_stored_as_it_is(demo_package: npucc.Package) -> None:
+    assert not packed_tiles(demo_package.program, "ld")
