@@ -34,27 +34,33 @@ def unpack(tile: Tile, stored: Array, *, line: int = 0) -> Array:
     return matrix.reshape(tile.shape)
 
 
-def pack(values: Array, packing: Packing) -> Array | None:
-    """The bytes (u8) of s8 values [..., N]; None where the format can't hold them."""
-    return PACK[packing.format](packing.numbers, values.reshape(matrix_shape(values.shape)))
+def pack(values: Array, packing: Packing) -> Array:
+    """The bytes (u8) of s8 values [..., N], which the format must be able to hold."""
+    matrix = values.reshape(matrix_shape(values.shape))
+    assert holds(matrix, packing), f"{packing.text()} can't hold these weights"
+    stored = PACK[packing.format](packing.numbers, matrix)
+    assert stored.size == packing.bytes(values.shape), f"{packing.text()} counts other values"
+    return stored
 
 
 # ── nm ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pack_nm(numbers: tuple[int, ...], matrix: Array) -> Array | None:
+def _pack_nm(numbers: tuple[int, ...], matrix: Array) -> Array:
     keep, of = numbers
-    depth, outputs = matrix.shape
-    groups = np.zeros((-(-depth // of) * of, outputs), np.int8)
-    groups[:depth] = matrix
-    groups = groups.reshape(-1, of, outputs)
-    used = groups != 0
-    if int(used.sum(axis=1).max(initial=0)) > keep:
-        return None
-    order = np.argsort(~used, axis=1, kind="stable")[:, :keep]  # the non-zeros first, then the lowest places that are free
+    groups = _neighbours(matrix, of)
+    order = np.argsort(groups == 0, axis=1, kind="stable")[:, :keep]  # the non-zeros first, then the lowest places that are free
     places = np.sort(order, axis=1)
     values = np.take_along_axis(groups, places, axis=1)
     return np.concatenate([values.view(np.uint8).reshape(-1), _to_bits(places.reshape(-1), index_bits(of))])
+
+
+def _neighbours(matrix: Array, of: int) -> Array:
+    """[K, N] as [⌈K/of⌉, of, N], filled up with zeros."""
+    depth, outputs = matrix.shape
+    groups = np.zeros((-(-depth // of) * of, outputs), matrix.dtype)
+    groups[:depth] = matrix
+    return groups.reshape(-1, of, outputs)
 
 
 def _unpack_nm(numbers: tuple[int, ...], parts: list[Array], depth: int, outputs: int) -> Array:
@@ -82,12 +88,12 @@ def block_map(matrix: Array, rows: int, columns: int) -> Array:
     return np.asarray(np.logical_or.reduceat(used, np.arange(0, matrix.shape[1], columns), axis=1))
 
 
-def _pack_block(numbers: tuple[int, ...], matrix: Array) -> Array | None:
-    rows, columns, count = numbers
+def _pack_block(numbers: tuple[int, ...], matrix: Array) -> Array:
+    rows, columns, _ = numbers
     used = block_map(matrix, rows, columns)
     blocks = [matrix[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].reshape(-1) for i, j in np.argwhere(used).tolist()]
     values = np.concatenate([np.zeros(0, np.int8), *blocks])
-    return np.concatenate([np.packbits(used, bitorder="little"), values.view(np.uint8)]) if values.size == count else None
+    return np.concatenate([np.packbits(used, bitorder="little"), values.view(np.uint8)])
 
 
 def _unpack_block(numbers: tuple[int, ...], parts: list[Array], depth: int, outputs: int) -> Array:
@@ -109,10 +115,9 @@ def _unpack_block(numbers: tuple[int, ...], parts: list[Array], depth: int, outp
 # ── mask ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pack_mask(numbers: tuple[int, ...], matrix: Array) -> Array | None:
+def _pack_mask(numbers: tuple[int, ...], matrix: Array) -> Array:  # noqa: ARG001  the shape of every `pack`
     used = matrix != 0
-    values = matrix[used]
-    return np.concatenate([np.packbits(used, bitorder="little"), values.view(np.uint8)]) if values.size == numbers[0] else None
+    return np.concatenate([np.packbits(used, bitorder="little"), matrix[used].view(np.uint8)])
 
 
 def _unpack_mask(numbers: tuple[int, ...], parts: list[Array], depth: int, outputs: int) -> Array:
@@ -127,23 +132,25 @@ def _unpack_mask(numbers: tuple[int, ...], parts: list[Array], depth: int, outpu
 # ── s4 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pack_s4(numbers: tuple[int, ...], matrix: Array) -> Array | None:
-    (group,) = numbers
-    if len(matrix) > group > 0 and _pack_s4(numbers, matrix[:group]) is None:  # soon told, as of most weights that need 8 bits
+def _in_four_bits(matrix: Array, group: int) -> tuple[Array, Array] | None:
+    """(4 bits per weight, int8 [K, N]; factors u8 [⌈K/group⌉, N]), if there are such: the factors are the greatest common divisors."""
+    if not group:
+        return (matrix, np.zeros(0, np.uint8)) if matrix.min() >= -8 and matrix.max() <= 7 else None
+    if len(matrix) > group and _in_four_bits(matrix[:group], group) is None:  # soon told, as of most weights that need 8 bits
         return None
-    factors = np.zeros(0, np.uint8)
-    small = matrix.astype(np.int16)
-    if group:
-        padded = np.zeros((-(-len(matrix) // group) * group, matrix.shape[1]), np.int16)
-        padded[: len(matrix)] = matrix
-        common = np.maximum(np.gcd.reduce(padded.reshape(-1, group, matrix.shape[1]), axis=1), 1)
-        small = (padded // np.repeat(common, group, axis=0))[: len(matrix)]
-        factors = common.astype(np.uint8).reshape(-1)
-    if small.min() < -8 or small.max() > 7:
-        return None
+    groups = _neighbours(matrix.astype(np.int16), group)
+    factors = np.maximum(np.gcd.reduce(groups, axis=1), 1)
+    small = (groups // factors[:, None]).reshape(-1, matrix.shape[1])[: len(matrix)]
+    return (small.astype(np.int8), factors.astype(np.uint8)) if small.min() >= -8 and small.max() <= 7 else None
+
+
+def _pack_s4(numbers: tuple[int, ...], matrix: Array) -> Array:
+    found = _in_four_bits(matrix, numbers[0])
+    assert found is not None
+    small, factors = found
     nibbles = np.zeros(-(-small.size // 2) * 2, np.uint8)
-    nibbles[: small.size] = small.astype(np.uint8).reshape(-1) & 15
-    return np.concatenate([nibbles[::2] | nibbles[1::2] << 4, factors])
+    nibbles[: small.size] = small.view(np.uint8).reshape(-1) & 15
+    return np.concatenate([nibbles[::2] | nibbles[1::2] << 4, factors.reshape(-1)])
 
 
 def _unpack_s4(numbers: tuple[int, ...], parts: list[Array], depth: int, outputs: int) -> Array:
@@ -178,7 +185,7 @@ def _flags(stored: Array, count: int) -> Array:
 
 
 Numbers = tuple[int, ...]
-PACK: dict[str, Callable[[Numbers, Array], Array | None]] = {"nm": _pack_nm, "block": _pack_block, "mask": _pack_mask, "s4": _pack_s4}
+PACK: dict[str, Callable[[Numbers, Array], Array]] = {"nm": _pack_nm, "block": _pack_block, "mask": _pack_mask, "s4": _pack_s4}
 UNPACK: dict[str, Callable[[Numbers, list[Array], int, int], Array]] = {
     "nm": _unpack_nm, "block": _unpack_block, "mask": _unpack_mask, "s4": _unpack_s4,
 }  # fmt: skip
@@ -212,10 +219,18 @@ def _blocks(matrix: Array, rows: int, columns: int) -> Packing:
     return Packing("block", (rows, columns, int((np.outer(heights, widths) * used).sum())))
 
 
-def packings(values: Array, formats: tuple[str, ...], block: tuple[int, int]) -> Iterator[tuple[Packing, Array]]:
-    """The packings that take fewer bytes than the values themselves, each with its bytes, the smallest first."""
+def packings(values: Array, formats: tuple[str, ...], block: tuple[int, int]) -> Iterator[Packing]:
+    """The packings that hold s8 values [..., N] in fewer bytes than they take themselves, the smallest first."""
     matrix = values.reshape(matrix_shape(values.shape))
     options = [(packing.bytes(values.shape), order, packing) for order, packing in enumerate(candidates(matrix, formats, block))]
     for size, _, packing in sorted(options, key=lambda option: option[:2]):
-        if size < values.size and (stored := pack(values, packing)) is not None:
-            yield packing, stored
+        if size < values.size and holds(matrix, packing):
+            yield packing
+
+
+def holds(matrix: Array, packing: Packing) -> bool:
+    """Whether the format can hold the matrix; a bitmap can hold any."""
+    if packing.format == "nm":
+        keep, of = packing.numbers
+        return int(_neighbours(matrix != 0, of).sum(axis=1, dtype=np.uint8).max(initial=0)) <= keep
+    return packing.format != "s4" or _in_four_bits(matrix, packing.numbers[0]) is not None

@@ -11,7 +11,7 @@ import numpy as np
 from isa.packing import Packing, matrix_shape
 from isa.target import Target
 from runtime.costs import Product, matrix_cost
-from runtime.packing import array_block, packings
+from runtime.packing import array_block, pack, packings
 from runtime.skipping import kept_packing, packed_cost
 
 #: bits that the bitmap of packed weights takes of each weight's eight: with a smaller share of zeros nothing is gained
@@ -23,26 +23,26 @@ def packed(values: np.ndarray, target: Target, pixels: int = 0) -> tuple[Packing
 
     `pixels`: how many results of each output an array that can take them packed computes with them; 0 if it can't.
     """
-    if not target.formats or values.ndim < 2:
-        return None
-    zeros = values.size - int(np.count_nonzero(values))
+    packing = cheapest(values, target, pixels) if target.formats and values.ndim > 1 else None
+    return None if packing is None else (packing, pack(values, packing))
+
+
+def cheapest(values: np.ndarray, target: Target, pixels: int) -> Packing | None:
+    """The packing with the fewest cycles of the array, and of those the fewest bytes; None where it saves neither a burst nor a cycle."""
+    zeros, burst = values.size - int(np.count_nonzero(values)), target.dram_burst_bytes
     formats = target.formats if zeros > FEWEST_ZEROS * values.size else tuple(word for word in target.formats if word == "s4")
-    bursts = -(-values.size // target.dram_burst_bytes)
-    best: tuple[tuple[int, int], Packing, np.ndarray] | None = None
-    for packing, stored in packings(values, formats, array_block(target)):
-        cycles = matrix_cycles(values, target, pixels, packing)
-        saves = -(-len(stored) // target.dram_burst_bytes) < bursts or cycles < matrix_cycles(values, target, pixels, None)
-        if saves and (best is None or (cycles, len(stored)) < best[0]):
-            best = ((cycles, len(stored)), packing, stored)
-        if best is not None and target.skip == "none":
-            break  # they come smallest first
-    return None if best is None else best[1:]
+    options = packings(values, formats, array_block(target))
+    if target.skip == "none" or not pixels:
+        smallest = next(options, None)
+        return smallest if smallest and -(-smallest.bytes(values.shape) // burst) < -(-values.size // burst) else None
+    bursts, cycles = -(-values.size // burst), matrix_cycles(values, target, pixels, None)
+    priced = ((matrix_cycles(values, target, pixels, each), each.bytes(values.shape), each) for each in options)
+    gaining = [each for each in priced if each[0] < cycles or -(-each[1] // burst) < bursts]
+    return min(gaining, key=lambda each: each[:2])[2] if gaining else None
 
 
 def matrix_cycles(values: np.ndarray, target: Target, pixels: int, packing: Packing | None) -> int:
-    """Cycles of the array with weights stored so; 0 where it makes no difference."""
-    if not pixels or target.skip == "none":
-        return 0
+    """Cycles of the array with weights stored so."""
     depth, outputs = matrix_shape(values.shape)
     if not kept_packing(packing, target):
         return matrix_cost(Product(pixels, depth, outputs), target).cycles

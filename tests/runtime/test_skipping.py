@@ -13,7 +13,7 @@ from isa.packing import Packing
 from isa.target import Target
 from runtime import Machine, RuntimeFault, simulate
 from runtime.costs import Product, Work, matrix_cost
-from runtime.packing import packings
+from runtime.packing import pack, packings
 from runtime.skipping import packed_cost
 from tests.runtime.test_timing import CUBE, SYSTOLIC
 
@@ -103,7 +103,8 @@ def package(skip: str, word: str) -> tuple[isa.Package, np.ndarray[Any, Any]]:
     weights = rng.integers(1, 100, (36, 4, 8))
     weights[np.argsort(rng.random(weights.shape), axis=1) < 2] = 0
     matrix = weights.reshape(144, 8).astype(np.int8)
-    packing, stored = next(packings(matrix.reshape(3, 3, 16, 8), (word,), (4, 8)))
+    packing = next(packings(matrix.reshape(3, 3, 16, 8), (word,), (4, 8)))
+    stored = pack(matrix.reshape(3, 3, 16, 8), packing)
     family, depth = ("systolic", 1) if skip == "structured" else ("mac", 2)
     text = TEXT.format(family=family, depth=depth, skip=skip, size=len(stored), packing=f"{{{packing.text()}}}").replace("{{", "{").replace("}}", "}")
     return isa.pack_text(text, stored.tobytes()), matrix
