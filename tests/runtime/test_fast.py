@@ -91,24 +91,30 @@ def test_products_of_every_size(rows: int, columns: int, bound: dict[str, list[b
 
 
 @needs_numba
+@pytest.mark.parametrize("products", [True, False])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("dilation", [(1, 1), (2, 2)])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 4), (1, 7)])
-def test_windows_of_every_kind(stride: tuple[int, int], dilation: tuple[int, int], kernel: tuple[int, int], bound: dict[str, list[bool]]) -> None:
+def test_windows_of_every_kind(
+    stride: tuple[int, int], dilation: tuple[int, int], kernel: tuple[int, int], products: bool, bound: dict[str, list[bool]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With the processor's dot products, and without: then depthwise convolutions are plain loops, the others numpy's."""
     from runtime import fast
 
+    monkeypatch.setattr(fast, "HAS_PRODUCTS", fast.HAS_PRODUCTS and products)
     rng = np.random.default_rng(sum(kernel) + stride[1])
     pad = (1, 2, 2, 0)
     size = [15 + pad[axis] + pad[axis + 2] - (kernel[axis] - 1) * dilation[axis] - 1 for axis in (0, 1)]
     outputs = [size[axis] // stride[axis] + 1 for axis in (0, 1)]
-    x, bias = integers(rng, (15, 15, 5)), rng.integers(-9999, 9999, 5).astype(np.int32)
+    x, bias = integers(rng, (15, 15, 19)), rng.integers(-9999, 9999, 19).astype(np.int32)
     attributes: dict[str, Any] = {"stride": stride, "dilation": dilation, "pad": pad, "zero": -7}
     for gap in (0, 2):
         for constant in ((), ("w", "b")):
-            w = integers(rng, (*kernel, 5, 5))
-            execute("conv", {"x": x, "w": w, "b": bias}, result=((*outputs, 5), "s32"), gap=gap, constant=constant, **attributes)
-            w = integers(rng, (*kernel, 5))
-            execute("dwconv", {"x": x, "w": w, "b": bias}, result=((*outputs, 5), "s32"), gap=gap, constant=constant, **attributes)
+            w = integers(rng, (*kernel, 19, 19))
+            execute("conv", {"x": x, "w": w, "b": bias}, result=((*outputs, 19), "s32"), gap=gap, constant=constant, **attributes)
+            w = integers(rng, (*kernel, 19))
+            execute("dwconv", {"x": x, "w": w, "b": bias}, result=((*outputs, 19), "s32"), gap=gap, constant=constant, **attributes)
     assert bound["dwconv"] == [True] * 4
     assert bound["conv"] == [fast.HAS_PRODUCTS] * 4
 
