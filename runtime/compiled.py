@@ -476,3 +476,28 @@ def look_up(
                 for c in range(n):
                     upper, lower = carray(_bytes(second + c * high_step), 1)[0], carray(_bytes(first + c * low_step), 1)[0]
                     target[c] = entries[np.intp(upper) << 8 | np.intp(lower)]
+
+
+@_compiled(*[Address] * 13, *[Real] * 6)
+def resize(
+    x: int, x_row: int, x_column: int, r: int, r_row: int, q: int, q_row: int, y: int, y_row: int, y_column: int, h: int, w: int, channels: int,
+    scale_x: float, zero_x: float, scale_y: float, zero_y: float, low: float, high: float,
+) -> None:  # fmt: skip
+    """y[h, w, channels] between two rows and two columns of x: positions and weights in r[h, 4] and q[w, 4], all bytes."""
+    for i in range(h):
+        rows, a = carray(_sums(r + i * r_row), 4), carray(_reals(r + i * r_row), 4)
+        for j in range(w):
+            columns, b = carray(_sums(q + j * q_row), 4), carray(_reals(q + j * q_row), 4)
+            upper, lower = x + rows[0] * x_row, x + rows[1] * x_row
+            x0, x1 = carray(_codes(upper + columns[0] * x_column), channels), carray(_codes(upper + columns[1] * x_column), channels)
+            x2, x3 = carray(_codes(lower + columns[0] * x_column), channels), carray(_codes(lower + columns[1] * x_column), channels)
+            w0, w1, w2, w3 = b[2] * a[2], b[3] * a[2], b[2] * a[3], b[3] * a[3]
+            target = carray(_codes(y + i * y_row + j * y_column), channels)
+            for c in range(channels):
+                total = w0 * ((np.float32(x0[c]) - zero_x) * scale_x)
+                total += w1 * ((np.float32(x1[c]) - zero_x) * scale_x)
+                total += w2 * ((np.float32(x2[c]) - zero_x) * scale_x)
+                total += w3 * ((np.float32(x3[c]) - zero_x) * scale_x)
+                value = np.rint(total / scale_y)
+                value = (np.float32(0) if np.isnan(value) else value) + zero_y
+                target[c] = np.int8(np.int32(min(max(value, low), high)))

@@ -13,6 +13,7 @@ import numpy as np
 
 from runtime import compiled
 from runtime.kernels_elementwise import byte_table, expanded_table
+from runtime.kernels_window import positions
 from runtime.memory import Array
 from runtime.requantize import bounds
 from runtime.scratch import collapse
@@ -251,7 +252,25 @@ def bind_by_table(site: Site) -> Run | None:
     return _sequence([lambda: compiled.look_up(*arguments)], (table, operands, y))
 
 
+def bind_resize(site: Site) -> Run | None:
+    """resize of bytes to bytes."""
+    y, x, r, q = (site.views[name] for name in ("y", "x", "r", "q"))
+    if x.dtype != np.int8 or y.dtype != np.int8 or not _rows_of(y, x, r, q):
+        return None
+    (scale_x, zero_x), (scale_y, zero_y) = site.attributes["qx"], site.attributes["qy"]
+    low, high = bounds("s8", tuple(site.attributes["clamp"]))
+    places = (address(x), *x.strides[:2], address(r), r.strides[0], address(q), q.strides[0], address(y), *y.strides[:2])
+    reals = tuple(float(value) for value in (scale_x, zero_x, scale_y, zero_y, low, high))
+
+    def run() -> None:
+        positions(site, "r", x.shape[0])  # faults on any outside of x
+        positions(site, "q", x.shape[1])
+        compiled.resize(*places, *y.shape, *reals)
+
+    return run
+
+
 KERNELS: dict[str, Callable[[Site], Run | None]] = {
-    "conv": bind_conv, "matmul": bind_matmul, "dwconv": bind_dwconv, "requant": bind_requant,
+    "conv": bind_conv, "matmul": bind_matmul, "dwconv": bind_dwconv, "requant": bind_requant, "resize": bind_resize,
     **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "cmp", "select", "cvt", "sqrt", "lut"), bind_by_table),
 }  # fmt: skip

@@ -120,8 +120,8 @@ def bind_resize(site: Site) -> Run:
     y, x, attributes = site.views["y"], site.views["x"], site.attributes
 
     def run() -> None:
-        i0, i1, a0, a1 = (part[:, None] for part in _positions(site, "r", x.shape[0]))
-        j0, j1, b0, b1 = _positions(site, "q", x.shape[1])
+        i0, i1, a0, a1 = (part[:, None] for part in positions(site, "r", x.shape[0]))
+        j0, j1, b0, b1 = positions(site, "q", x.shape[1])
         values = real(x, attributes["qx"])
         with np.errstate(all="ignore"):
             total = (b0 * a0)[..., None] * values[i0, j0]
@@ -133,7 +133,7 @@ def bind_resize(site: Site) -> Run:
     return run
 
 
-def _positions(site: Site, name: str, size: int) -> tuple[Array, Array, Array, Array]:
+def positions(site: Site, name: str, size: int) -> tuple[Array, Array, Array, Array]:
     """The two source indices and their float32 weights, per output row or column. Faults on positions outside x."""
     table = np.ascontiguousarray(site.views[name])
     indices, weights = table[:, :2], table.view(np.float32)[:, 2:]
