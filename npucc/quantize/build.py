@@ -33,8 +33,9 @@ from npucc.quantize.constants import (
 from npucc.quantize.given import kept_matrix
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.ranges import Range
-from npucc.quantize.rounding import Evidence, Lattice, round_weights
+from npucc.quantize.rounding import Evidence, Lattice, grouped_lattice, round_weights
 from npucc.quantize.scales import BOOLEAN, INDEX, Scales
+from npucc.sites import Site, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,7 +52,8 @@ def build(
 
     `evidence`: per weights what their layers read; weights without are rounded to the nearest.
     """
-    builder = _Builder(graph, scales, means, options, evidence or {}, Editor(graph))
+    sites = {site.weights: site for site in find_sites(graph).values()}
+    builder = _Builder(graph, scales, means, options, evidence or {}, sites, Editor(graph))
     for name, tensor in graph.tensors.items():
         if not tensor.is_constant:
             builder.editor.tensors[name] = replace(tensor, quant=scales.of(graph, name), given=None)
@@ -71,6 +73,7 @@ class _Builder:
     means: Mapping[tuple[str, int], Array]
     options: QuantizeOptions
     evidence: Mapping[str, Evidence]
+    sites: Mapping[str, Site]
     editor: Editor
     stored: dict[tuple[str, Any, bytes], str] = field(default_factory=dict)
     rounded: dict[tuple[str, bytes], Array] = field(default_factory=dict)
@@ -128,13 +131,17 @@ class _Builder:
 
     def _rounded(self, name: str, steps: Array) -> Array:
         """Weights over their scale as integers; solved once for all layers that read them on the same scale."""
-        if name not in self.evidence:
+        site, evidence = self.sites.get(name), self.evidence.get(name)
+        grouped = site is not None and self.options.weight_bits == 4 and site.depth >= self.options.group
+        if site is None or (evidence is None and not grouped):
             return nearest(steps)
         key = (name, steps.tobytes())
         if key not in self.rounded:
-            evidence = self.evidence[name]
-            matrix = round_weights(evidence.site.by_column(steps.astype(np.float64)), Lattice(np.ones(()), LARGEST_WEIGHT), evidence)
-            self.rounded[key] = evidence.site.as_stored(matrix, steps.shape)
+            columns, lattice = site.by_column(steps.astype(np.float64)), Lattice(np.ones(()), LARGEST_WEIGHT)
+            if grouped:
+                lattice = grouped_lattice(columns, site, self.options.group, evidence)
+            matrix = round_weights(columns, lattice, evidence) if evidence else lattice.nearest(columns)
+            self.rounded[key] = site.as_stored(matrix, steps.shape)
         return self.rounded[key]
 
     def _bias(self, node: Node) -> Array | None:

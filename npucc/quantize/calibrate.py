@@ -56,7 +56,7 @@ def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, k
     run = tensor_runner(graph, sorted({*histograms, *axes, *operands}))
     total, count = _total(feeds, limit), 0
     first: list[Mapping[str, Array]] = []
-    for feed in _checked(graph, islice(feeds, limit)):
+    for feed in checked(graph, islice(feeds, limit)):
         for name, value in run(feed).items():
             _refuse_nan(graph, name, value)
             for axis in axes.get(name, ()):
@@ -150,7 +150,8 @@ def float_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _checked(graph: Graph, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
+def checked(graph: Graph, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
+    """The feeds as the graph's inputs want them. Raises QuantizeError."""
     ports = tuple(Port(name, graph.tensors[name].shape, graph.tensors[name].dtype) for name in graph.inputs)
     for index, feed in enumerate(feeds):
         try:

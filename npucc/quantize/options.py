@@ -11,6 +11,8 @@ from npucc.errors import QuantizeError
 SCHEMES = ("auto", "int8", "int16")
 ROUNDINGS = ("second_order", "nearest")
 OWN = "own"  # `priced_on`: compile's own target
+GROUPS = (32, 64, 128)
+WORDS = {"w4": ("weight_bits", "4")}
 METHODS = ("mse", "minmax", "percentile")
 
 
@@ -33,10 +35,17 @@ class QuantizeOptions:
     method: str = field(default="mse", metadata={"meaning": "how a range is chosen from the values seen: mse, minmax or percentile"})
     percentile: float = field(default=99.99, metadata={"meaning": "for method=percentile: how many of a hundred values lie in the range"})
     samples: int = field(default=128, metadata={"meaning": "calibrate with at most so many samples"})
+    equalize: bool = field(
+        default=True, metadata={"meaning": "make channels equally loud where that is estimated to lower the error; not with per_tensor"}
+    )
     rounding: str = field(
         default="second_order", metadata={"meaning": "of weights: second_order (on what their layers read in `round_samples`) or nearest"}
     )
     round_samples: int = field(default=32, metadata={"meaning": "samples to round weights with"})
+    weight_bits: int = field(
+        default=8, metadata={"meaning": "4 (or the word w4): a weight is one of 15 values, times a whole number for each `group` of them"}
+    )
+    group: int = field(default=64, metadata={"meaning": "for weight_bits=4: neighbouring weights of an output that share a factor; 32, 64 or 128"})
     per_tensor: bool = field(default=False, metadata={"meaning": "one scale for a whole weight instead of one per output channel"})
     bias_correction: bool = field(
         default=True, metadata={"meaning": "shift biases by the mean error that rounding the weights causes, from channel means"}
@@ -61,6 +70,10 @@ class QuantizeOptions:
             raise QuantizeError(f"samples is {self.samples}", hint="at least one sample is needed")
         if self.rounding not in ROUNDINGS:
             raise QuantizeError(f"there is no rounding {self.rounding!r}", hint=f"choose one of {', '.join(ROUNDINGS)}")
+        if self.weight_bits not in (4, 8):
+            raise QuantizeError(f"weight_bits is {self.weight_bits}", hint="choose 8 or 4")
+        if self.group not in GROUPS:
+            raise QuantizeError(f"group is {self.group}", hint=f"choose one of {', '.join(map(str, GROUPS))}")
         if self.round_samples < 1:
             raise QuantizeError(f"round_samples is {self.round_samples}", hint="at least one sample is needed")
         if self.bias_samples < 0:
@@ -78,6 +91,8 @@ class QuantizeOptions:
             if not equals and index == 0 and name in SCHEMES:
                 values["scheme"] = name
                 continue
+            if part in WORDS:
+                name, value, equals = *WORDS[part], "="
             if name not in fields or not equals:
                 known = ", ".join(fields)
                 raise QuantizeError(f"{part!r} is no quantization option", hint=f"write auto,key=value,… with the keys {known}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from npucc.feeds import Port, synthetic_feeds
 from npucc.graph import Editor, Graph
 from npucc.ops import OPS
 from npucc.quantize.build import build
-from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, measured
+from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, checked, measured
 from npucc.quantize.constants import source_of
 from npucc.quantize.correct import correct_biases
+from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
+from npucc.quantize.equalize import equalize
 from npucc.quantize.given import not_kept, spread
 from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import OWN, QuantizeOptions
@@ -105,6 +108,8 @@ def quantize(
     calibration = Calibration({}, {}, 0)
     if needs_samples:
         samples = _made_up(graph) if feeds is None else feeds
+        if options.equalize and not options.per_tensor and feeds is not None:
+            ordered, samples = _equalized(ordered, feeds, options, progress)
         keep = max(options.bias_samples, options.round_samples, SAMPLES)
         calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
@@ -133,6 +138,15 @@ def quantize(
 def _unknown(graph: Graph) -> list[str]:
     """The tensors that only samples tell the range of."""
     return [name for name in measured(graph) if not known_beforehand(graph, (name,)) and not is_index(graph, name)]
+
+
+def _equalized(
+    graph: Graph, feeds: Iterable[Mapping[str, Any]], options: QuantizeOptions, progress: Progress | None
+) -> tuple[Graph, Iterable[Mapping[str, Any]]]:
+    """The equalized graph, and the feeds, still whole."""
+    rest = iter(feeds)
+    first = list(islice(rest, min(EQUALIZE_SAMPLES, options.samples)))
+    return equalize(graph, list(checked(graph, first)), progress=progress), feeds if rest is not feeds else chain(first, rest)
 
 
 @dataclass(frozen=True, slots=True)

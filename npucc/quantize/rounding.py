@@ -29,11 +29,14 @@ LARGEST_DEPTH = 6144  # columns of X; beyond, XᵀX takes more memory than it is
 JUDGES = 4  # every fourth sample only judges
 FRACTION = 10  # bits of a weight behind the point, in steps
 REACH = 4  # steps that a weight may move away from its value
-ERROR_BITS = 16  # of an error: FRACTION, REACH and a group factor of up to 16 steps
+ERROR_BITS = 17  # of an error: FRACTION, REACH and a group factor of up to 18 steps
 EXACT_BITS = 52  # of a sum of integers in float64
 GRAM_BITS = 24
 SHIFT_WIDE = 4  # bits of 16-bit activations that are left out
 RIDGE = 0.1  # of the mean diagonal, times columns per row: keeps weights near their values where the samples say little
+LARGEST_4_BIT = 7
+LARGEST_FACTOR = 18  # 7 · 18 = 126, the largest stored weight
+SWEEPS = 2
 BLOCK = 64  # columns whose effect on the others is added at once
 CHUNK = 1024  # outputs solved at once, so that a block stays in the cache
 
@@ -111,6 +114,27 @@ class Lattice:
         return np.asarray(np.clip(np.rint(steps / self.factor), -self.limit, self.limit) * self.factor)
 
 
+def grouped_lattice(steps: Array, site: Site, size: int, evidence: Evidence | None) -> Lattice:
+    """4-bit weights: whole numbers of −7 to 7 times a factor for each `size` weights of an output that lie next to each other in memory.
+
+    The factor is the one with the least error, weighted by the energy of the input where it is known.
+    """
+    depth = steps.shape[1]
+    places = np.arange(depth) % site.taps * (depth // site.taps) + np.arange(depth) // site.taps  # stored as [kernel, channels, outputs]
+    order, starts = np.argsort(places), np.arange(0, depth, size)
+    energy = np.ones((len(steps), depth))
+    if evidence is not None:
+        energy = np.einsum("grk,grk->gk", *2 * [evidence.fit.astype(np.float64)])
+        energy = np.rint(np.ldexp(energy, 16 - math.frexp(float(energy.max()))[1])) + 1
+    best, chosen = np.full((len(steps), len(starts), steps.shape[2]), np.inf), np.ones((len(steps), len(starts), steps.shape[2]))
+    for factor in range(1, LARGEST_FACTOR + 1):
+        error = np.rint(16 * (Lattice(np.float64(factor), LARGEST_4_BIT).nearest(steps) - steps))
+        cost = np.add.reduceat((error**2 * energy[:, :, None])[:, order], starts, axis=1)
+        chosen[cost < best] = factor
+        best = np.minimum(best, cost)
+    return Lattice(chosen[:, places // size], LARGEST_4_BIT)
+
+
 def round_weights(steps: Array, lattice: Lattice, evidence: Evidence) -> Array:
     """`steps` [groups, depth, outputs] (weights over their scale) as whole numbers: by second order, or the nearest where that foresees better
     what the judging rows say."""
@@ -134,14 +158,15 @@ def solve(fixed: Array, lattice: Lattice, gram: Array) -> Array:
 
 
 def _solve(fixed: Array, lattice: Lattice, gram: Array) -> Array:
-    """Two sweeps over the columns: in the first those not yet rounded count as exact."""
+    """Sweeps over the columns; in the first those not yet rounded count as exact."""
     error = np.zeros_like(fixed)
     slope = np.zeros_like(fixed)  # gram · error
-    for _ in range(2):
+    for sweep in range(SWEEPS):
         for start in range(0, fixed.shape[1], BLOCK):
             block = slice(start, start + BLOCK)
+            still = slice(0 if sweep < SWEEPS - 1 else start + BLOCK, None)  # the columns whose slope is still looked at
             change = _solve_block(fixed[:, block], Lattice(lattice.factor[:, block], lattice.limit), gram[:, block, block], error, slope, start)
-            slope += gram[:, :, block] @ change
+            slope[:, still] += gram[:, still, block] @ change
     return np.asarray(np.ldexp(fixed + error, -FRACTION))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from npucc.graph import Graph
 from npucc.quantize import QuantizeOptions, quantize, rounding
-from npucc.quantize.rounding import EXACT_BITS, Evidence, Lattice, gram_matrix, round_weights, solve
+from npucc.quantize.rounding import EXACT_BITS, Evidence, Lattice, gram_matrix, grouped_lattice, round_weights, solve
 from npucc.sites import Site, find_sites
 
 from .float_graphs import classifier, classifier_feeds
@@ -61,6 +63,21 @@ def test_what_the_judging_rows_do_not_confirm_is_not_done() -> None:
     fit, other = correlated(5, 1, 400, 60), np.zeros((1, 400, 60), np.int16)
     other[0, np.arange(400), np.arange(400) % 60] = 255  # one column at a time: nothing can cancel
     np.testing.assert_array_equal(round_weights(steps, ONE, Evidence(some_site(), fit, other)), np.rint(steps))
+
+
+@pytest.mark.parametrize(("kernel", "depth"), [((1, 1), 96), ((3, 3), 32 * 9)])
+def test_4_bit_weights_are_small_multiples_of_a_factor_per_group(kernel: tuple[int, int], depth: int) -> None:
+    site = replace(some_site(), groups=1, depth=depth, outputs=10, kernel=kernel)
+    rows = correlated(6, 1, 800, depth)
+    evidence = Evidence(site, rows[:, :600], rows[:, 600:])
+    steps = (np.random.default_rng(7).normal(0, 20, (1, depth, 10)) * np.linspace(0.3, 1.5, depth)[:, None]).clip(-127, 127)
+    lattice = grouped_lattice(steps, site, 32, evidence)
+    rounded = round_weights(steps, lattice, evidence)
+    stored = rounded[0].reshape(depth // site.taps, site.taps, 10).transpose(1, 0, 2).reshape(-1, 32, 10)  # as it lies in memory
+    for group in stored.transpose(0, 2, 1).reshape(-1, 32):
+        assert any(np.array_equal(group, (quarter := np.rint(group / factor)) * factor) and np.abs(quarter).max() <= 7 for factor in range(1, 19))
+    gain = energy(rows[:, 600:], lattice.nearest(steps) - steps) / energy(rows[:, 600:], rounded - steps)
+    assert 10 * np.log10(gain) > 5, "second order is what makes 4 bits usable"
 
 
 def weights_of(graph: Graph) -> list[bytes]:
