@@ -147,10 +147,14 @@ def _place(job: _Job, residents: Mapping[str, int]) -> _Attempt:
 
 def _lower_layers(job: _Job, attempt: _Attempt, residents: Mapping[str, int]) -> list[str]:
     """Lower each layer; stop at one that has no room and return the resident buffers that are in its way."""
-    for index, group in enumerate(job.groups):
+    held_at: list[list[Buffer]] = [[] for _ in job.groups]
+    for buffer in job.buffers:
+        if buffer.name in residents:
+            for index in range(buffer.first, buffer.last + 1):
+                held_at[index].append(buffer)
+    for index, (group, held) in enumerate(zip(job.groups, held_at, strict=True)):
         if job.progress is not None:
             job.progress("lower", index, len(job.groups))
-        held = [b for b in job.buffers if b.name in residents and b.first <= index <= b.last]
         reserved = max((-(-(residents[b.name] + b.bytes) // ALIGNMENT) * ALIGNMENT for b in held), default=0)
         emitter = Emitter(job.graph, job.target, attempt.placement, attempt.pool, attempt.constants_address, reserved, from_top=index % 2 == 1)
         try:

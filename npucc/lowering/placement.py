@@ -7,9 +7,9 @@ What remains is computed or copied into a buffer of its own, channels last for i
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 from npucc.graph import Graph, Node
 from npucc.lowering.views import View
@@ -146,18 +146,23 @@ def concat_windows(graph: Graph, node: Node, views: Mapping[str, View]) -> list[
     return _view_of_concat(graph, node, views[node.outputs[0]])
 
 
+STRETCH = 16  # layers; only buffers that live in a common stretch of layers are compared
+
+
 def allocate(buffers: Iterable[Buffer], capacity: int | None = None) -> tuple[dict[str, int], int]:
     """First-fit addresses in the given order: no two buffers that live at once overlap. Returns the addresses and the bytes used.
 
     With a capacity, buffers that do not fit are left out.
     """
-    placed: list[tuple[int, int, Buffer]] = []  # (low, high, buffer), ascending
+    placed: dict[int, dict[str, tuple[int, int, Buffer]]] = {}  # by stretch of layers: (low, high, buffer) of those that live in it
     addresses: dict[str, int] = {}
     used = 0
     for buffer in buffers:
         size = -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
         low = 0
-        for start, end, other in placed:
+        stretches = range(buffer.first // STRETCH, buffer.last // STRETCH + 1)
+        nearby = {name: place for stretch in stretches for name, place in placed.get(stretch, {}).items()}
+        for start, end, other in sorted(nearby.values(), key=itemgetter(0)):
             if other.last < buffer.first or buffer.last < other.first:
                 continue
             if low + size <= start:
@@ -166,7 +171,8 @@ def allocate(buffers: Iterable[Buffer], capacity: int | None = None) -> tuple[di
         if capacity is not None and low + size > capacity:
             continue
         addresses[buffer.name] = low
-        insort(placed, (low, low + size, buffer), key=lambda item: item[0])
+        for stretch in stretches:
+            placed.setdefault(stretch, {})[buffer.name] = (low, low + size, buffer)
         used = max(used, low + size)
     return addresses, used
 

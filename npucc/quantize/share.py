@@ -18,22 +18,27 @@ from npucc.quantize.ranges import Range
 
 @dataclass(slots=True)
 class Groups:
-    """Disjoint sets of tensors; `root` names a tensor's set."""
+    """Disjoint sets of tensors; `root` names a tensor's set. `sets`: the members of each, by root."""
 
     parents: dict[str, str] = field(default_factory=dict)
+    sets: dict[str, list[str]] = field(default_factory=dict)
 
     def root(self, tensor: str) -> str:
-        while (parent := self.parents.setdefault(tensor, tensor)) != tensor:
+        if tensor not in self.parents:
+            self.parents[tensor], self.sets[tensor] = tensor, [tensor]
+        while (parent := self.parents[tensor]) != tensor:
             self.parents[tensor] = tensor = self.parents[parent]
         return tensor
 
     def join(self, first: str, second: str) -> None:
         """The first's root becomes the root of both."""
-        self.parents[self.root(second)] = self.root(first)
+        kept, gone = self.root(first), self.root(second)
+        if kept != gone:
+            self.parents[gone] = kept
+            self.sets[kept] += self.sets.pop(gone)
 
     def members(self, tensor: str) -> list[str]:
-        root = self.root(tensor)
-        return [name for name in list(self.parents) if self.root(name) == root]
+        return list(self.sets[self.root(tensor)])
 
 
 def moved_inputs(node: Node) -> tuple[str, ...]:
