@@ -100,13 +100,14 @@ class Package:
         program: Program, constants: bytes, *, graph: Graph, synthetic: bool, refused: Iterable[Refused] = (), pruned: PruneReport | None = None
     ) -> Package:
         """The package of a finished compilation."""
-        from npucc import segments, serialize
+        from npucc import operations, segments, serialize
 
-        text, blob = serialize.to_bytes(graph)
         models = [segments.attributes_of(node) for node in segments.host_nodes(graph)]
+        text, blob = serialize.to_bytes(segments.with_models(graph, [b""] * len(models)))  # a model is a member of its own
         members = {segments.MEMBER.format(number): each.model for number, each in enumerate(models)}
         manifest = {
             "host": [[name, operator, number, reason] for number, each in enumerate(models) for name, operator, reason in each.nodes],
+            "operations": operations.count(graph).as_dict(),
             "tool": f"npucc {_own_version()}",
             "calibration": SYNTHETIC if synthetic else FROM_DATA,
             "refused": [[each.stage, each.reason] for each in refused],
@@ -166,6 +167,12 @@ class Package:
         return tuple(HostNode(str(row[0]), str(row[1]), row[2], str(row[3])) for row in rows if isinstance(row[2], int))
 
     @property
+    def operations(self) -> dict[str, Any] | None:
+        """The work on the NPU and on the host (see npucc.operations.Split); None when the package does not say."""
+        found = self.contents.manifest.get("operations")
+        return found if isinstance(found, dict) else None
+
+    @property
     def onnx_nodes(self) -> int:
         """How many ONNX nodes the program does the work of, on the NPU and on the host; those that cost nothing are not counted."""
         return len({name for layer in self.program.layers for name in layer.nodes})
@@ -178,7 +185,7 @@ class Package:
     @cached_property
     def graph(self) -> Graph:
         """The integer graph. Raises CompileError when the package has none, PackageError when it is damaged."""
-        from npucc import serialize
+        from npucc import segments, serialize
 
         try:
             text, blob = (self.contents.members[name] for name in (serialize.JSON_NAME, serialize.BIN_NAME))
@@ -186,7 +193,10 @@ class Package:
             raise CompileError(
                 "the package has a program but no graph", file=self.file, hint="packages made by `npucc asm` have none; compile the ONNX model"
             ) from None
-        return serialize.from_bytes(text, blob, file=self.file)
+        graph, models = serialize.from_bytes(text, blob, file=self.file), self._segments()
+        if len(models) != len(segments.host_nodes(graph)):
+            raise isa.PackageError(f"the graph has {len(segments.host_nodes(graph))} host segments, the package {len(models)}", file=self.file)
+        return segments.with_models(graph, models)
 
     @cached_property
     def machine(self) -> Machine:
@@ -199,9 +209,14 @@ class Package:
         """onnxruntime with the package's host segments; None when it has none."""
         from npucc import segments
 
+        return segments.Engine(self._segments()) if self._segments() else None
+
+    def _segments(self) -> tuple[bytes, ...]:
+        """The models of the host segments, by number."""
+        from npucc import segments
+
         names = itertools.takewhile(self.contents.members.__contains__, map(segments.MEMBER.format, itertools.count()))
-        models = tuple(self.contents.members[name] for name in names)
-        return segments.Engine(models) if models else None
+        return tuple(self.contents.members[name] for name in names)
 
     @cached_property
     def report(self) -> Report:

@@ -7,7 +7,7 @@ in order, and everything else about it (element types, sessions) is derived from
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -50,6 +50,13 @@ def attributes_of(node: Node) -> Host:
     """The segment of a host node."""
     assert isinstance(node.attributes, Host)
     return node.attributes
+
+
+def with_models(graph: Graph, models: Sequence[bytes]) -> Graph:
+    """The graph with these models in its segments, in order. Raises ValueError when their number differs."""
+    given = {node.name: replace(attributes_of(node), model=model) for node, model in zip(host_nodes(graph), models, strict=True)}
+    nodes = {name: replace(node, attributes=given[name]) if name in given else node for name, node in graph.nodes.items()}
+    return replace(graph, nodes=nodes)
 
 
 @lru_cache(maxsize=256)

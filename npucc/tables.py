@@ -88,6 +88,14 @@ def host(nodes: Sequence[HostNode], *, onnx_nodes: int, cycles: int, total: int)
     return grid(title, ("node", "operator", "segment", "why"), rows, left=4)
 
 
+def work(operations: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The row that says how much of the work the host does; none where it does nothing."""
+    if operations is None or not any(operations["host"].values()):
+        return []
+    macs, elements = operations["host_mac_share"], operations["host_element_share"]
+    return [("on the host", f"{macs:.1%} of the MACs, {elements:.1%} of all other operations, counted in elements")]
+
+
 def _shares(components: Mapping[str, float]) -> str:
     total = sum(components.values()) or 1.0
     return ", ".join(f"{name} {value / total:.0%}" for name, value in components.items())

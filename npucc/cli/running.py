@@ -145,6 +145,7 @@ def _report(package: Package, result: Result, *, count: int, synthetic: bool, js
                 "samples": count,
                 "input": "synthetic" if synthetic else "data",
                 "calibration": package.calibration,
+                "operations": package.operations,
                 **report,
             }
         )
@@ -157,6 +158,5 @@ def _report(package: Package, result: Result, *, count: int, synthetic: bool, js
         terminal.show(tables.counters(report), "")
     samples = f"{count} sample{'s' * (count != 1)}; figures are for one"
     target = package.program.target
-    terminal.show(
-        tables.facts([("target", f"{target.name} ({target.description})"), ("ran", samples), *tables.totals(report, clock_hz=target.clock_hz)])
-    )
+    rows = [("target", f"{target.name} ({target.description})"), ("ran", samples), *tables.totals(report, clock_hz=target.clock_hz)]
+    terminal.show(tables.facts([*rows, *tables.work(package.operations)]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,7 +26,7 @@ from npucc.lowering.rows import lower_layer_norm, lower_softmax
 from npucc.lowering.synchronize import synchronize
 from npucc.lowering.views import View
 from npucc.lowering.window import lower_pool, lower_resize_linear
-from npucc.ops import OPS
+from npucc.operations import node_macs
 from runtime.timing import simulate
 
 Progress = Callable[[str, int, int], None]
@@ -246,19 +245,6 @@ def _layers(graph: Graph, groups: Sequence[Group], bodies: Sequence[Sequence[Ins
         op = "+".join(node.op for node in group.nodes)
         layers.append(Layer(unique, op, group.sources, sum(node_macs(graph, node) for node in group.nodes), roll(part)))
     return tuple(layers)
-
-
-def node_macs(graph: Graph, node: Node) -> int:
-    """Multiply-accumulates that the float model's node asks for."""
-    if not OPS[node.op].matrix:
-        return 0
-    result = graph.tensors[node.outputs[0]].shape
-    weights = graph.tensors[node.inputs[1]].shape
-    if isinstance(node.attributes, ops.Conv):
-        return math.prod(result) * math.prod(weights[1:])
-    if isinstance(node.attributes, ops.ConvTranspose):
-        return math.prod(graph.tensors[node.inputs[0]].shape) * math.prod(weights[1:])
-    return math.prod(result) * graph.tensors[node.inputs[0]].shape[-1]
 
 
 def record(graph: Graph, placement: Placement, name: str, layer: str = "") -> TensorRecord:

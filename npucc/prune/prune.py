@@ -16,7 +16,7 @@ import numpy as np
 from isa.target import Target
 from npucc.errors import PruneError
 from npucc.graph import Editor, Graph, Node
-from npucc.lowering.lower import node_macs
+from npucc.operations import node_macs
 from npucc.ops import OPS
 from npucc.prune.channels import Curve, Family, Statistics, draw_curves, find_families
 from npucc.prune.measure import OutputMeter

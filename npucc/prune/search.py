@@ -16,7 +16,7 @@ import numpy as np
 
 from isa.target import Target
 from npucc.graph import Graph
-from npucc.lowering.lower import node_macs
+from npucc.operations import node_macs
 from npucc.prune.channels import Curve, Statistics, choose, cut
 from npucc.prune.measure import OutputMeter
 from npucc.prune.moments import Stream, dense_moments, with_constants

@@ -28,7 +28,7 @@ from npucc.export import to_onnx
 from npucc.feeds import Port, Sample, open_dataset
 from npucc.graph import Graph
 from npucc.lowering import lower
-from npucc.lowering.lower import node_macs
+from npucc.operations import node_macs
 from npucc.prune import PruneOptions, prune
 from npucc.quantize import quantize
 from runtime.timing import simulate

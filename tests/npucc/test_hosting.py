@@ -145,6 +145,28 @@ def test_segments_are_few_and_the_reasons_are_kept(tmp_path: Path) -> None:
     assert sorted(name for name in loaded.contents.members if name.startswith("host/")) == ["host/0.onnx", "host/1.onnx"]
     np.testing.assert_array_equal(loaded.run(sample(proto)).outputs["i"], package.run(sample(proto)).outputs["i"])
     assert loaded.host_cycles >= 2 * loaded.program.target.host_latency
+    assert loaded.graph.text() == package.graph.text()
+
+
+def test_a_segment_is_stored_once() -> None:
+    """A look-up in a table of a megabyte that only the host knows how to read."""
+    table = onnx.numpy_helper.from_array(np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32), "table")
+    nodes = [h.make_node("Det", ["x"], ["d"], "det"), h.make_node("Mul", ["d", "table"], ["m"], "mul"), h.make_node("Det", ["m"], ["y"], "last")]
+    proto = model(nodes, {"y": (T.FLOAT, [])}, [4, 4], table)
+    package = npucc.compile(proto, calibration=[sample(proto)], quant="none")
+    assert sum(len(member) for member in package.contents.members.values()) < 1.1 * 4 * 512 * 512
+    assert segments.attributes_of(segments.host_nodes(package.graph)[0]).model == package.contents.members["host/0.onnx"]
+
+
+def test_work_is_counted_by_shapes_wherever_it_runs() -> None:
+    package = npucc.compile(sandwich(), calibration=[sample(sandwich())])
+    whole = npucc.compile(sandwich(), calibration=[sample(sandwich())], quant="none")
+    assert package.operations is not None
+    assert whole.operations is not None
+    assert package.operations["npu"]["macs"] == whole.operations["host"]["macs"] == 8 * 8 * 8 * 27
+    assert whole.operations["npu"] == {"macs": 0, "elements": 0}
+    assert (package.operations["host_mac_share"], whole.operations["host_mac_share"], whole.operations["host_element_share"]) == (0, 1, 1)
+    assert package.operations["host"]["elements"] >= 8
 
 
 def test_tensors_that_only_the_host_touches_keep_their_values() -> None:
