@@ -109,6 +109,7 @@ def ops(
             operators.MATRIX: f"{chip.macs_per_cycle} MACs per cycle",
             operators.VECTOR: f"{chip.vec_lanes} elements per cycle",
             operators.MOVES: f"{chip.dram_bytes_per_cycle:g} bytes per cycle",
+            operators.FOLDED: "",
             operators.HOST: f"{chip.host_latency} cycles per segment",
         }
         rows = [(name, meaning, engine, rates[engine]) for name, meaning, engine in graph]
