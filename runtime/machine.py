@@ -181,7 +181,12 @@ class Machine:
         """What the run before cost: on a target that skips zero inputs more than `report` knows."""
         if self._meter is None:
             return self.report
-        return make_report(self.program, simulate(self.program, self.constants, self._meter.seen), seen=True)
+        return make_report(self.program, self.ran, seen=True)
+
+    @property
+    def ran(self) -> Timeline:
+        """When each instruction ran in the last run."""
+        return self.timeline if self._meter is None else simulate(self.program, self.constants, self._meter.seen)
 
     @cached_property
     def report(self) -> Report:

@@ -83,7 +83,7 @@ def run(  # noqa: PLR0913  one per option
     if output is not None:
         write_arrays(output, outputs)
     if trace is not None:
-        write_bytes(trace, json_text(loaded.machine.timeline.chrome_trace(), indent=None).encode())
+        write_bytes(trace, json_text(loaded.machine.ran.chrome_trace(), indent=None).encode())
     if dump_tensors is not None:
         write_tensors(loaded, first, dump_tensors)
     _report(loaded, first, count=count, synthetic=input is None, json=json, top=None if all_layers else top, counters=counters)

@@ -181,6 +181,7 @@ def _solve_block(fixed: Array, lattice: Lattice, gram: Array, error: Array, slop
         best = old[:, column] - own[:, column] / gram[:, column, column, None]
         best = np.clip(best, -REACH * unit * step, REACH * unit * step)
         code = np.clip(np.rint((fixed[:, column] + best) / (unit * step)), -lattice.limit, lattice.limit)
+        code[fixed[:, column] == 0] = 0  # pruned weights stay pruned
         change[:, column] = code * step * unit - fixed[:, column] - old[:, column]
         own[:, column:] += gram[:, column:, column, None] * change[:, column, None, :]
     old += change

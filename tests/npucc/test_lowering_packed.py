@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import npucc
 from isa.check import check
@@ -91,3 +92,25 @@ def test_structure_is_found_and_changes_no_byte(demo_package: npucc.Package, kin
 
 def test_a_dense_network_is_stored_as_it_is(demo_package: npucc.Package) -> None:
     assert not packed_tiles(demo_package.program, "ld")
+
+
+def test_zeros_of_an_imported_model_are_found_and_used() -> None:
+    """Two convolutions that come 2:4 pruned: the quantizer leaves the zeros alone, the target skips them."""
+    random = np.random.default_rng(11)
+    constants, nodes, source = [], [], "x"
+    for index in range(2):
+        weights = random.normal(size=(36, 4, 16))
+        np.put_along_axis(weights, np.argsort(np.abs(weights), axis=1)[:, :2], 0, axis=1)
+        laid = weights.reshape(3, 3, 16, 16).transpose(3, 2, 0, 1).astype(np.float32)
+        constants.append(numpy_helper.from_array(np.ascontiguousarray(laid), f"w{index}"))
+        nodes.append(helper.make_node("Conv", [source, f"w{index}"], [f"c{index}"], pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"r{index}"]))
+        source = f"r{index}"
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, 12, 12]) for name in ("x", source)]
+    model = helper.make_model(helper.make_graph(nodes, "pruned", ports[:1], ports[1:], constants), opset_imports=[helper.make_opsetid("", 17)])
+    feeds = [{"x": random.normal(size=(1, 16, 12, 12)).astype(np.float32)} for _ in range(16)]
+    package, dense = (npucc.compile(model, target, calibration=feeds) for target in ("sparse-2to4", "edge"))
+    assert {tile.packing.text() for tile in packed_tiles(package.program, "conv") if tile.packing} == {"nm,2,4"}
+    assert package.report.matrix_cycles < 0.7 * dense.report.matrix_cycles
+    assert package.report.skipped_macs == package.report.macs
+    np.testing.assert_array_equal(package.run(feeds[0]).raw[source], dense.run(feeds[0]).raw[source])

@@ -139,6 +139,7 @@ def test_a_run_costs_what_its_zeros_say() -> None:
     cycles, macs = lanes(product, sparse.program.target, weights, inputs)
     assert (run.report.matrix_cycles, run.report.macs) == (cycles, macs)
     assert (machine.report.at_most, run.report.at_most) == (True, False)
+    assert machine.ran.total_cycles == run.cycles
     assert run.cycles < machine.report.cycles < Machine(plain(sparse)).report.cycles
     assert machine.run({"x": np.zeros_like(x)}).report.macs == 0
     assert machine.run({"x": x}, order="random", seed=2).report == run.report
