@@ -26,6 +26,7 @@ Measure = Callable[[Graph], float]
 Progress = Callable[[str, int, int], None]
 
 STEPS = 16  # amounts considered per family, at most
+ASIDE = 0.25  # what a saving counts that was not asked for: cycles where the budget is multiply-accumulates, and the other way round
 EVEN = 4  # where no amount saves cycles by itself: shares to go on by
 MEASURED = 6  # of them, the error of the others lies between
 DEEPEST = 0.25  # of a family's channels always stay
@@ -244,11 +245,13 @@ def cut(statistics: Statistics, removed: Array, *, repair: bool) -> Graph:
     return shrink(statistics.graph, statistics.slots, removed, values=mend(statistics, removed) if repair else None)
 
 
-def choose(curves: Sequence[Curve], prices: PriceList, enough: Callable[[Price], bool]) -> Array:
+def choose(curves: Sequence[Curve], prices: PriceList, enough: Callable[[Price], bool], *, by_cycles: bool = False) -> Array:
     """bool[labels]: remove, step by step, where the outputs' error grows least for what it saves, until it is `enough` or nothing is left.
 
-    A step may skip levels that save nothing by themselves (a half-used array column). Saving counts cycles and MACs alike, as shares.
+    A step may skip levels that save nothing by themselves (a half-used array column). `by_cycles`: what counts is cycles, and multiply-accumulates
+    a little; else the other way round.
     """
+    of_macs, of_cycles = (ASIDE, 1.0) if by_cycles else (1.0, ASIDE)
     removed = np.zeros(prices.slots.count, bool)
     levels = [0] * len(curves)
     touched = [prices.touched(curve.family.labels) for curve in curves]
@@ -264,7 +267,7 @@ def choose(curves: Sequence[Curve], prices: PriceList, enough: Callable[[Price],
             before = prices.part(touched[index], removed)
             for level in range(levels[index] + 1, len(curve.counts) + 1):
                 after = prices.part(touched[index], _with(removed, curve.labels(level)))
-                saved = (before.macs - after.macs) / whole.macs + (before.cycles - after.cycles) / whole.cycles
+                saved = of_macs * (before.macs - after.macs) / whole.macs + of_cycles * (before.cycles - after.cycles) / whole.cycles
                 grown = curve.error(level) - curve.error(levels[index])
                 if saved > 0 and (best is None or grown / saved < best[0]):
                     best = (grown / saved, index, level)

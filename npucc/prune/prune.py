@@ -6,6 +6,7 @@ graph and returns one; nothing is trained, no label is read.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -90,6 +91,7 @@ def _families(dense: Graph, statistics: Statistics, options: PruneOptions) -> tu
 
 def _with_own_constants(graph: Graph) -> Graph:
     """Every layer with weights has a bias, and shares weights and bias with others only if it shares both."""
+    graph = _with_equal_weights_once(graph)
     editor = Editor(graph)
     biases: dict[str, str] = {}  # of weights that several layers share
     for node in graph:
@@ -104,6 +106,19 @@ def _with_own_constants(graph: Graph) -> Graph:
             weights = weights if editor.is_read_once(weights) else _copy(editor, weights)
             bias = _own_bias(editor, graph, node, bias, is_shared=False)
         editor.add_node(replace(node, inputs=(node.inputs[0], weights, bias)))
+    return editor.freeze()
+
+
+def _with_equal_weights_once(graph: Graph) -> Graph:
+    """Constants that matrix operators read, equal ones under one name: a recurrent layer repeats them step by step."""
+    editor, names = Editor(graph), dict[tuple[tuple[int, ...], str, bytes], str]()
+    for node in graph:
+        if OPS[node.op].matrix:
+            found = {name: data for name in node.inputs[1:] if name and (data := graph.tensors[name].data) is not None}
+            same = {
+                name: names.setdefault((data.shape, str(data.dtype), hashlib.sha256(data.tobytes()).digest()), name) for name, data in found.items()
+            }
+            editor.add_node(replace(node, inputs=tuple(same.get(name, name) for name in node.inputs)))
     return editor.freeze()
 
 

@@ -31,6 +31,7 @@ Progress = Callable[[str, int, int], None]
 Feeds = Sequence[Mapping[str, Array]]
 
 STEPS = 5
+CLOSE = 0.01  # of all cycles: no need to meet a budget better
 FEWEST_HALVED = 4  # samples below which there are no halves to judge each other
 
 
@@ -92,14 +93,8 @@ def search(job: Job) -> Found:
 def _search_cycles(job: Job, wanted: float) -> Found:
     """Choose by estimated cycles, compile, correct the estimate; then step back while the drop is too large."""
     whole = compiled_cycles(job.dense, job.feeds, job.target)
-    share, stopped = wanted, "cycles"
-    for _ in range(STEPS):
-        reached = compiled_cycles(cut(job.statistics, _by_cycles(job, share), repair=False), job.feeds, job.target) / whole
-        if reached <= wanted:
-            break
-        share *= wanted / reached
-    else:
-        stopped = "every family is as small as allowed"
+    share, reached = _estimated_share(job, wanted, whole)
+    stopped = "cycles" if reached else "every family is as small as allowed"
     amount, disagreement = Amount(_by_cycles(job, share), {}), None
     if job.options.drop is not None:
         judge = Judge(job)
@@ -110,6 +105,21 @@ def _search_cycles(job: Job, wanted: float) -> Found:
             stopped = "drop"
     attempt = try_out(job, replace(amount, patterns=None))
     return Found(attempt, stopped, (whole, compiled_cycles(attempt.graph, job.feeds, job.target)), disagreement)
+
+
+def _estimated_share(job: Job, wanted: float, whole: float) -> tuple[float, bool]:
+    """(the largest share of the estimated cycles whose program takes no more than wanted, whether there is one)."""
+    share, enough, too_much = wanted, 0.0, 1.0
+    for _ in range(2 * STEPS):
+        reached = compiled_cycles(cut(job.statistics, _by_cycles(job, share), repair=False), job.feeds, job.target) / whole
+        if reached <= wanted:
+            enough = share
+        else:
+            too_much = share
+        if too_much - enough < CLOSE:
+            break
+        share = (enough + too_much) / 2 if enough else share * wanted / reached
+    return enough or share, enough > 0
 
 
 def _search_layers(job: Job, drop: float) -> Found:
@@ -134,7 +144,7 @@ def _by_cycles(job: Job, share: float) -> Array:
     def enough(price: Price) -> bool:
         return price.cycles <= share * whole
 
-    return choose(job.curves, job.prices, enough)
+    return choose(job.curves, job.prices, enough, by_cycles=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,11 +54,19 @@ def _refuse_needed(graph: Graph, slots: Slots, node: Node, zeros: dict[str, Arra
     first, second = _summed_axes(graph, node)
     if first is None:
         return
-    here, there = slots.labels[a, first], slots.labels[b, second]
+    here, silent = slots.labels[a, first], _silent(graph, slots, zeros, b, second)
     if node.op != "matmul":  # a grouped convolution's weights are seen by several inputs each
-        there = np.resize(there, len(here))
-    needed = ~zeros[a][here] & ~zeros[b][there]
+        silent = np.resize(silent, len(here))
+    needed = ~zeros[a][here] & ~silent
     free[here[needed]] = False
+
+
+def _silent(graph: Graph, slots: Slots, zeros: dict[str, Array], name: str, axis: int) -> Array:
+    """bool per index of a dimension: whether all values there are zero; of another dimension with the same label they need not be."""
+    data = graph.tensors[name].data
+    if data is None:
+        return np.asarray(zeros[name][slots.labels[name, axis]])
+    return np.asarray(~(data != 0).any(axis=tuple(i for i in range(data.ndim) if i != axis)))
 
 
 def _summed_axes(graph: Graph, node: Node) -> tuple[int | None, int]:

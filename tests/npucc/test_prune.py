@@ -14,6 +14,7 @@ from npucc.compiler import float_graph
 from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
 from npucc.prune import PruneOptions, prune
+from npucc.prune.channels import find_families
 from npucc.prune.measure import OutputMeter
 from npucc.prune.patterns import BlockPattern, NeighbourPattern
 from npucc.prune.shrink import shrink
@@ -23,6 +24,7 @@ from npucc.prune.zeros import remove_zero_channels
 from npucc.quantize.calibrate import tensor_runner
 from npucc.sites import find_sites
 from tests.npucc.float_graphs import FloatNet
+from tests.npucc.onnx_models import model, node
 
 Array = np.ndarray
 EDGE, TINY = load_target("edge"), load_target("tiny")
@@ -152,6 +154,84 @@ def test_what_is_tied() -> None:
     assert not set(labels["inner", 1]) & set(labels["stem", 1])
     for name in ("x", "logits"):
         assert all((labels[name, axis] == FIXED).all() for axis in range(len(graph.tensors[name].shape)))
+
+
+def attention() -> tuple[FloatNet, Graph]:
+    """Self-attention of four heads, each of two values wide, on six tokens, and two layers behind."""
+    n = FloatNet(5)
+    n.input("x", 1, 6, 8)
+    for part in "qkv":
+        n.op("matmul", ["x", n.weights(f"w_{part}", 8, 8), n.bias(f"b_{part}", 8)], part)
+        n.op("reshape", [part], f"{part}_split", ops.Reshape((1, 6, 4, 2)))
+        n.op("transpose", [f"{part}_split"], f"{part}_heads", ops.Transpose((0, 2, 3, 1) if part == "k" else (0, 2, 1, 3)))
+    n.op("matmul", ["q_heads", "k_heads"], "scores")
+    n.op("softmax", ["scores"], "shares", ops.Softmax(3))
+    n.op("matmul", ["shares", "v_heads"], "mixed")
+    n.op("transpose", ["mixed"], "tokens", ops.Transpose((0, 2, 1, 3)))
+    n.op("reshape", ["tokens"], "joined", ops.Reshape((1, 6, 8)))
+    n.op("matmul", ["joined", n.weights("w_out", 8, 8), n.bias("b_out", 8)], "out")
+    n.op("add", ["x", "out"], "sum")
+    n.op("matmul", ["sum", n.weights("w_up", 8, 16), n.bias("b_up", 16)], "up", ops.MatMul((0.0, float("inf"))))
+    n.op("matmul", ["up", n.weights("w_down", 16, 8)], "down")
+    return n, n.graph("down")
+
+
+def test_a_head_that_nobody_listens_to_goes() -> None:
+    n, graph = attention()
+    for name, rows in (("w_out", [4, 5]), ("w_down", [3])):
+        data = graph.tensors[name].data
+        assert data is not None
+        data[rows] = 0
+    smaller, removed = remove_zero_channels(graph)
+    assert removed == 2  # the third head, the fourth hidden unit
+    shapes = {name: tensor.shape for name, tensor in smaller.tensors.items()}
+    assert [shapes[name] for name in ("w_q", "w_k", "w_v", "w_out")] == [(8, 6), (8, 6), (8, 6), (6, 8)]
+    assert [shapes[name] for name in ("scores", "mixed", "joined", "w_up", "x", "down")] == [
+        (1, 3, 6, 6), (1, 3, 6, 2), (1, 6, 6), (8, 15), (1, 6, 8), (1, 6, 8),
+    ]  # fmt: skip
+    feed = {"x": n.random.normal(size=(1, 6, 8)).astype(np.float32)}
+    np.testing.assert_allclose(run(smaller, feed)[0], run(graph, feed)[0], rtol=0, atol=1e-6)  # sums of fewer terms are rounded elsewhere
+
+
+def test_heads_and_hidden_units_are_families() -> None:
+    n, graph = attention()
+    families = find_families(graph, find_slots(graph), PruneOptions.parse("channels=30%"))
+    assert [(len(family.labels), family.readers) for family in families] == [(4, ("out_node",)), (16, ("down_node",))]
+    feeds = [{"x": n.random.normal(size=(1, 6, 8)).astype(np.float32)} for _ in range(12)]
+    report = prune(graph, feeds, target=TINY, options=PruneOptions.parse("channels=30%")).report
+    assert report.stopped == "channels"
+
+
+def recurrent(*, silent: int | None = None) -> Graph:
+    """An LSTM of eight units over five steps, and a layer behind; nobody listens to the unit `silent`."""
+    random = np.random.default_rng(3)
+    shapes = {"w": (1, 32, 3), "r": (1, 32, 8), "b": (1, 64), "m": (8, 4)}
+    values = {name: random.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    if silent is not None:
+        values["r"][:, :, silent] = 0
+        values["m"][silent] = 0
+    nodes = [node("LSTM", "x w r b", "y", name="cell", hidden_size=8), node("MatMul", "y m", "out", name="dense")]
+    return float_graph(model(nodes, {"x": (5, 2, 3)}, ["out"], values), {})
+
+
+def test_a_recurrent_unit_goes_in_every_step() -> None:
+    graph = recurrent(silent=6)
+    smaller, removed = remove_zero_channels(graph)
+    assert removed == 1
+    shapes = {tensor.shape for tensor in smaller.tensors.values() if tensor.is_constant}
+    assert {(3, 28), (7, 28), (7, 4)} <= shapes
+    feed = {"x": np.random.default_rng(4).normal(size=(5, 2, 3)).astype(np.float32)}
+    np.testing.assert_allclose(run(smaller, feed)[0], run(graph, feed)[0], rtol=0, atol=1e-6)
+
+
+def test_steps_of_a_recurrent_layer_keep_their_weights_in_common() -> None:
+    random = np.random.default_rng(4)
+    feeds = [{"x": random.normal(size=(5, 2, 3)).astype(np.float32)} for _ in range(12)]
+    graph = prune(recurrent(), feeds, target=TINY, options=PruneOptions.parse("channels=25%,2:4")).graph
+    recurrences = {each.inputs[1] for each in graph if each.op == "matmul" and graph.tensors[each.inputs[1]].shape[0] < 8 and "cell" in each.name}
+    units = graph.tensors[next(each.inputs[0] for each in graph if each.name.startswith("dense"))].shape[-1]
+    assert units < 8
+    assert len({name for name in recurrences if graph.tensors[name].shape == (units, 4 * units)}) == 1
 
 
 def test_elimination_prefers_what_the_rest_can_say() -> None:
