@@ -13,6 +13,7 @@ import numpy as np
 
 from isa.target import Target
 from npucc.sites import Site
+from runtime.packing import array_block
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -70,7 +71,8 @@ class BlockPattern:
 
     def on(self, target: Target) -> BlockPattern:
         """The pattern with the target's sizes filled in."""
-        return self if self.rows else replace(self, rows=array_block(target)[0], columns=array_block(target)[1])
+        rows, columns = array_block(target)
+        return self if self.rows else replace(self, rows=rows, columns=columns)
 
     def fits(self, site: Site) -> bool:
         """Whether there is more than one block."""
@@ -86,13 +88,6 @@ class BlockPattern:
 
 
 Pattern = NeighbourPattern | BlockPattern
-
-
-def array_block(target: Target) -> tuple[int, int]:
-    """(rows, columns): the weights that the target's array holds or reads at once, as part of a matrix K × N."""
-    if target.family == "mac":
-        return target.depth, target.cols
-    return (1 if target.dataflow == "os" else target.rows), (1 if target.dataflow == "is" else target.cols)
 
 
 def block_sums(values: Array, rows: int, columns: int) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,15 +95,22 @@ def _search_cycles(job: Job, wanted: float) -> Found:
     whole = compiled_cycles(job.dense, job.feeds, job.target)
     share, reached = _estimated_share(job, wanted, whole)
     stopped = "cycles" if reached else "every family is as small as allowed"
-    amount, disagreement = Amount(_by_cycles(job, share), {}), None
-    if job.options.drop is not None:
-        judge = Judge(job)
-        disagreement = judge.disagreement(amount)
-        if disagreement > job.options.drop:
-            scale = 1 << STEPS
-            amount, disagreement = judge.largest(lambda n: Amount(_by_cycles(job, share ** (n / scale)), {}), scale, job.options.drop)
-            stopped = "drop"
-    attempt = try_out(job, replace(amount, patterns=None))
+    attempt = try_out(job, Amount(_by_cycles(job, share), None))
+    after = compiled_cycles(attempt.graph, job.feeds, job.target)
+    for _ in range(STEPS):  # repaired weights have other ranges, which may cost or save some requantizations
+        if after <= wanted * whole or not reached:
+            break
+        share *= (1 - CLOSE) * wanted * whole / after
+        attempt = try_out(job, Amount(_by_cycles(job, share), None))
+        after = compiled_cycles(attempt.graph, job.feeds, job.target)
+    if job.options.drop is None:
+        return Found(attempt, stopped, (whole, after))
+    judge, amount = Judge(job), Amount(attempt.removed, None)
+    disagreement = judge.disagreement(amount)
+    if disagreement > job.options.drop:
+        scale, least = 1 << STEPS, share
+        amount, disagreement = judge.largest(lambda n: Amount(_by_cycles(job, least ** (n / scale)), None), scale, job.options.drop)
+        stopped, attempt = "drop", try_out(job, amount)
     return Found(attempt, stopped, (whole, compiled_cycles(attempt.graph, job.feeds, job.target)), disagreement)
 
 
@@ -111,7 +118,7 @@ def _estimated_share(job: Job, wanted: float, whole: float) -> tuple[float, bool
     """(the largest share of the estimated cycles whose program takes no more than wanted, whether there is one)."""
     share, enough, too_much = wanted, 0.0, 1.0
     for _ in range(2 * STEPS):
-        reached = compiled_cycles(cut(job.statistics, _by_cycles(job, share), repair=False), job.feeds, job.target) / whole
+        reached = compiled_cycles(cut(job.statistics, _by_cycles(job, share), repair=job.options.repair), job.feeds, job.target) / whole
         if reached <= wanted:
             enough = share
         else:
