@@ -46,7 +46,14 @@ def compile_model(  # noqa: PLR0913  one per option
         list[str] | None, typer.Option("--shape", metavar="x=1,3,224,224", help="Bind an input's open sizes; repeat per input.", show_default=False)
     ] = None,
     prune: Annotated[
-        str | None, typer.Option("--prune", metavar="SPEC", help="Remove channels, weights: channels=30%, 2:4; `help` explains.", show_default=False)
+        str | None,
+        typer.Option(
+            "--prune",
+            metavar="SPEC",
+            help="Remove channels or weights: channels=30%, cycles=0.7,drop=0.5, 2:4, block=70%, unstructured=60%, "
+            "skip=LAYER, LAYER@2:4, …; `help` explains.",
+            show_default=False,
+        ),
     ] = None,
     quant: Annotated[
         str | None,
