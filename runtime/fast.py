@@ -7,6 +7,7 @@ unusual (16-bit operands, odd strides, scales that are not constants) is not don
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def bind_matmul(site: Site) -> Run | None:
     (m, k), left = a.shape, _left(site, *a.shape)
     site.scratch.holds(left, None)
     arguments = (address(a), *a.strides, m, k, address(left), left.strides[0])
-    return _multiply(site, lambda: compiled.unsigned_rows(*arguments), left, k, _product_weights(site, "b", k, b), y.reshape(1, *y.shape), "c")
+    return _multiply(site, _Call(compiled.unsigned_rows, *arguments), left, k, _product_weights(site, "b", k, b), y.reshape(1, *y.shape), "c")
 
 
 def _rows_of(*tiles: Array) -> bool:
@@ -74,10 +75,10 @@ def _gathering(site: Site, shape: Geometry, left: Array) -> Run:
     runs = (shape.kernel[1], 1) if joined else (1, shape.kernel[1])  # taps at once, and how often
     if shape.taps == 1 and shape.stride == (1, 1) and not shape.padded and left.shape[1] == channels and x.flags.c_contiguous:
         rows = (address(x), x.size, 1, 1, x.size, address(left), left.size)
-        return lambda: compiled.unsigned_rows(*rows)
+        return _Call(compiled.unsigned_rows, *rows)
     sizes = (*shape.outputs, shape.kernel[0], *shape.stride, *shape.dilation, *shape.pad[:2])
     arguments = (address(x), *x.strides[:2], height, width, channels, *sizes, zero, address(left), left.strides[0], *runs)
-    return lambda: compiled.windows(*arguments)
+    return _Call(compiled.windows, *arguments)
 
 
 class _Packed:
@@ -152,8 +153,8 @@ def _multiply(site: Site, fill_left: Run | None, left: Array, depth: int, right:
         place, row, target.strides[0], groups, rows, n,
     )  # fmt: skip
     row_sums = (address(left), left.strides[0], rows, depth, zero_right, place, row, n)
-    take_off = (lambda: compiled.subtract_row_sums(*row_sums)) if zero_right else None
-    steps = [fill_left, right.refresh, offset.refresh, lambda: compiled.product(*arguments), take_off, _adding(y, target)]
+    take_off = _Call(compiled.subtract_row_sums, *row_sums) if zero_right else None
+    steps = [fill_left, right.refresh, offset.refresh, _Call(compiled.product, *arguments), take_off, _adding(y, target)]
     return _sequence(steps, (left, right, offset, target, y))
 
 
@@ -166,16 +167,18 @@ def _adding(y: Array, target: Array) -> Run | None:
     return None if target is y else lambda: np.copyto(y, y + target)
 
 
-def _sequence(wanted: list[Any], kept: tuple[Any, ...]) -> Run:
+class _Call(partial[None]):
+    """A compiled function with its arguments: called without a Python frame in between."""
+
+    kept: tuple[Any, ...]
+
+
+def _sequence(wanted: list[Run | None], kept: tuple[Any, ...]) -> Run:
     """The steps (None: nothing to do) one after the other, holding on to the arrays whose addresses they know."""
     steps = [step for step in wanted if step is not None]
-    if len(steps) == 1:
-        only = steps[0]
-
-        def run_one(_: Any = kept) -> None:
-            only()
-
-        return run_one
+    if len(steps) == 1 and isinstance(steps[0], _Call):
+        steps[0].kept = kept
+        return steps[0]
 
     def run(_: Any = kept) -> None:
         for step in steps:
@@ -196,15 +199,15 @@ def bind_dwconv(site: Site) -> Run | None:
         bias = np.zeros(y.shape[2], np.int32) if bias is None else bias
         start = (address(bias), address(y), *y.strides[:2], *y.shape)
         arguments = (address(x), *x.strides[:2], *sizes, zero, address(w), *w.strides[:2], address(y), *y.strides[:2])
-        begin = None if site.attributes["accumulate"] else lambda: compiled.start_sums(*start)
-        return _sequence([begin, lambda: compiled.depthwise(*arguments)], (x, w, y, bias))
+        begin = None if site.attributes["accumulate"] else _Call(compiled.start_sums, *start)
+        return _sequence([begin, _Call(compiled.depthwise, *arguments)], (x, w, y, bias))
     weights, target, fill = _tap_weights(site), _target(site, y), np.full(compiled.LANES, zero, np.int8)
     offset = _Offset(site, weights, "b", zero_left=SHIFT)
     registers = shape.reach(0) * shape.outputs[1] * -(-shape.kernel[1] // compiled.TAPS)
     taps = site.scratch.take("taps", (registers, compiled.PANEL), np.uint8)
     places = (address(fill), address(taps), address(weights.packed), address(offset.values), address(target))
     by_products = (address(x), *x.strides[:2], *sizes, *places, *target.strides[:2])
-    steps = [weights.refresh, offset.refresh, lambda: compiled.depthwise_by_dot_products(*by_products), _adding(y, target)]
+    steps = [weights.refresh, offset.refresh, _Call(compiled.depthwise_by_dot_products, *by_products), _adding(y, target)]
     return _sequence(steps, (x, fill, taps, weights, offset, target, y))
 
 
@@ -223,7 +226,7 @@ def bind_requant(site: Site) -> Run | None:
     low, high = bounds("s8", tuple(site.attributes["clamp"]))
     limits = (float(site.attributes["zero"]), float(low), float(high))
     arguments = (address(a), *a.strides[:2], address(y), *y.strides[:2], *y.shape, address(scales), *limits)
-    return _sequence([lambda: compiled.requantize(*arguments)], (a, y, scales))
+    return _sequence([_Call(compiled.requantize, *arguments)], (a, y, scales))
 
 
 def _as_rows(tiles: list[Array]) -> list[Array] | None:
@@ -249,7 +252,7 @@ def bind_by_table(site: Site) -> Run | None:
     high = (address(operands[0]), *operands[0].strides) if len(operands) == 2 else (0, 0, 0, 0)
     table = np.ascontiguousarray(table)
     arguments = (address(table), *high, address(low), *low.strides, address(y), *y.strides[:2], *y.shape)
-    return _sequence([lambda: compiled.look_up(*arguments)], (table, operands, y))
+    return _sequence([_Call(compiled.look_up, *arguments)], (table, operands, y))
 
 
 def bind_resize(site: Site) -> Run | None:
