@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 LANES = 16  # int32 sums in a 512-bit register
 TAPS = 4  # products that one instruction adds to each of them
+REGISTER_BYTES = LANES * TAPS  # bytes, of the sums and of either side of the products
 ROWS = 6  # rows of the left matrix at a time: with 4 registers of columns, 24 sums, 4 weights, 1 broadcast of the 32 registers
 PANEL = 4 * LANES  # columns of the right matrix at a time
 #: what turns int8 into the unsigned byte of the same order, 128 larger
@@ -58,13 +59,12 @@ def _pointer_to(element: Any) -> Any:
 
 
 _bytes, _codes = _pointer_to(types.uint8), _pointer_to(types.int8)
-_sums, _reals, _words = _pointer_to(types.int32), _pointer_to(types.float32), _pointer_to(types.uint16)
+_sums, _reals = _pointer_to(types.int32), _pointer_to(types.float32)
 
 # ---- generated code: registers of sixteen sums --------------------------------------------------------------------------
 
 _NUMBER, _WIDE, _FLAG, _BYTE = (ir.IntType(bits) for bits in (32, 64, 1, 8))
 _REGISTER, _MASK, _QUARTER = (ir.VectorType(kind, LANES) for kind in (_NUMBER, _FLAG, _BYTE))
-_SIZE = LANES * 4  # bytes of a register
 
 
 class _Writer:
@@ -124,11 +124,11 @@ def _block(rows: int, vectors: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         x, x_row, w, depth, bias, y, y_row, columns = values
         write = _Writer(builder)
-        starts = [write.load(write.plus(bias, v * _SIZE), _REGISTER) for v in range(vectors)]
+        starts = [write.load(write.plus(bias, v * REGISTER_BYTES), _REGISTER) for v in range(vectors)]
         sums = [[write.start(start) for start in starts] for _ in range(rows)]
         with cgutils.for_range(builder, depth, intp=_WIDE) as loop:
-            step = write.plus(w, loop.index, vectors * _SIZE)
-            weights = [write.load(write.plus(step, v * _SIZE), _REGISTER) for v in range(vectors)]
+            step = write.plus(w, loop.index, vectors * REGISTER_BYTES)
+            weights = [write.load(write.plus(step, v * REGISTER_BYTES), _REGISTER) for v in range(vectors)]
             place = write.plus(x, loop.index, TAPS)
             for m, row in enumerate(sums):
                 four = write.broadcast(write.load(write.plus(place, x_row, m), _NUMBER))
@@ -137,7 +137,7 @@ def _block(rows: int, vectors: int) -> Any:
         for v in range(vectors):
             mask = write.lanes_below(columns, v * LANES)
             for m, row in enumerate(sums):
-                write.store(row[v], write.plus(write.plus(y, y_row, m), v * _SIZE), mask)
+                write.store(row[v], write.plus(write.plus(y, y_row, m), v * REGISTER_BYTES), mask)
         return context.get_dummy_value()
 
     @intrinsic
@@ -297,9 +297,9 @@ def _neighbours(columns: int) -> Any:
         start = write.load(bias, _REGISTER)
         sums = [write.start(start) for _ in range(columns)]
         with cgutils.for_range(builder, rows, intp=_WIDE) as down:
-            line, weights = builder.add(t, builder.mul(down.index, t_row)), write.plus(w, builder.mul(down.index, groups), _SIZE)
+            line, weights = builder.add(t, builder.mul(down.index, t_row)), write.plus(w, builder.mul(down.index, groups), REGISTER_BYTES)
             with cgutils.for_range(builder, groups, intp=_WIDE) as across:
-                place, weight = write.plus(line, across.index, _SIZE), write.load(write.plus(weights, across.index, _SIZE), _REGISTER)
+                place, weight = write.plus(line, across.index, REGISTER_BYTES), write.load(write.plus(weights, across.index, REGISTER_BYTES), _REGISTER)
                 for column, total in enumerate(sums):
                     write.dot(total, write.load(write.plus(place, t_column, column), _REGISTER), weight)
         mask = write.lanes_below(channels)
@@ -329,7 +329,7 @@ def depthwise_by_dot_products(
     `fill`: where 16 bytes of what lies around x stand; `taps`: room for [rows that the windows touch, w, groups of taps] registers.
     """
     groups, rows = (kernel_w + TAPS - 1) // TAPS, (h - 1) * stride_h + (kernel_h - 1) * dilation_h + 1
-    column_size = groups * LANES * TAPS
+    column_size = groups * REGISTER_BYTES
     row_size = w * column_size
     for start in range(0, channels, LANES):
         count = min(LANES, channels - start)
@@ -345,7 +345,7 @@ def depthwise_by_dot_products(
                         source + second * x_column if inside and 0 <= second < width else fill,
                         source + third * x_column if inside and 0 <= third < width else fill,
                         source + fourth * x_column if inside and 0 <= fourth < width else fill,
-                        count, taps + r * row_size + j * column_size + group * LANES * TAPS,
+                        count, taps + r * row_size + j * column_size + group * REGISTER_BYTES,
                     )  # fmt: skip
         packed = weights + start * kernel_h * groups * TAPS
         for i in range(h):

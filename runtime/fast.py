@@ -204,7 +204,7 @@ def bind_dwconv(site: Site) -> Run | None:
     weights, target, fill = _tap_weights(site), _target(site, y), np.full(compiled.LANES, zero, np.int8)
     offset = _Offset(site, weights, "b", zero_left=SHIFT)
     registers = shape.reach(0) * shape.outputs[1] * -(-shape.kernel[1] // compiled.TAPS)
-    taps = site.scratch.take("taps", (registers, compiled.PANEL), np.uint8)
+    taps = site.scratch.take("taps", (registers, compiled.REGISTER_BYTES), np.uint8)
     places = (address(fill), address(taps), address(weights.packed), address(offset.values), address(target))
     by_products = (address(x), *x.strides[:2], *sizes, *places, *target.strides[:2])
     steps = [weights.refresh, offset.refresh, _Call(compiled.depthwise_by_dot_products, *by_products), _adding(y, target)]
