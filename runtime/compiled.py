@@ -299,7 +299,8 @@ def _neighbours(columns: int) -> Any:
         with cgutils.for_range(builder, rows, intp=_WIDE) as down:
             line, weights = builder.add(t, builder.mul(down.index, t_row)), write.plus(w, builder.mul(down.index, groups), REGISTER_BYTES)
             with cgutils.for_range(builder, groups, intp=_WIDE) as across:
-                place, weight = write.plus(line, across.index, REGISTER_BYTES), write.load(write.plus(weights, across.index, REGISTER_BYTES), _REGISTER)
+                place = write.plus(line, across.index, REGISTER_BYTES)
+                weight = write.load(write.plus(weights, across.index, REGISTER_BYTES), _REGISTER)
                 for column, total in enumerate(sums):
                     write.dot(total, write.load(write.plus(place, t_column, column), _REGISTER), weight)
         mask = write.lanes_below(channels)
