@@ -157,7 +157,10 @@ def steps(
 
     report("check", 0, 1)
     check_program(lowered.program)
-    package = Package.create(lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused, pruned=pruned)
+    package = Package.create(
+        lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused, pruned=pruned,
+        quantized=quantized.report,
+    )  # fmt: skip
     yield Step("check", package)
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from npucc import reference
+from npucc.arithmetic import RANGES
 from npucc.errors import DataError
 from npucc.feeds import Sample
-from npucc.graph import Graph, Node
+from npucc.graph import Graph, Node, Quant
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Outputs = Mapping[str, Array]
@@ -45,7 +46,11 @@ class OutputError:
 @dataclass(frozen=True, slots=True)
 class LayerError:
     """One node: `accumulated_db` of its result in the integer network (None where that was not kept), `single_db` of the node alone on
-    quantized exact inputs."""
+    quantized exact inputs.
+
+    `dtype` and `covered`: how its result is stored and the reals that holds; `seen`: the exact result's least and largest; `saturated`:
+    the share of the exact result that lies outside what is covered.
+    """
 
     name: str
     op: str
@@ -53,9 +58,41 @@ class LayerError:
     tensor: str
     accumulated_db: float | None
     single_db: float
+    dtype: str = ""
+    covered: tuple[float, float] = (0.0, 0.0)
+    seen: tuple[float, float] = (0.0, 0.0)
+    saturated: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "nodes": list(self.nodes)}
+        return {**asdict(self), "nodes": list(self.nodes), "covered": list(self.covered), "seen": list(self.seen)}
+
+
+class RangeSum:
+    """The running figures behind `seen` and `saturated`: of exact values, against what a quantization covers."""
+
+    def __init__(self, quant: Quant) -> None:
+        low, high = RANGES[quant.dtype]
+        self.dtype = quant.dtype
+        self.covered = ((low - quant.zero) * float(quant.scale), (high - quant.zero) * float(quant.scale))
+        self.slack = float(quant.scale) / 2
+        self.low, self.high = np.inf, -np.inf
+        self.outside = self.count = 0
+
+    def add(self, exact: Array) -> None:
+        """One sample."""
+        values = exact[np.isfinite(exact)]
+        if values.size:
+            self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+            self.outside += int(np.count_nonzero((values < self.covered[0] - self.slack) | (values > self.covered[1] + self.slack)))
+            self.count += values.size
+
+    @property
+    def seen(self) -> tuple[float, float]:
+        return (self.low, self.high) if self.count else (0.0, 0.0)
+
+    @property
+    def saturated(self) -> float:
+        return self.outside / max(self.count, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,15 +242,20 @@ def layer_errors(
     stored = stored or (lambda feed: reference.run(graph, feed, requantize=requantize))
     accumulated = {node.name: ErrorSum() for node in graph}
     single = {node.name: ErrorSum() for node in graph}
+    ranges = {node.name: RangeSum(graph.quant(node.outputs[0])) for node in graph}
     for count, feed in enumerate(feeds, start=1):
         exact, found = _with_rescaled(graph, float_tensors(feed)), stored(feed)
         for node in graph:
+            ranges[node.name].add(exact[node.outputs[0]])
             _add_node(graph, node, exact, found, accumulated[node.name], single[node.name], requantize)
         if progress:
             progress("layers", count, 0)
-    return tuple(
-        LayerError(node.name, node.op, node.sources, node.outputs[0], accumulated[node.name].known_db, single[node.name].sqnr_db) for node in graph
-    )
+
+    def row(node: Node) -> LayerError:
+        errors, values = (accumulated[node.name].known_db, single[node.name].sqnr_db), ranges[node.name]
+        return LayerError(node.name, node.op, node.sources, node.outputs[0], *errors, values.dtype, values.covered, values.seen, values.saturated)
+
+    return tuple(map(row, graph))
 
 
 def _add_node(graph: Graph, node: Node, exact: Outputs, found: Outputs, accumulated: ErrorSum, single: ErrorSum, requantize: str) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from npucc.graph import Graph
     from npucc.prune import PruneReport
+    from npucc.quantize import QuantizeReport
     from npucc.segments import HostNode
     from runtime.host import HostEngine
     from runtime.machine import Machine
@@ -97,7 +98,8 @@ class Package:
 
     @staticmethod
     def create(
-        program: Program, constants: bytes, *, graph: Graph, synthetic: bool, refused: Iterable[Refused] = (), pruned: PruneReport | None = None
+        program: Program, constants: bytes, *, graph: Graph, synthetic: bool, refused: Iterable[Refused] = (),
+        pruned: PruneReport | None = None, quantized: QuantizeReport | None = None,
     ) -> Package:
         """The package of a finished compilation."""
         from npucc import operations, segments, serialize
@@ -112,6 +114,7 @@ class Package:
             "calibration": SYNTHETIC if synthetic else FROM_DATA,
             "refused": [[each.stage, each.reason] for each in refused],
             **({"pruned": pruned.as_dict()} if pruned else {}),
+            **({"quantized": quantized.as_dict()} if quantized else {}),
         }
         return Package(isa.Package(program, constants, manifest, {serialize.JSON_NAME: text, serialize.BIN_NAME: blob, **members}))
 
@@ -148,6 +151,12 @@ class Package:
     def pruned(self) -> dict[str, Any] | None:
         """What pruning removed, layer by layer (see npucc.prune.PruneReport.as_dict); None for a network that was not pruned."""
         found = self.contents.manifest.get("pruned")
+        return found if isinstance(found, dict) else None
+
+    @property
+    def quantized(self) -> dict[str, Any] | None:
+        """What the quantizer decided, tensor by tensor (see npucc.quantize.QuantizeReport.as_dict); None in float mode and for `npucc asm`."""
+        found = self.contents.manifest.get("quantized")
         return found if isinstance(found, dict) else None
 
     @property

@@ -76,6 +76,18 @@ def _skipped(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("skipped", f"{int(report['skipped_macs']):,} MACs; useful work of the array while it runs: {after:.1%}, without skipping {before:.1%}")]
 
 
+def precision(quantized: Mapping[str, Any]) -> str:
+    """How many activations have more than 8 bits, what that was worth and what it costs."""
+    mixed, wide = quantized["mixed"], [row for row in quantized["tensors"] if row["dtype"] in ("s16", "s32")]
+    text = f"{len(quantized['tensors'])} activations, {len(wide)} of them in 16 bits"
+    if not mixed["before"]:
+        return text
+    bought = sum(len(each["tensors"]) for each in mixed["chosen"])
+    chosen = f" ({bought} by measurement, {mixed['price']:+.1f}% cycles)" if bought else ""
+    figures = f"{mixed['before']:.1f} → {mixed['after']:.1f} dB" if bought else f"{mixed['after']:.1f} dB"
+    return f"{text}{chosen}; outputs estimated at {figures}, {mixed['loss']:.2f} points lost"
+
+
 def host(nodes: Sequence[HostNode], *, onnx_nodes: int, cycles: int, total: int) -> Table:
     """The nodes that do not run on the NPU, in order, and why; at most SHOWN_HOST_NODES of them."""
     segments = len({node.segment for node in nodes})

@@ -140,7 +140,7 @@ def _show_package(package: Package, path: Path, *, stage: str | None, dump: str 
     if json:
         extra: dict[str, object] = {} if dump is None else {"stage": stage, "dump": dump}
         extra |= {"host_nodes": [asdict(node) for node in package.host_nodes], "host_cycles": package.host_cycles, "operations": package.operations}
-        extra |= {} if package.pruned is None else {"pruned": package.pruned}
+        extra |= {name: found for name, found in (("pruned", package.pruned), ("quantized", package.quantized)) if found is not None}
         terminal.show_json(
             {"output": str(path), "bytes": path.stat().st_size, "target": target.name, "calibration": package.calibration, **report, **extra}
         )
@@ -151,6 +151,7 @@ def _show_package(package: Package, path: Path, *, stage: str | None, dump: str 
         f"{len(package.program.layers)} layers, {package.instructions:,} instructions, {tables.size(package.program.constants_bytes)} of constants"
     )
     rows = [("wrote", f"{path} ({tables.size(path.stat().st_size)})"), ("target", f"{target.name} ({target.description})"), ("program", layers)]
+    rows += [] if package.quantized is None else [("quantized", tables.precision(package.quantized))]
     terminal.show(tables.facts([*rows, *tables.totals(report, clock_hz=target.clock_hz), *tables.work(package.operations)]))
     if package.host_nodes:
         terminal.show("", tables.host(package.host_nodes, onnx_nodes=package.onnx_nodes, cycles=package.host_cycles, total=package.report.cycles))

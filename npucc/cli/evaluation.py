@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   npucc eval model.npu --reference model.onnx --data labelled.npz
+  npucc eval model.npu --reference model.onnx --data samples.npz --layers
   npucc eval model.npu --reference model.onnx --data samples.npz --limit 100 --json
 \b
 SQNR is signal energy over error energy; agreement is how often both have the same largest score.
 With `labels` in the data, the accuracies of both are counted. Per layer there are two errors: accumulated
-(as it comes out of the quantized network) and single (this layer alone, on exact inputs)."""
+(as it comes out of the quantized network) and single (this layer alone, on exact inputs). --layers shows all
+of them with the range of values covered and seen, the share that saturates, and what the quantizer did for each."""
 
 SYNTHETIC_WARNING = "the package was calibrated with made-up inputs (no --calibration at compile): its accuracy means little"
 
@@ -59,6 +62,9 @@ def evaluate(
     layer_samples: Annotated[
         int, typer.Option("--layer-samples", metavar="N", min=0, help="Measure errors per layer on the first N samples; 0 leaves them out.")
     ] = 4,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show every layer: errors, range, saturation, what was done for it.", show_default=False)
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Compare a package with the float model it was made from."""
@@ -70,9 +76,10 @@ def evaluate(
     if loaded.calibration == SYNTHETIC:
         terminal.warn(SYNTHETIC_WARNING)
     if json:
-        terminal.show_json({"target": loaded.program.target.name, "calibration": loaded.calibration, **result.as_dict()})
+        extra = {} if loaded.quantized is None else {"quantized": loaded.quantized}
+        terminal.show_json({"target": loaded.program.target.name, "calibration": loaded.calibration, **result.as_dict(), **extra})
     else:
-        terminal.show(*report(result, loaded))
+        terminal.show(*report(result, loaded, every_layer=layers))
 
 
 def measure(package: Package, reference: Path, dataset: Dataset, *, layer_samples: int, progress: terminal.Report) -> Evaluation:
@@ -134,14 +141,16 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def report(result: Evaluation, package: Package, *, worst: int = 10) -> list[RenderableType]:
-    """The evaluation as tables."""
+def report(result: Evaluation, package: Package, *, worst: int = 10, every_layer: bool = False) -> list[RenderableType]:
+    """The evaluation as tables; of the layers the worst, or all with what is known of them."""
     parts: list[RenderableType] = []
     if result.float_accuracy is not None and result.npu_accuracy is not None and result.accuracy_drop_points is not None:
         parts += [tables.facts(accuracy(result, package)), ""]
     rows = [(each.name, f"{each.sqnr_db:.1f}", f"{each.cosine:.5f}", f"{each.max_abs:.4g}", _percent(each.top1_agreement)) for each in result.outputs]
     parts.append(tables.grid(f"outputs, {result.samples} samples", ("output", "SQNR dB", "cosine", "largest error", "top-1 agreement"), rows))
-    if result.layers:
+    if result.layers and every_layer:
+        parts += ["", *diagnosis(result.layers, package)]
+    elif result.layers:
         chosen = sorted(result.layers, key=lambda layer: layer.single_db)[:worst]
         lines = [(layer.name, layer.op, f"{layer.accumulated_db:.1f}", f"{layer.single_db:.1f}") for layer in chosen]
         parts += [
@@ -149,6 +158,26 @@ def report(result: Evaluation, package: Package, *, worst: int = 10) -> list[Ren
             tables.grid(f"the {len(chosen)} least exact of {len(result.layers)} nodes", ("node", "op", "accumulated dB", "single dB"), lines, left=2),
         ]
     return parts
+
+
+def diagnosis(layers: Sequence[LayerError], package: Package) -> list[RenderableType]:
+    """Every layer, the one that errs most by itself first; where accumulated error is far below single, the layers before it are to blame."""
+    remedies = {row["name"]: row.get("remedy", "") for row in (package.quantized or {}).get("tensors", [])}
+    by_accumulated = sorted(layers, key=lambda layer: math.inf if layer.accumulated_db is None else layer.accumulated_db)
+    place = {layer.name: position for position, layer in enumerate(by_accumulated, start=1)}
+    rows = [
+        (
+            layer.name, layer.op, f"{layer.single_db:.1f}", "-" if layer.accumulated_db is None else f"{layer.accumulated_db:.1f}", place[layer.name],
+            layer.dtype, _range(layer.covered), _range(layer.seen), f"{layer.saturated:.3%}", remedies.get(layer.tensor, ""),
+        )
+        for layer in sorted(layers, key=lambda layer: layer.single_db)
+    ]  # fmt: skip
+    headers = ("node", "op", "single dB", "accumulated dB", "its rank", "type", "covered", "seen", "saturated", "remedy")
+    return [tables.grid(f"{len(rows)} nodes, the one that errs most by itself first", headers, [tuple(map(str, row)) for row in rows], left=2)]
+
+
+def _range(limits: tuple[float, float]) -> str:
+    return f"{limits[0]:.4g} … {limits[1]:.4g}"
 
 
 def accuracy(result: Evaluation, package: Package) -> list[tuple[str, str]]:

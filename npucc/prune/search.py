@@ -198,7 +198,7 @@ def compiled_cycles(graph: Graph, feeds: Feeds, target: Target) -> int:
     from npucc.quantize import QuantizeOptions, quantize
     from runtime.timing import simulate
 
-    quantized = quantize(graph, feeds[:1], options=QuantizeOptions(method="minmax", samples=1, bias_samples=0))
+    quantized = quantize(graph, feeds[:1], options=QuantizeOptions(scheme="int8", method="minmax", samples=1, bias_samples=0))
     lowered = lower(quantized.graph, target)
     return simulate(lowered.program, lowered.constants).total_cycles
 

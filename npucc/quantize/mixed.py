@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,10 @@ class Mixed:
     price: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values for JSON, of as many digits as mean something."""
+        figures = ("before", "after", "weights", "loss", "spent", "price")
+        chosen = [{"tensors": list(each.tensors), "gain": round(each.gain, 2), "price": round(each.price, 3)} for each in self.chosen]
+        return {"chosen": chosen, **{name: round(getattr(self, name), 3) for name in figures}}
 
 
 def byte_groups(graph: Graph, scales: Scales) -> dict[str, tuple[str, ...]]:

@@ -7,13 +7,14 @@ import math
 from dataclasses import dataclass, field
 
 from npucc.errors import QuantizeError
+from npucc.quantize.ranges import METHODS
 
 SCHEMES = ("auto", "int8", "int16")
 ROUNDINGS = ("second_order", "nearest")
 OWN = "own"  # `priced_on`: compile's own target
 GROUPS = (32, 64, 128)
 WORDS = {"w4": ("weight_bits", "4")}
-METHODS = ("mse", "minmax", "percentile")
+MEASURED = "auto"  # `method`: by measured error
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,13 @@ class QuantizeOptions:
     priced_on: str = field(
         default="edge", metadata={"meaning": "for auto: whose cycles count; one target for all, so that none changes a value; own: that of compile"}
     )
-    method: str = field(default="mse", metadata={"meaning": "how a range is chosen from the values seen: mse, minmax or percentile"})
+    method: str = field(
+        default=MEASURED,
+        metadata={
+            "meaning": "how ranges are chosen: " + "; ".join(f"{each.name}: {each.meaning}" for each in METHODS)
+            + "; auto: each tensor that matters by what errs least at the outputs"
+        },
+    )  # fmt: skip
     percentile: float = field(default=99.99, metadata={"meaning": "for method=percentile: how many of a hundred values lie in the range"})
     samples: int = field(default=128, metadata={"meaning": "calibrate with at most so many samples"})
     equalize: bool = field(
@@ -62,8 +69,9 @@ class QuantizeOptions:
             raise QuantizeError(f"drop is {self.drop:g}", hint="expected points of accuracy, 0 or more; -1: no such limit")
         if self.drop >= 0 and self.scheme != "auto":
             raise QuantizeError(f"drop is given with the scheme {self.scheme}", hint="write auto,drop=…: only a measurement can keep it")
-        if self.method not in METHODS:
-            raise QuantizeError(f"there is no method {self.method!r}", hint=f"choose one of {', '.join(METHODS)}")
+        known = (MEASURED, *(each.name for each in METHODS))
+        if self.method not in known:
+            raise QuantizeError(f"there is no method {self.method!r}", hint=f"choose one of {', '.join(known)}")
         if not 50 < self.percentile <= 100:
             raise QuantizeError(f"percentile is {self.percentile:g}", hint="expected more than 50 and at most 100, as 99.99")
         if self.samples < 1:
@@ -80,6 +88,11 @@ class QuantizeOptions:
             raise QuantizeError(f"bias_samples is {self.bias_samples}", hint="expected 0 (no correction) or more")
         if not self.concat_ratio >= 1:
             raise QuantizeError(f"concat_ratio is {self.concat_ratio:g}", hint="expected at least 1; inf never rescales")
+
+    @property
+    def default_method(self) -> str:
+        """The range method of tensors for which none is measured."""
+        return METHODS[0].name if self.method == MEASURED else self.method
 
     @classmethod
     def parse(cls, text: str) -> QuantizeOptions:

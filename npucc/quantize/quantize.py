@@ -17,7 +17,7 @@ from isa.errors import TargetError
 from isa.target import Target, load_target
 from npucc.errors import QuantizeError
 from npucc.feeds import Port, synthetic_feeds
-from npucc.graph import Editor, Graph
+from npucc.graph import Editor, Graph, Quant
 from npucc.ops import OPS
 from npucc.quantize.build import build
 from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, checked, measured
@@ -27,11 +27,11 @@ from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import equalize
 from npucc.quantize.given import not_kept, spread
 from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
-from npucc.quantize.options import OWN, QuantizeOptions
+from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
 from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.rounding import collect
-from npucc.quantize.scales import Scales, choose_scales, is_index, known_beforehand, observed_ranges
+from npucc.quantize.scales import EACH_DEFAULT, Scales, alternatives, choose_scales, is_index, known_beforehand, observed_ranges
 from npucc.quantize.sensitivity import SAMPLES, measure
 from npucc.quantize.share import Groups, share_scales
 
@@ -51,6 +51,7 @@ class TensorRange:
     dtype: str
     scale: float
     zero: int
+    remedy: str = ""  # what was done for it beyond the default, and who decided
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "seen": list(self.seen), "covered": list(self.covered)}
@@ -130,7 +131,7 @@ def quantize(
         integer = correct_biases(rounded.graph, integer, calibration.first[: options.bias_samples], progress=progress)
     activations = (name for name, tensor in rounded.graph.tensors.items() if not tensor.is_constant)
     anew = not_kept(rounded.graph, {name: rounded.scales.of(rounded.graph, name) for name in activations})
-    rows = tuple(_rows(rounded.graph, rounded.calibration, rounded.scales))
+    rows = tuple(_rows(rounded, options, mixed))
     report = QuantizeReport(calibration.samples, options.method, rows, rescaled, mixed, anew)
     return Quantized(integer, report, feeds is None and needs_samples)
 
@@ -158,6 +159,7 @@ class _Rounded:
     scales: Scales
     integer: Graph
     copies: Mapping[str, str]
+    methods: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +171,17 @@ class _Network:
     calibration: Calibration
     options: QuantizeOptions
 
-    def rounded(self, *, direct: Set[Operand] = frozenset(), more: Set[str] = frozenset()) -> _Rounded:
-        """With 16 bits where the rules say, where matrix operators read them (`direct`), and in the groups with the roots `more`."""
+    def rounded(
+        self, *, direct: Set[Operand] = frozenset(), more: Set[str] = frozenset(), methods: Mapping[str, str] = EACH_DEFAULT
+    ) -> _Rounded:
+        """With 16 bits where the rules say, where matrix operators read them (`direct`), and in the groups with the roots `more`.
+
+        `methods`: of the groups that have a range method of their own, by root.
+        """
         widened = widen(self.graph, self.groups, self.calibration, direct=direct)
         graph, calibration, wide = widened.graph, widened.calibration, widened.wide | more
-        scales = choose_scales(graph, self.groups, calibration, self.options, wide=wide, long=widened.long)
-        return _Rounded(graph, calibration, scales, build(graph, scales, calibration.means, self.options), widened.copies)
+        scales = choose_scales(graph, self.groups, calibration, self.options, wide=wide, long=widened.long, methods=methods)
+        return _Rounded(graph, calibration, scales, build(graph, scales, calibration.means, self.options), widened.copies, methods)
 
 
 def _priced_on(options: QuantizeOptions, target: Target | None) -> Target:
@@ -194,7 +201,14 @@ def _measured(network: _Network, target: Target, progress: Progress | None) -> t
     if not candidates(plain.graph, plain.integer, plain.scales):
         return plain, Mixed()
     all_groups = byte_groups(plain.graph, plain.scales)
-    found = measure(plain.graph, plain.integer, plain.scales, network.calibration.first, all_groups, progress=progress)
+
+    def others(root: str) -> Mapping[str, Quant]:
+        if options.method != MEASURED:
+            return {}
+        return alternatives(plain.graph, all_groups[root], plain.calibration, options, used=plain.scales.quants[root])
+
+    feeds = network.calibration.first
+    found = measure(plain.graph, plain.integer, plain.scales, feeds, all_groups, alternatives=others, progress=progress)
     important = set(found.important())
     groups = {root: names for root, names in candidates(plain.graph, plain.integer, plain.scales).items() if root in important}
     prices = measure_prices(plain.integer, groups, target)
@@ -210,7 +224,7 @@ def _measured(network: _Network, target: Target, progress: Progress | None) -> t
         allowed = mixed.spent * 0.9  # the groups cost more together than each alone
     copied = {plain.copies[root] for root in roots if root in plain.copies}
     direct = {(node.name, name) for node in network.graph if OPS[node.op].matrix for name in node.inputs if name in copied}
-    return network.rounded(direct=direct, more=set(roots) - set(plain.copies)), mixed
+    return network.rounded(direct=direct, more=set(roots) - set(plain.copies), methods=found.methods), mixed
 
 
 def _refuse_unsupported(graph: Graph) -> None:
@@ -242,9 +256,18 @@ def _made_up(graph: Graph) -> list[dict[str, Array]]:
     return list(synthetic_feeds(ports, count=SYNTHETIC_SAMPLES))
 
 
-def _rows(graph: Graph, calibration: Calibration, scales: Scales) -> Iterator[TensorRange]:
+def _rows(rounded: _Rounded, options: QuantizeOptions, mixed: Mixed) -> Iterator[TensorRange]:
+    graph, calibration, scales = rounded.graph, rounded.calibration, rounded.scales
+    bought = {name: each for each in mixed.chosen for name in each.tensors}
     for name in measured(graph):
         quant, covered = scales.of(graph, name), scales.range(name)
         histogram = calibration.histograms.get(name)
         seen = histogram.observed if histogram else covered
-        yield TensorRange(name, (seen.low, seen.high), (covered.low, covered.high), quant.dtype, float(quant.scale), quant.zero)
+        remedy = ""
+        if name in bought:
+            remedy = f"16 bits by measurement: {bought[name].gain:+.2f} dB for {bought[name].price:+.2f}% cycles"
+        elif quant.dtype in ("s16", "s32"):
+            remedy = f"{quant.dtype[1:]} bits by rule" if options.scheme != "int16" else "16 bits by the scheme"
+        elif (root := scales.groups.root(name)) in rounded.methods:
+            remedy = f"range by {rounded.methods[root]}"
+        yield TensorRange(name, (seen.low, seen.high), (covered.low, covered.high), quant.dtype, float(quant.scale), quant.zero, remedy)

@@ -7,7 +7,7 @@ bins merge; nothing is lost but resolution, and the result does not depend on th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 from npucc import scalar
 from npucc.arithmetic import RANGES
 from npucc.graph import Quant
-from npucc.quantize.options import QuantizeOptions
 from npucc.scalar import Expression
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -56,10 +55,17 @@ class Histogram:
         self.width = 0.0
         self.low = self.high = 0.0
         self.infinite = 0
+        self.lows = self.highs = 0.0  # of each array the least and the largest value, summed
+        self.arrays = 0
 
     @property
     def observed(self) -> Range:
         return Range(self.low, self.high)
+
+    @property
+    def average(self) -> Range:
+        """From the least to the largest value of an array, averaged over the arrays."""
+        return Range(min(self.lows / max(self.arrays, 1), 0.0), max(self.highs / max(self.arrays, 1), 0.0))
 
     def add(self, values: Array) -> None:
         """Count the values; infinite ones are only noted. NaN is the caller's to refuse."""
@@ -70,7 +76,9 @@ class Histogram:
             flat = flat[finite]
         if not flat.size:
             return
-        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        low, high = float(flat.min()), float(flat.max())
+        self.lows, self.highs, self.arrays = self.lows + low, self.highs + high, self.arrays + 1
+        self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(-self.low, self.high))
         sampled = flat[:: (flat.size // SAMPLED) | 1]
         if self.width:
@@ -81,6 +89,9 @@ class Histogram:
 
     def merge(self, other: Histogram) -> None:
         """Count what the other has counted. The other stays as it is."""
+        average, other_average = self.average, other.average
+        joined, self.arrays = average.joined(other_average), max(self.arrays, other.arrays)
+        self.lows, self.highs = joined.low * self.arrays, joined.high * self.arrays
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.infinite += other.infinite
         largest = max(-self.low, self.high, other.width * BINS / 2)
@@ -111,12 +122,13 @@ class Histogram:
         return centres, self.counts[index]
 
 
-def choose_range(histogram: Histogram, options: QuantizeOptions, *, function: Expression = "x") -> Range:
-    """The range to cover with 8 bits, by the method of the options. `function`: what the values go through next (see `Fit`)."""
-    observed = histogram.observed
-    if options.method == "minmax" or observed.width < SMALLEST:
-        return observed
-    return percentile_range(histogram, options.percentile) if options.method == "percentile" else least_error_range(histogram, function)
+@dataclass(frozen=True, slots=True)
+class RangeMethod:
+    """A way to choose what 8 bits cover: of a histogram, what its values go through next (see `Fit`), and the percentile of the options."""
+
+    name: str
+    meaning: str
+    choose: Callable[[Histogram, Expression, float], Range]
 
 
 def percentile_range(histogram: Histogram, percentile: float) -> Range:
@@ -182,6 +194,53 @@ def least_error_range(histogram: Histogram, function: Expression = "x") -> Range
         best = best_of([Range(best.low * factor, best.high) for factor in factors])
         best = best_of([Range(best.low, best.high * factor) for factor in factors])
     return best
+
+
+def entropy_range(histogram: Histogram) -> Range:
+    """The range whose 255 steps tell most about the values: least Kullback-Leibler divergence, values cut off at one magnitude.
+
+    Szymon Migacz, 8-bit Inference with TensorRT, GTC 2017.
+    """
+    observed = histogram.observed
+    centres, counts = histogram.values()
+    largest = max(-observed.low, observed.high)
+    candidates = [observed.within(-largest * 0.95**i, largest * 0.95**i) for i in range(60)]
+    return min(candidates, key=lambda each: _divergence(centres, counts, each))
+
+
+def _divergence(centres: Array, counts: Array, covered: Range) -> float:
+    """Of the values as stored in 8 bits (evenly spread over the bins of a step) from the values with those outside moved to the ends."""
+    inside = (centres >= covered.low) & (centres <= covered.high)
+    if inside.sum() < 2:
+        return math.inf
+    kept = counts[inside].astype(np.float64)
+    clipped = kept.copy()
+    clipped[0] += counts[centres < covered.low].sum()
+    clipped[-1] += counts[centres > covered.high].sum()
+    scale, zero = scale_and_zero(covered, "s8")
+    steps = (np.clip(np.rint(centres[inside] / scale) + zero, -128, 127) + 128).astype(np.int64)
+    spread = (np.bincount(steps, kept, 256) / np.maximum(np.bincount(steps, minlength=256), 1))[steps]
+    share, found = clipped / clipped.sum(), spread / spread.sum()
+    return float(np.sum(share * np.log(share / found)))
+
+
+#: the first is what is used where nothing is measured
+METHODS = (
+    RangeMethod("mse", "least mean squared error of what reads the values", lambda histogram, function, _: least_error_range(histogram, function)),
+    RangeMethod("minmax", "all values seen", lambda histogram, *_: histogram.observed),
+    RangeMethod("average", "least and largest value of a sample, averaged over the samples", lambda histogram, *_: histogram.average),
+    RangeMethod("percentile", "all but a small share of the values at either end", lambda histogram, _, share: percentile_range(histogram, share)),
+    RangeMethod("entropy", "least divergence of the stored distribution from that of the values", lambda histogram, *_: entropy_range(histogram)),
+)
+
+
+def choose_range(histogram: Histogram, method: str, *, percentile: float = 99.99, function: Expression = "x") -> Range:
+    """The range to cover with 8 bits by the method with that name. `function`: what the values go through next (see `Fit`)."""
+    observed = histogram.observed
+    if observed.width < SMALLEST:
+        return observed
+    (record,) = (record for record in METHODS if record.name == method)
+    return record.choose(histogram, function, percentile)
 
 
 def scale_and_zero(covered: Range, dtype: str) -> tuple[np.float32, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from npucc.quantize.calibrate import Calibration, softmax_axis
 from npucc.quantize.masks import Masks
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.precision import group_histogram
-from npucc.quantize.ranges import LARGEST, SMALLEST, Fit, Histogram, Range, activation_quant, choose_range
+from npucc.quantize.ranges import LARGEST, METHODS, SMALLEST, Fit, Histogram, Range, activation_quant, choose_range
 from npucc.quantize.share import Groups, moved_inputs
 from npucc.scalar import Expression
 from npucc.segments import raw_quant, untouched
@@ -28,6 +29,7 @@ from npucc.segments import raw_quant, untouched
 INDEX = Quant("s32", np.asarray(1.0, np.float32), 0)
 BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
 WHOLE = 2**15 - 1  # integers up to here are exact in 16 bits
+EACH_DEFAULT: Mapping[str, str] = MappingProxyType({})
 CLIPPING_MUST_PAY = 0.5  # a graph input is clipped only if that at least halves its squared error
 
 
@@ -76,9 +78,12 @@ def _moved_constants(graph: Graph, node: Node) -> dict[str, Range]:
 
 def choose_scales(
     graph: Graph, groups: Groups, calibration: Calibration, options: QuantizeOptions, *,
-    wide: frozenset[str] = frozenset(), long: frozenset[str] = frozenset(),
+    wide: frozenset[str] = frozenset(), long: frozenset[str] = frozenset(), methods: Mapping[str, str] = EACH_DEFAULT,
 ) -> Scales:  # fmt: skip
-    """A range and a quantization for each group; roots in `wide` get s16, those in `long` s32. Raises QuantizeError for integers that do not fit."""
+    """A range and a quantization for each group; roots in `wide` get s16, those in `long` s32. Raises QuantizeError for integers that do not fit.
+
+    `methods`: by root, the range method that was measured to be better than the default.
+    """
     moved = observed_ranges(graph, calibration)
     implied = known_ranges(graph, moved)
     covered: dict[str, Range] = {}
@@ -92,13 +97,21 @@ def choose_scales(
         if given is not None:
             quants[root], covered[root] = given, _range_of(given)
             continue
-        covered[root] = _covered(graph, names, calibration, moved, options, whole=root in wide | long)
+        method = "minmax" if root in wide | long else methods.get(root, options.default_method)
+        covered[root] = _covered(graph, names, calibration, moved, options, method)
         for name in names:
             covered[root] = covered[root].joined(implied.get(name, Range()))
         covered[root] = limits.of(names, covered[root], group_histogram(calibration, groups, root))
         dtype = "s32" if root in long else "s16" if root in wide else ""
         quants[root] = wide_quant(covered[root], dtype) if dtype else _quant(graph, names, covered[root])
     return Scales(groups, covered, quants, raw)
+
+
+def alternatives(graph: Graph, names: Sequence[str], calibration: Calibration, options: QuantizeOptions, *, used: Quant) -> dict[str, Quant]:
+    """The quantization of a group's tensors by every range method; none where more than its values decide the one in use (a mask, say)."""
+    moved = observed_ranges(graph, calibration)
+    found = {record.name: _quant(graph, names, _covered(graph, names, calibration, moved, options, record.name)) for record in METHODS}
+    return found if found[options.default_method].key == used.key else {}
 
 
 def _range_of(quant: Quant) -> Range:
@@ -123,7 +136,7 @@ def _members(graph: Graph, groups: Groups) -> dict[str, list[str]]:
 
 
 def _covered(
-    graph: Graph, names: Sequence[str], calibration: Calibration, moved: Mapping[str, Range], options: QuantizeOptions, *, whole: bool = False
+    graph: Graph, names: Sequence[str], calibration: Calibration, moved: Mapping[str, Range], options: QuantizeOptions, method: str
 ) -> Range:
     histogram, extra = Histogram(), Range()
     for name in names:
@@ -134,9 +147,9 @@ def _covered(
             extra = extra.joined(moved[name])
     if not calibration.samples:
         return next(iter(known_beforehand(graph, names)), Range()).joined(extra)
-    if whole or any(_is_taken_whole(graph, name) for name in names):
+    if any(_is_taken_whole(graph, name) for name in names):
         return histogram.observed.joined(extra)
-    chosen = choose_range(histogram, options, function=_next_function(graph, names))
+    chosen = choose_range(histogram, method, percentile=options.percentile, function=_next_function(graph, names))
     if any(name in graph.inputs for name in names) and not _clipping_pays(histogram, chosen):
         chosen = histogram.observed
     return chosen.joined(extra)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -25,12 +25,18 @@ from npucc.quantize.scales import Scales
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Outputs = dict[str, Array]
+Run = Callable[[Mapping[str, Array]], Outputs]
 
 SAMPLES = 8  # at most so many are measured with
 FIRST = 2  # at most so many tell which groups matter
 WORK = 1.5e11  # multiply-accumulates to spend on each of the two rounds; one run of each group is made in any case
 OVERHEAD = 30  # of an element that is written, in multiply-accumulates
 MATTERS = 0.01  # of an output's error
+LOUD = 0.03  # of an output's error: other ranges are tried
+TRIED = 12  # groups at most that other ranges are tried for
+BETTER = 0.9  # of the error: less is no reason for another range
+SAME_STEP = 0.03  # relative: scales this close are not both tried
+NOTHING = 1e-30
 DIGITS = 6  # binary ones, of a ratio that is kept: what another machine's float sums change is lost in them
 
 
@@ -39,13 +45,15 @@ class Sensitivity:
     """Error energy over signal energy, per row: a row is one output in one sample, `outputs` names the output of each.
 
     `groups`: what 8 bits in that group alone cause, by the group's root. `weights`: what the stored weights alone cause.
-    `wanted`: the float model's value in each row.
+    `wanted`: the float model's value in each row. `methods`: by root, the range method that errs less than the one in use;
+    `groups` has its error.
     """
 
     outputs: tuple[str, ...]
     groups: Mapping[str, Array]
     weights: Array
     wanted: tuple[Array, ...] = ()
+    methods: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> Array:
@@ -56,49 +64,94 @@ class Sensitivity:
         """Only the outputs that some error reaches: what merely passes on an input says nothing."""
         rows = np.flatnonzero(self.total > NOTHING).tolist()
         groups = {root: noise[rows] for root, noise in self.groups.items()}
-        return Sensitivity(
-            tuple(self.outputs[row] for row in rows), groups, self.weights[rows], tuple(self.wanted[row] for row in rows),
-        )  # fmt: skip
+        outputs, wanted = tuple(self.outputs[row] for row in rows), tuple(self.wanted[row] for row in rows)
+        return Sensitivity(outputs, groups, self.weights[rows], wanted, self.methods)
 
-    def important(self) -> list[str]:
-        """The groups with a share worth knowing in some row's error."""
-        return [root for root, noise in self.groups.items() if float(np.max(noise / (self.total + NOTHING), initial=0.0)) >= MATTERS]
+    def important(self, share: float = MATTERS) -> list[str]:
+        """The groups with at least this share in some row's error, the largest first."""
+        largest = {root: float(np.max(noise / (self.total + NOTHING), initial=0.0)) for root, noise in self.groups.items()}
+        return sorted((root for root, each in largest.items() if each >= share), key=lambda root: -largest[root])
 
 
-NOTHING = 1e-30
+Alternatives = Callable[[str], Mapping[str, Quant]]  # from a group's root to its quantization by each range method
 
 
 def measure(
-    graph: Graph, integer: Graph, scales: Scales, feeds: Sequence[Mapping[str, Array]], roots: Iterable[str], *, progress: Progress | None = None
-) -> Sensitivity:
+    graph: Graph, integer: Graph, scales: Scales, feeds: Sequence[Mapping[str, Array]], roots: Iterable[str], *,
+    alternatives: Alternatives | None = None, progress: Progress | None = None,
+) -> Sensitivity:  # fmt: skip
     """Run the float graph with each group of `roots` in 8 bits: all on a sample or two, then those that matter on more.
 
-    `integer`: the same graph in integers, for its weights.
+    `integer`: the same graph in integers, for its weights. `alternatives`: other scales to try for the groups that matter most.
     """
     chosen = tuple(roots)
-    run = _switched_runner(graph, scales, chosen)
     stored = tensor_runner(_with_stored_weights(graph, integer), graph.outputs)
-    exact = tensor_runner(graph, graph.outputs)
+    probe = _Probe(graph, _switched_runner(graph, scales, chosen), tensor_runner(graph, graph.outputs), stored, progress)
+    first = probe.errors(_spread(feeds, affordable_samples(graph, len(chosen), most=FIRST)), chosen)
+    important = first.important()
+    second = probe.errors(_spread(feeds, affordable_samples(graph, len(important), most=SAMPLES)), important)
+    found = _completed(second, first)
+    if alternatives is None:
+        return found
+    tried = {root: _different(alternatives(root), scales.quants[root]) for root in found.important(LOUD)[:TRIED]}
+    samples = _spread(feeds, affordable_samples(graph, sum(map(len, tried.values())), most=FIRST))
+    return probe.with_better_ranges(found, samples, tried)
 
-    def measured_on(samples: Sequence[Mapping[str, Array]], groups: Sequence[str]) -> Sensitivity:
-        wanted = [exact(feed) for feed in samples]
-        rows = [(name, index) for index, outputs in enumerate(wanted) for name in graph.outputs if _has_signal(outputs[name])]
 
-        def ratios(found: Sequence[Outputs]) -> Array:
-            return np.array([_ratio(found[index][name], wanted[index][name]) for name, index in rows])
+def _different(quants: Mapping[str, Quant], used: Quant) -> dict[str, Quant]:
+    """The quantizations whose steps differ, from the one in use and from each other."""
+    kept: dict[str, Quant] = {}
+    for method, quant in quants.items():
+        if quant.dtype == "s8" and not any(abs(float(quant.scale / each.scale) - 1) < SAME_STEP for each in (used, *kept.values())):
+            kept[method] = quant
+    return kept
 
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """The float model, with switches, as it is, and with stored weights."""
+
+    graph: Graph
+    switched: SwitchedRun
+    exact: Run
+    stored: Run
+    progress: Progress | None
+
+    def errors(self, samples: Sequence[Mapping[str, Array]], groups: Sequence[str]) -> Sensitivity:
+        """What each group and the weights cause in these samples."""
+        wanted, rows = self._wanted(samples)
         noise = {}
         for done, root in enumerate(groups, start=1):
-            noise[root] = ratios([run(feed, root) for feed in samples])
-            if progress:
-                progress("sensitivity", done, len(groups))
-        weights = ratios([stored(feed) for feed in samples])
+            noise[root] = _ratios([self.switched(feed, root) for feed in samples], wanted, rows)
+            if self.progress:
+                self.progress("sensitivity", done, len(groups))
+        weights = _ratios([self.stored(feed) for feed in samples], wanted, rows)
         return Sensitivity(tuple(name for name, _ in rows), noise, weights, tuple(wanted[index][name] for name, index in rows))
 
-    first = measured_on(_spread(feeds, affordable_samples(graph, len(chosen), most=FIRST)), chosen)
-    important = first.important()
-    more = _spread(feeds, affordable_samples(graph, len(important), most=SAMPLES))
-    return _completed(measured_on(more, important), first)
+    def with_better_ranges(self, found: Sensitivity, samples: Sequence[Mapping[str, Array]], tried: Mapping[str, Mapping[str, Quant]]) -> Sensitivity:
+        """`found` with the range method that errs least in each group that was tried."""
+        wanted, rows = self._wanted(samples)
+        methods, groups = {}, dict(found.groups)
+        for done, (root, quants) in enumerate(tried.items(), start=1):
+            used = _ratios([self.switched(feed, root) for feed in samples], wanted, rows)
+            best = BETTER
+            for method, quant in quants.items():
+                errors = _ratios([self.switched(feed, root, quant) for feed in samples], wanted, rows)
+                relative = float(np.mean((errors + NOTHING) / (used + NOTHING)))
+                if relative < best:
+                    best, methods[root], groups[root] = relative, method, found.groups[root] * relative
+            if self.progress:
+                self.progress("ranges", done, len(tried))
+        return replace(found, groups=groups, methods=methods)
+
+    def _wanted(self, samples: Sequence[Mapping[str, Array]]) -> tuple[list[Outputs], list[tuple[str, int]]]:
+        """The float outputs of each sample, and (output, sample) of those that are not all zero."""
+        wanted = [self.exact(feed) for feed in samples]
+        return wanted, [(name, index) for index, outputs in enumerate(wanted) for name in self.graph.outputs if _has_signal(outputs[name])]
+
+
+def _ratios(found: Sequence[Outputs], wanted: Sequence[Outputs], rows: Sequence[tuple[str, int]]) -> Array:
+    return np.array([_ratio(found[index][name], wanted[index][name]) for name, index in rows])
 
 
 def _completed(second: Sensitivity, first: Sensitivity) -> Sensitivity:
@@ -108,7 +161,7 @@ def _completed(second: Sensitivity, first: Sensitivity) -> Sensitivity:
         for root, noise in first.groups.items()
         if root not in second.groups and set(second.outputs) <= set(first.outputs)
     }
-    return Sensitivity(second.outputs, {**second.groups, **rest}, second.weights, second.wanted)
+    return replace(second, groups={**second.groups, **rest})
 
 
 def affordable_samples(graph: Graph, groups: int, *, most: int = SAMPLES) -> int:
@@ -175,8 +228,13 @@ def _as_float(editor: Editor, integer: Graph, name: str) -> str:
 # ---- the model with switches
 
 
-def _switched_runner(graph: Graph, scales: Scales, roots: Sequence[str]) -> Callable[[Mapping[str, Array], str], Outputs]:
-    """A function from a feed and the root of the group to round to the outputs."""
+class SwitchedRun(Protocol):
+    """A function from a feed and the root of the group to round to the outputs; `quant` rounds to other steps than the scales say."""
+
+    def __call__(self, feed: Mapping[str, Array], root: str, quant: Quant | None = None) -> Outputs: ...
+
+
+def _switched_runner(graph: Graph, scales: Scales, roots: Sequence[str]) -> SwitchedRun:
     model = to_onnx(graph)
     switches = {root: f"switch/{index}" for index, root in enumerate(roots)}
     for root, switch in switches.items():
@@ -189,21 +247,21 @@ def _switched_runner(graph: Graph, scales: Scales, roots: Sequence[str]) -> Call
     _insert(model, taken, set(graph.inputs))
     session = _session(model)
 
-    def run(feed: Mapping[str, Array], root: str) -> Outputs:
-        names = list(graph.outputs)
-        values = session.run(names, {**feed, switches[root]: np.array(True)})
+    def run(feed: Mapping[str, Array], root: str, quant: Quant | None = None) -> Outputs:
+        names, switch = list(graph.outputs), switches[root]
+        other = {f"{switch}/scale": np.asarray(quant.scale, np.float32), f"{switch}/zero": np.asarray(quant.zero, np.int8)} if quant else {}
+        values = session.run(names, {**feed, switch: np.array(True), **other})
         return dict(zip(names, values, strict=True))
 
     return run
 
 
 def _add_switch(model: onnx.ModelProto, switch: str, quant: Quant) -> None:
-    """An input that is false unless fed, and the scale behind it."""
-    body = model.graph
-    body.input.append(helper.make_tensor_value_info(switch, TensorProto.BOOL, ()))
-    body.initializer.append(numpy_helper.from_array(np.array(False), switch))
-    body.initializer.append(numpy_helper.from_array(np.asarray(quant.scale, np.float32), f"{switch}/scale"))
-    body.initializer.append(numpy_helper.from_array(np.asarray(quant.zero, np.int8), f"{switch}/zero"))
+    """Inputs with defaults: a switch that is off, and the scale and zero point behind it."""
+    for suffix, value in (("", np.array(False)), ("/scale", np.asarray(quant.scale, np.float32)), ("/zero", np.asarray(quant.zero, np.int8))):
+        name = f"{switch}{suffix}"
+        model.graph.input.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), ()))
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
 
 
 def _insert(model: onnx.ModelProto, switches: Mapping[str, str], inputs: set[str]) -> None:

@@ -361,6 +361,18 @@ def test_eval_tables(npucc_command: Npucc, demo_file: Path) -> None:
     assert all(word in done.out for word in ("float accuracy", "NPU accuracy", "drop", "SQNR dB", "single dB"))
 
 
+def test_eval_shows_every_layer_with_what_was_done_for_it(npucc_command: Npucc, demo_file: Path, demo_package: npucc.Package) -> None:
+    arguments = ("eval", demo_file, "-r", MODEL, "-d", SAMPLES, "--limit", "5", "--layer-samples", "1")
+    done = npucc_command(*arguments, "--layers")
+    assert done.code == 0
+    assert all(word in done.out for word in ("saturated", "covered", "remedy", f"{len(demo_package.graph.nodes)} nodes"))
+    decided = npucc_command(*arguments, "--json").json["quantized"]
+    assert decided == demo_package.quantized
+    wide = {name for name, tensor in demo_package.graph.tensors.items() if tensor.quant and tensor.quant.dtype == "s16" and not tensor.is_constant}
+    assert {row["name"] for row in decided["tensors"] if row["dtype"] == "s16"} <= wide
+    assert {name for each in decided["mixed"]["chosen"] for name in each["tensors"]} == wide
+
+
 def test_eval_with_the_wrong_model(npucc_command: Npucc, demo_file: Path, tmp_path: Path) -> None:
     model = onnx.load(MODEL)
     model.graph.input[0].name = model.graph.node[0].input[0] = "picture"

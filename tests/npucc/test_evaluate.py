@@ -128,6 +128,22 @@ def test_errors_per_layer_find_the_bad_layer() -> None:
     json.dumps([row.as_dict() for row in rows.values()])
 
 
+def test_values_outside_of_what_is_covered_are_counted() -> None:
+    graph, feeds = classifier(), classifier_feeds(4)
+    integer = quantize(graph, feeds, options=QuantizeOptions(scheme="int8")).graph
+    exact = float_runner(graph)(feeds[0])["depthwise"]
+    narrowed = spoil(integer, "depthwise", 0.25)
+    (before,), (after,) = (
+        [row for row in layer_errors(each, float_runner(graph), feeds[:1]) if row.tensor == "depthwise"] for each in (integer, narrowed)
+    )
+    low, high = after.covered
+    assert (high - low) == pytest.approx((before.covered[1] - before.covered[0]) / 4)
+    slack = (high - low) / 255 / 2
+    assert after.saturated == pytest.approx(float(np.mean((exact < low - slack) | (exact > high + slack))))
+    assert after.saturated > before.saturated
+    assert after.seen == pytest.approx((float(exact.min()), float(exact.max())))
+
+
 def spoil(graph: Graph, name: str, factor: float) -> Graph:
     """The graph with one tensor's scale much too coarse."""
     editor, tensor, quant = Editor(graph), graph.tensors[name], graph.quant(name)

@@ -65,6 +65,19 @@ def test_the_estimate_is_near_what_is_measured() -> None:
     assert mixed.report.mixed.after == pytest.approx(sqnr(graph, mixed.graph, feeds, "left"), abs=3.0)
 
 
+def test_a_group_gets_the_range_that_errs_least_at_the_outputs() -> None:
+    """One value in thousands is large, and it is all that leaves the network: the least mean squared error would clip it."""
+    net = FloatNet()
+    net.input("x", 1, 32768)
+    net.op("table", ["x"], "hidden", ops.Table(("leaky_relu", "x", 0.5)))
+    net.op("slice", ["hidden"], "part", ops.Slice((0, 0), (1, 1), (1, 1)))
+    random = np.random.default_rng(0)
+    feeds = [{"x": np.concatenate([[60.0 + index], random.normal(0, 1, 32767)]).astype(np.float32)[None]} for index in range(8)]
+    graph = net.graph("part")
+    least, measured = (quantize(graph, feeds, options=QuantizeOptions.parse(f"auto,budget=0,method={method}")) for method in ("mse", "auto"))
+    assert measured.report.mixed.before > least.report.mixed.before + 2
+
+
 @pytest.mark.parametrize("target", ["edge", "tiny"])
 @pytest.mark.parametrize("scheme", ["auto", "int16"])
 def test_the_machine_agrees_with_the_reference(scheme: str, target: str) -> None:

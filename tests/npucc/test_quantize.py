@@ -18,7 +18,7 @@ from npucc.graph import Graph, Quant
 from npucc.quantize import QuantizeOptions, quantize
 from npucc.quantize.constants import constant_quant, quantize_matrix
 from npucc.quantize.correct import shrunk_mean
-from npucc.quantize.ranges import Fit, Histogram, Range, activation_quant, choose_range, least_error_range, percentile_range
+from npucc.quantize.ranges import METHODS, Fit, Histogram, Range, activation_quant, choose_range, least_error_range, percentile_range
 
 from .float_graphs import FloatNet, classifier, classifier_feeds, exact_session, run_session
 
@@ -116,6 +116,33 @@ def test_a_percentile_leaves_the_same_share_out_at_either_end() -> None:
     assert chosen.high == pytest.approx(0.9, abs=0.01)
 
 
+def test_an_average_is_over_samples_and_joins_tensors() -> None:
+    histogram, other = Histogram(), Histogram()
+    for largest in (1.0, 2.0, 9.0):
+        histogram.add(np.array([-largest, largest], np.float32))
+        other.add(np.array([0.5, 20.0], np.float32))
+    assert choose_range(histogram, "average") == Range(-4.0, 4.0)
+    histogram.merge(other)
+    assert choose_range(histogram, "average") == Range(-4.0, 20.0)
+
+
+def test_entropy_gives_up_rare_outliers_and_keeps_an_even_distribution() -> None:
+    random = np.random.default_rng(0)
+    even, outliers = Histogram(), Histogram()
+    even.add(random.uniform(-1, 1, 100_000).astype(np.float32))
+    outliers.add(np.concatenate([random.normal(0, 1, 100_000), [60.0]]).astype(np.float32))
+    assert choose_range(even, "entropy").high > 0.9
+    assert 2 < choose_range(outliers, "entropy").high < 15
+
+
+@pytest.mark.parametrize("method", [record.name for record in METHODS])
+def test_every_range_method_serves_the_whole_quantizer(method: str) -> None:
+    graph, feeds = classifier(), classifier_feeds(4)
+    quantized = quantize(graph, feeds, options=QuantizeOptions.parse(f"int8,method={method}"))
+    wanted = run_session(exact_session(to_onnx(graph)), feeds[0])["logits"]
+    assert float(np.abs(reference.run_outputs(quantized.graph, feeds[0])["logits"] - wanted).max()) < 0.25 * float(np.abs(wanted).max())
+
+
 @given(st.floats(-1e6, 0), st.floats(0, 1e6))
 def test_scales_cover_their_range_and_store_zero_exactly(low: float, high: float) -> None:
     quant = activation_quant(Range(low, high))
@@ -130,7 +157,7 @@ def test_scales_cover_their_range_and_store_zero_exactly(low: float, high: float
 def test_a_dead_tensor_gets_a_harmless_scale() -> None:
     histogram = Histogram()
     histogram.add(np.zeros(10, np.float32))
-    assert float(activation_quant(choose_range(histogram, QuantizeOptions())).scale) == 1.0
+    assert float(activation_quant(choose_range(histogram, QuantizeOptions().default_method)).scale) == 1.0
 
 
 # ---- constants

@@ -60,7 +60,7 @@ def test_a_recurrence_keeps_its_state_in_16_bits() -> None:
     proto = recurrent_model("lstm", state=True, steps=6)
     shapes = {value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim) for value in proto.graph.input}
     feeds = [{name: normal(*shape, seed=seed) for name, shape in shapes.items()} for seed in range(8)]
-    package = npucc.compile(proto, target="tiny", calibration=feeds)
+    package = npucc.compile(proto, target="tiny", calibration=feeds, quant="int8")
     quant = package.graph.quant
     assert {quant(name).dtype for name in ("c0", "c", "h", "y")} == {"s16"}
     assert all(quant(n.inputs[0]).dtype == "s8" for n in package.graph if n.op == "matmul"), "products are of 8 bits"
