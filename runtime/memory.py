@@ -55,9 +55,9 @@ class Memory:
 
         Raises RuntimeFault when it leaves the memory or is not aligned.
         """
-        tile = tile.storage
+        elements, tile = tile.elements, tile.storage
         dtype, width = NUMPY[tile.dtype], DTYPES[tile.dtype]
-        if len(tile.shape) != len(tile.strides) or any(size < 1 for size in tile.shape) or tile.elements > LARGEST_TILE:
+        if len(tile.shape) != len(tile.strides) or any(size < 1 for size in tile.shape) or elements > LARGEST_TILE:
             raise RuntimeFault(f"a tile of shape {list(tile.shape)} with strides {list(tile.strides)} can't be read or written", line=line)
         if width > 1 and any(step % width for step in (address, *tile.strides)):
             raise RuntimeFault(

@@ -158,7 +158,7 @@ def _unpack_s4(numbers: tuple[int, ...], parts: list[Array], depth: int, outputs
     nibbles = np.stack([parts[0] & 15, parts[0] >> 4], axis=1).reshape(-1)[: depth * outputs].astype(np.int16)
     values = (nibbles - 16 * (nibbles > 7)).reshape(depth, outputs)
     if group:
-        values = values * np.repeat(parts[1].reshape(-1, outputs).astype(np.int16), group, axis=0)[:depth]
+        values = values * np.repeat(parts[1].reshape(-1, outputs).astype(np.int16), min(group, depth), axis=0)[:depth]
         if values.min() < -128 or values.max() > 127:
             raise DamageError(f"a weight is {int(values.flat[np.abs(values).argmax()])}, which is no s8")
     return values.astype(np.int8)
@@ -192,8 +192,10 @@ UNPACK: dict[str, Callable[[Numbers, list[Array], int, int], Array]] = {
 
 
 def array_block(target: Target) -> tuple[int, int]:
-    """(rows, columns) of a matrix K × N that the array holds or takes at once."""
-    return target.depth if target.family == "mac" else target.rows, target.cols
+    """(rows, columns): the weights that the target's array holds or reads at once, as part of a matrix K × N."""
+    if target.family == "mac":
+        return target.depth, target.cols
+    return (1 if target.dataflow == "os" else target.rows), (1 if target.dataflow == "is" else target.cols)
 
 
 def candidates(matrix: Array, formats: tuple[str, ...], block: tuple[int, int]) -> list[Packing]:

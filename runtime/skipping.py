@@ -31,7 +31,7 @@ from isa.spec import SPEC
 from isa.target import Target
 from runtime.costs import Cost, Product, Work, matrix_cost, product_of
 from runtime.decode import Decoded
-from runtime.memory import Array
+from runtime.memory import LARGEST_TILE, Array
 from runtime.packing import block_map, unpack
 from runtime.stream import Step
 
@@ -217,14 +217,14 @@ class Loaded:
         found = self.stored(tile, address_at(tile, step.iterations))
         key = (product, found[0] if found else -1)
         if key not in self.costs:
-            weights = unpack(tile, found[1]).reshape(-1, tile.shape[-1]) if found else None
+            weights = unpack(tile, found[1], line=step.line.instruction.line).reshape(-1, tile.shape[-1]) if found else None
             self.costs[key] = packed_cost(product, target, weights)
         return self.costs[key]
 
     def stored(self, tile: Tile, address: int) -> tuple[int, Array] | None:
         """(where they come from, the bytes) of the packed weights that a matrix instruction reads, if they are constants."""
         origin, source = self.at.get(address, (0, None))
-        if source is None or source.packing != tile.packing or source.shape != tile.shape or tile.packing is None:
+        if source is None or source.packing != tile.packing or source.shape != tile.shape or tile.packing is None or tile.elements > LARGEST_TILE:
             return None
         low = origin - self.first
         size = tile.packing.bytes(tile.shape)

@@ -136,6 +136,16 @@ def test_every_way_gives_the_same_bytes(word: str) -> None:
         assert machine.report.dram_read_bytes == 256 + len(stored)
 
 
+def test_few_bytes_cannot_stand_for_endless_weights() -> None:
+    """A bitmap of one bit for a huge block, and groups far beyond the last row."""
+    huge = "s8[3,3,400000000,8]{block,10000000000,8,0}"
+    text = TEXT.format(size=720, kept="", packing="").replace("@0x1000:s8[3,3,16,8]", f"@0x1000:{huge}")
+    text = text.replace("%0x100:s8[3,3,16,8],", f"%0x100:{huge},")
+    with pytest.raises(RuntimeFault, match="can't be read or written"):
+        Machine(isa.pack_text(text, bytes(720)))
+    assert unpack(tile((3, 1), Packing("s4", (1 << 40,))), np.array([0x21, 0x03, 5], np.uint8)).ravel().tolist() == [5, 10, 15]
+
+
 def test_what_is_refused() -> None:
     text = TEXT.format(size=720, kept="{nm,2,4}", packing="{nm,2,4}")
     for old, new, told in (
