@@ -4,8 +4,8 @@
 
 The one big idea: only the time is measured here (what accuracy a pattern costs: `tests.benchmarks.pruning`), so the least weights of the integer
 network are zeroed, without any repair. Without a model: six 3×3 convolutions of 256 channels with ReLU on 28×28 pixels, where
-multiply-accumulates are nearly all the work. Every line is one inference on made-up data. "Array used": the products that were done over those that the array could have done while it worked;
-"was": the same products on an array that skips nothing.
+multiply-accumulates are nearly all the work. Every line is one inference on made-up data. "Array used": the products that were done over
+those that the array could have done while it worked; "was": the same products on an array that skips nothing.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
             gain, less = first[0] / report.cycles, 1 - report.energy_pj / first[1]
             used = f"{report.array_utilization:.0%}" + (f", {report.array_utilization_unskipped:.0%}" if report.skipped_macs else "")
             print(
-                f"{text:18s}{name:16s}{report.cycles:12,}{f'÷{gain:.2f}':>8s}{report.matrix_cycles:14,}{report.energy_pj / 1e6:9.1f} µJ{-less:7.0%}"
+                f"{text:18s}{name:16s}{report.cycles:12,}{f'÷{gain:.2f}':>8s}{report.matrix_cycles:14,}{report.energy_pj / 1e6:9.1f} µJ{-less:+7.0%}"
                 f"{report.dram_read_bytes:12,}  {used}",
                 flush=True,
             )
