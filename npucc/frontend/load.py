@@ -17,22 +17,23 @@ LARGEST_FILE = 2**31 - 1  # protobuf's own limit
 OLDEST_OPSET = 7
 
 
-def load_model(model: str | Path | ModelProto, *, any_opset: bool = False) -> tuple[ModelProto, str]:
-    """(a private copy of the model with external data read in, the file name for messages). Raises ImportModelError.
+def load_model(model: str | Path | ModelProto, *, any_opset: bool = False, whole: bool = False) -> tuple[ModelProto, str]:
+    """(a private copy of the model, the file name for messages). Raises ImportModelError.
 
-    `any_opset`: nothing but onnxruntime will read its operators.
+    `any_opset`: nothing but onnxruntime will read its operators. External data is looked for and stays where it is (see `external_bytes`), so that
+    it is never in memory twice; `whole` reads it in.
     """
     if isinstance(model, ModelProto):
         copy = ModelProto()
         copy.CopyFrom(model)
-        _read_external_data(copy, None, "")
+        _take_external_data(copy, None, "", whole=whole)
         _check_header(copy, "", any_opset=any_opset)
         return copy, ""
     path = Path(model)
     file = str(path)
     proto = _parse(_read(path), file)
     _check_header(proto, file, any_opset=any_opset)
-    _read_external_data(proto, path.parent, file)
+    _take_external_data(proto, path.parent, file, whole=whole)
     return proto, file
 
 
@@ -104,8 +105,10 @@ def _attribute_tensors(attribute: AttributeProto) -> list[TensorProto]:
     return [tensor for graph in attribute.graphs for tensor in _tensors(graph)]
 
 
-def _read_external_data(model: ModelProto, folder: Path | None, file: str) -> None:
-    for tensor in _tensors(model.graph):
+def _take_external_data(model: ModelProto, folder: Path | None, file: str, *, whole: bool) -> None:
+    """Stored tensors of the main graph get the place of their data written out; others get the data."""
+    stays = 0 if whole else len(model.graph.initializer)
+    for number, tensor in enumerate(_tensors(model.graph)):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         if folder is None:
@@ -115,13 +118,26 @@ def _read_external_data(model: ModelProto, folder: Path | None, file: str) -> No
                 hint="pass the path of the model, or load it with its external data",
             )
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        tensor.raw_data = _external_bytes(tensor.name, entries, folder, file)
-        tensor.data_location = TensorProto.DEFAULT
+        path, offset, length = _external_place(tensor.name, entries, folder, file)
         tensor.ClearField("external_data")
+        for key, value in (("location", path), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        if number >= stays:
+            tensor.raw_data = external_bytes(tensor)
+            tensor.data_location = TensorProto.DEFAULT
+            tensor.ClearField("external_data")
 
 
-def _external_bytes(name: str, entries: dict[str, str], folder: Path, file: str) -> bytes:
-    """The bytes that an external data record points to; it must name a plain file inside `folder`."""
+def external_bytes(tensor: TensorProto) -> bytes:
+    """The data of a tensor that `load_model` left outside."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    with Path(place["location"]).open("rb") as stream:
+        stream.seek(int(place["offset"]))
+        return stream.read(int(place["length"]))
+
+
+def _external_place(name: str, entries: dict[str, str], folder: Path, file: str) -> tuple[Path, int, int]:
+    """(file, offset, length) of the bytes that an external data record points to; it must name a plain file inside `folder`."""
     location = entries.get("location", "")
     try:
         offset = int(entries.get("offset", "0"))
@@ -146,6 +162,4 @@ def _external_bytes(name: str, entries: dict[str, str], folder: Path, file: str)
             file=file,
             hint="the external data file is damaged or from another model",
         )
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        return stream.read(length)
+    return path, offset, length

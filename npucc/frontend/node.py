@@ -177,7 +177,7 @@ class NodeImport:
             value = self._constants.value(name)
             if value.dtype.kind not in "biuf":
                 raise self.refuse(f"constant {name!r} holds {value.dtype}, not numbers")
-            value = value if value.dtype == bool else value.astype(np.float32)
+            value = value if value.dtype == bool else value.astype(np.float32, copy=False)
             self._editor.add_tensor(Tensor(name, tuple(value.shape), str(value.dtype), value, source=name, given=self._constants.given.get(name)))
         return name
 

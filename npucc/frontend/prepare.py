@@ -23,7 +23,7 @@ NUMBERS = frozenset(
 )  # the element types that inputs and outputs may have
 MICROSOFT = "com.microsoft"
 STRAYS = frozenset({"SimplifiedLayerNormalization"})  # onnxruntime's own, which it keeps in the default domain, where ONNX does not know them
-LARGEST_CHECKED = 1 << 30  # bytes; the checker copies the model
+LARGEST_CHECKED = 1 << 20  # bytes of a stored tensor that the checker looks into; it copies the model several times
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +134,12 @@ def widen_floats(node: NodeProto) -> None:
 
 def _check(model: ModelProto, file: str) -> None:
     """What the ONNX checker says of the model (missing inputs, unknown operators, wrong attributes), as our error."""
-    if model.ByteSize() > LARGEST_CHECKED:
-        return
     del model.graph.value_info[:]
     for value in (*model.graph.input, *model.graph.output):
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()  # the checker wants one, even where the model may leave it open
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(_without_large_tensors(model))
     except (onnx.checker.ValidationError, ValueError) as error:
         message = " ".join(str(error).split("\n==>")[0].split())
         named = re.search(r"Bad node spec for node\. Name: (.*?) OpType:", str(error))
@@ -151,6 +149,21 @@ def _check(model: ModelProto, file: str) -> None:
             node=named[1] if named else "",
             hint="export the model again, or convert it with onnx.version_converter",
         ) from None
+
+
+def _without_large_tensors(model: ModelProto) -> ModelProto:
+    """The model to check, with inputs in the place of large or external stored tensors; the model itself where it has none."""
+    large = [tensor for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL or tensor.ByteSize() > LARGEST_CHECKED]
+    if not large:
+        return model
+    known = {value.name for value in model.graph.input}
+    inputs = [helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in large if tensor.name not in known]
+    names = {tensor.name for tensor in large}
+    graph = GraphProto(
+        name=model.graph.name, node=model.graph.node, input=[*model.graph.input, *inputs], output=model.graph.output,
+        initializer=[tensor for tensor in model.graph.initializer if tensor.name not in names], sparse_initializer=model.graph.sparse_initializer,
+    )  # fmt: skip
+    return ModelProto(ir_version=max(model.ir_version, 4), opset_import=model.opset_import, graph=graph)  # since 4 a stored tensor need be no input
 
 
 def bind_inputs(graph: GraphProto, shapes: Mapping[str, tuple[int, ...]], file: str) -> list[Input]:

@@ -33,7 +33,7 @@ def import_whole(
     model: str | Path | ModelProto, *, shapes: Mapping[str, tuple[int, ...]] | None = None, sample: Mapping[str, Any] | None = None
 ) -> Graph:
     """A graph of one host node, its tensors stored as they are. `sample`: a feed that settles the sizes of outputs. Raises ImportModelError."""
-    proto, file = load_model(model, any_opset=True)
+    proto, file = load_model(model, any_opset=True, whole=True)
     _refuse_other_types(proto.graph, file)
     inputs = bind_inputs(proto.graph, shapes or {}, file)
     tensors = [_tensor(value.name, value.shape, value.dtype, "input", file) for value in inputs]
