@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx
 
-from npucc.frontend import importer, operators
+from npucc.frontend import functions, importer, operators
 from npucc.frontend.constants import BOUNDED, NOT_CONSTANT
 from npucc.frontend.hosting import NO_TENSORS
 from npucc.frontend.load import load_model
@@ -35,6 +35,13 @@ PLACES = {
 }
 #: what an operator group of the frontend comes down to, where it is not the vector engine
 GROUPS = {"matrix": MATRIX, "linear": MATRIX, "recurrent": MATRIX, "transformer": MATRIX, "layout": MOVES, "quantized": FOLDED}
+#: operators that come down to something else than the rest of their group
+ENGINES = {
+    **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "CumSum", "Attention", "CausalConvWithState"), MATRIX),
+    **dict.fromkeys(("Compress", "GatherElements", "GatherND", "ReverseSequence", "Scatter", "ScatterElements", "ScatterND"), MOVES),
+    **dict.fromkeys(("RotaryEmbedding", "BiasGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization"), VECTOR),
+    "CenterCropPad": MOVES, "IsInf": FOLDED, "IsNaN": FOLDED,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +81,12 @@ def table() -> tuple[Support, ...]:
     rows = {}
     for (domain, name), record in operators.OPERATORS.items():
         title = f"{domain}.{name}" if domain else name
-        rows[title] = Support(title, GROUPS.get(groups[id(record)], VECTOR), record.note)
+        rows[title] = Support(title, ENGINES.get(name, GROUPS.get(groups[id(record)], VECTOR)), record.note)
     for each in quantized.EXPANSIONS:
         title = f"{each.domain}.{each.name}" if each.domain else each.name
         rows[title] = Support(title, rows[each.operator].place, f"as {each.operator}; {each.note}")
+    for name, note in functions.EXPANDED.items():
+        rows[name] = Support(name, ENGINES.get(name, VECTOR), note)
     for name, schema in known.items():
         rows.setdefault(name, Support(name, FOLDED, importer.FOLDED[name]) if name in importer.FOLDED else Support(name, HOST, _why_host(schema)))
     return tuple(rows[name] for name in sorted(rows))

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx.inliner
-from onnx import AttributeProto, NodeProto, TypeProto, ValueInfoProto, helper
+from onnx import AttributeProto, FunctionProto, NodeProto, TypeProto, ValueInfoProto, helper
 
 from npucc.frontend.prepare import widen_floats
 
 DOMAINS = ("", "ai.onnx", "ai.onnx.preview")
 #: operators whose function body comes down to the NPU; others of this kind are worth a try, too
 EXPANDED = {
-    "Attention": "its function body", "CausalConvWithState": "constant weights",
-    "NegativeLogLikelihoodLoss": "constant targets",
-    "SoftmaxCrossEntropyLoss": "constant labels", "SwiGLU": "its function body",
+    "Attention": "as ONNX defines it", "CausalConvWithState": "as ONNX defines it; constant weights", "CenterCropPad": "as ONNX defines it",
+    "NegativeLogLikelihoodLoss": "as ONNX defines it; constant targets", "SoftmaxCrossEntropyLoss": "as ONNX defines it; constant labels",
+    "SwiGLU": "as ONNX defines it",
 }  # fmt: skip
 
 
@@ -27,16 +27,10 @@ def body_of(proto: NodeProto, inputs: Mapping[str, TypeProto], opsets: Sequence[
     """The nodes that ONNX says the node stands for, its inputs and outputs under their own names; [] where ONNX says nothing."""
     if proto.domain not in DOMAINS:
         return []
-    values = [ValueInfoProto(name=name, type=kind) for name, kind in inputs.items()]
-    outputs = [ValueInfoProto(name=name) for name in proto.output if name]
-    graph = helper.make_graph([proto], "function", values, outputs)
     try:
-        inlined = onnx.inliner.inline_selected_functions(
-            helper.make_model(graph, opset_imports=opsets), [(proto.domain, proto.op_type)], exclude=False, inline_schema_functions=True
-        )
-    except Exception:  # noqa: BLE001  the inliner raises what its C++ code throws
+        nodes = _by_schema(proto, inputs, opsets) if "" in proto.input else _by_inliner(proto, inputs, opsets)
+    except Exception:  # noqa: BLE001  onnx raises what its C++ code throws
         return []
-    nodes = list(inlined.graph.node)
     if [node.op_type for node in nodes] == [proto.op_type]:
         return []
     kept = {*inputs, *proto.output, ""}
@@ -45,6 +39,31 @@ def body_of(proto: NodeProto, inputs: Mapping[str, TypeProto], opsets: Sequence[
         node.name = f"{number}:{node.op_type}"
         _rename(node, kept, f"{proto.name}/")
     return nodes
+
+
+def _by_inliner(proto: NodeProto, inputs: Mapping[str, TypeProto], opsets: Sequence[onnx.OperatorSetIdProto]) -> list[NodeProto]:
+    values = [ValueInfoProto(name=name, type=kind) for name, kind in inputs.items()]
+    outputs = [ValueInfoProto(name=name) for name in proto.output if name]
+    model = helper.make_model(helper.make_graph([proto], "function", values, outputs), opset_imports=opsets)
+    return list(
+        onnx.inliner.inline_selected_functions(model, [(proto.domain, proto.op_type)], exclude=False, inline_schema_functions=True).graph.node
+    )
+
+
+def _by_schema(proto: NodeProto, inputs: Mapping[str, TypeProto], opsets: Sequence[onnx.OperatorSetIdProto]) -> list[NodeProto]:
+    """Without the inliner, which knows no inputs left out in the middle: bodies that depend on the input's types, and so have no attributes."""
+    version = next(entry.version for entry in opsets if entry.domain.removeprefix("ai.onnx") == proto.domain.removeprefix("ai.onnx"))
+    schema = onnx.defs.get_schema(proto.op_type, version, proto.domain)
+    types = [inputs.get(name, TypeProto()).SerializeToString() for name in proto.input]
+    function = FunctionProto.FromString(schema.get_context_dependent_function(proto.SerializeToString(), types))
+    given = {**dict.fromkeys(function.input, ""), **dict(zip(function.input, proto.input, strict=False))}
+    given |= {formal: name for formal, name in zip(function.output, proto.output, strict=False) if name}
+    for node in function.node:
+        for names in (node.input, node.output):
+            actual = [given.get(name, name) for name in names]
+            del names[:]
+            names.extend(actual)
+    return list(function.node)
 
 
 def _rename(node: NodeProto, kept: set[str], prefix: str) -> None:

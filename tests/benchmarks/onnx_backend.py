@@ -1,6 +1,6 @@
 """ONNX's own backend tests, run by npucc in float mode and by onnxruntime's CPU provider with the same harness.
 
-    python tests/benchmarks/onnx_backend.py [--kind node] [--filter REGEX] [--json RESULTS.json]
+    python tests/benchmarks/onnx_backend.py [--int8] [--kind node] [--filter REGEX] [--json RESULTS.json]
 
 A test counts for npucc if onnxruntime passes it. Those that npucc does not pass are printed with their reason.
 """
@@ -72,7 +72,7 @@ def run_case(case: TestCase, run: Run) -> str:
     try:
         folder = Path(case.model_dir or "")
         model = case.model or onnx.load(folder / "model.onnx")
-        for inputs, wanted in case.data_sets or _data_sets(folder, model.graph):
+        for inputs, wanted in case.data_sets or data_sets(folder, model.graph):
             inputs = [np.asarray(value) if isinstance(value, np.generic) else value for value in inputs]
             Runner.assert_similar_outputs(wanted, list(run(model, inputs)), case.rtol, case.atol)
     except (NpuccError, IsaError, RuntimeFault) as error:
@@ -86,7 +86,7 @@ def run_case(case: TestCase, run: Run) -> str:
     return ""
 
 
-def _data_sets(folder: Path, graph: onnx.GraphProto) -> Iterator[tuple[list[Any], list[Any]]]:
+def data_sets(folder: Path, graph: onnx.GraphProto) -> Iterator[tuple[list[Any], list[Any]]]:
     for data in sorted(folder.glob("test_data_set_*")):
         yield _read(data, "input", graph.input), _read(data, "output", graph.output)
 
@@ -135,9 +135,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kind", choices=KINDS, action="append", help="default: all")
     parser.add_argument("--filter", default="", help="a regular expression on the tests' names")
+    parser.add_argument("--int8", action="store_true", help="int8 mode, calibrated on each node test's own inputs: at least 30 dB")
     parser.add_argument("--json", type=Path, help="write every outcome here")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
+    if chosen.int8:
+        return int8(chosen.filter)
     outcomes, surprises = {}, 0
     for kind in chosen.kind or KINDS:
         outcomes[kind] = [Outcome(case.name, run_case(case, by_onnxruntime), run_case(case, by_npucc)) for case in cases_of(kind, chosen.filter)]
@@ -158,6 +161,21 @@ def report(kind: str, outcomes: Sequence[Outcome]) -> int:
         if not each.onnxruntime and each.npucc:
             print(f"  FAILED {each.name}: {each.npucc[:140]}")
     return counts[True, False]
+
+
+def int8(pattern: str) -> int:
+    """Run the node tests with float inputs whose operators are on the NPU; 1 when the list of those below 30 dB is not true, or too long."""
+    from tests.onnx_backend import integer_mode
+
+    known, below = integer_mode.on_the_npu(), integer_mode.listed()
+    results = [integer_mode.run_in_int8(case) for case in cases_of("node", pattern) if integer_mode.claimed(case, known)]
+    passed = sum(result.passed for result in results)
+    share = passed / max(len(results), 1)
+    print(f"int8: {len(results)} node tests with float inputs and operators of the NPU; {passed} reach {integer_mode.WANTED:.0f} dB ({share:.1%})")
+    wrong = [result for result in results if result.passed == (result.name in below)]
+    for result in wrong:
+        print(f"  {'LISTED, BUT PASSES' if result.passed else 'FAILED'} {result.name}: {result.decibels:.1f} dB {result.reason[:140]}")
+    return int(bool(wrong) or share < integer_mode.LEAST_SHARE)
 
 
 if __name__ == "__main__":
