@@ -55,7 +55,8 @@ def _by_schema(proto: NodeProto, inputs: Mapping[str, TypeProto], opsets: Sequen
     version = next(entry.version for entry in opsets if entry.domain.removeprefix("ai.onnx") == proto.domain.removeprefix("ai.onnx"))
     schema = onnx.defs.get_schema(proto.op_type, version, proto.domain)
     types = [inputs.get(name, TypeProto()).SerializeToString() for name in proto.input]
-    function = FunctionProto.FromString(schema.get_context_dependent_function(proto.SerializeToString(), types))
+    content = schema.get_context_dependent_function(proto.SerializeToString(), types)  # type: ignore[attr-defined]  # missing in its stub
+    function = FunctionProto.FromString(content)
     given = {**dict.fromkeys(function.input, ""), **dict(zip(function.input, proto.input, strict=False))}
     given |= {formal: name for formal, name in zip(function.output, proto.output, strict=False) if name}
     for node in function.node:
