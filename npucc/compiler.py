@@ -25,7 +25,7 @@ from isa.target import Target, load_target
 from npucc.errors import CompileError, PruneError, QuantizeError
 from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
-from npucc.package import Package, Refused
+from npucc.package import FROM_DATA, FROM_MODEL, SYNTHETIC, Package, Refused
 from npucc.signature import ports_of_model
 
 if TYPE_CHECKING:
@@ -157,8 +157,10 @@ def steps(
 
     report("check", 0, 1)
     check_program(lowered.program)
+    source = SYNTHETIC if quantized.synthetic else FROM_DATA if quantized.report.samples else FROM_MODEL
+    refused += tuple(Refused("quantize", reason) for reason in quantized.report.quantized_anew)
     package = Package.create(
-        lowered.program, lowered.constants, graph=quantized.graph, synthetic=quantized.synthetic, refused=refused, pruned=pruned,
+        lowered.program, lowered.constants, graph=quantized.graph, calibration=source, refused=refused, pruned=pruned,
         quantized=quantized.report,
     )  # fmt: skip
     yield Step("check", package)
@@ -177,7 +179,7 @@ def _float_steps(
     lowered = lowering.lower(graph, chip)
     yield Step("lower", lowered.program)
     check_program(lowered.program)
-    yield Step("check", Package.create(lowered.program, lowered.constants, graph=graph, synthetic=False))
+    yield Step("check", Package.create(lowered.program, lowered.constants, graph=graph, calibration=FROM_DATA))
 
 
 def refuse_host(graph: Graph, *, host: bool) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SYNTHETIC, FROM_DATA, UNKNOWN = "synthetic", "data", "unknown"
+SYNTHETIC, FROM_DATA, FROM_MODEL, UNKNOWN = "synthetic", "data", "model", "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +98,10 @@ class Package:
 
     @staticmethod
     def create(
-        program: Program, constants: bytes, *, graph: Graph, synthetic: bool, refused: Iterable[Refused] = (),
+        program: Program, constants: bytes, *, graph: Graph, calibration: str, refused: Iterable[Refused] = (),
         pruned: PruneReport | None = None, quantized: QuantizeReport | None = None,
     ) -> Package:
-        """The package of a finished compilation."""
+        """The package of a finished compilation. `calibration`: see the property."""
         from npucc import operations, segments, serialize
 
         models = [segments.attributes_of(node) for node in segments.host_nodes(graph)]
@@ -111,7 +111,7 @@ class Package:
             "host": [[name, operator, number, reason] for number, each in enumerate(models) for name, operator, reason in each.nodes],
             "operations": operations.count(graph).as_dict(),
             "tool": f"npucc {_own_version()}",
-            "calibration": SYNTHETIC if synthetic else FROM_DATA,
+            "calibration": calibration,
             "refused": [[each.stage, each.reason] for each in refused],
             **({"pruned": pruned.as_dict()} if pruned else {}),
             **({"quantized": quantized.as_dict()} if quantized else {}),
@@ -143,9 +143,9 @@ class Package:
 
     @property
     def calibration(self) -> str:
-        """Where the scales come from: `data`, `synthetic` (made-up inputs: accuracy means little) or `unknown`."""
+        """Where the scales come from: `data`, `model` (which brought them all), `synthetic` (made-up inputs: accuracy means little) or `unknown`."""
         found = self.contents.manifest.get("calibration")
-        return found if found in (SYNTHETIC, FROM_DATA) else UNKNOWN
+        return found if found in (SYNTHETIC, FROM_DATA, FROM_MODEL) else UNKNOWN
 
     @property
     def pruned(self) -> dict[str, Any] | None:

@@ -95,7 +95,7 @@ def ops(
 
     chip = options.target(target) if target is not None else None
     onnx = operators.table()
-    graph = [(record.name, record.meaning, operators.engine(record)) for record in TABLE]
+    graph = [(record.name, record.meaning, operators.engine(record)) for record in TABLE if not record.float_only]
     if json:
         terminal.show_json({
             "target": chip.name if chip else None, "onnx": [dataclasses.asdict(row) for row in onnx],

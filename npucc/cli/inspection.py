@@ -23,6 +23,10 @@ Examples:
   npucc inspect model.npu --asm | less  the program
   npucc inspect model.npu --graph       the integer graph, and rewrites that did not apply"""
 
+CALIBRATION = {
+    "data": "from data", "model": "the model's own scales", "synthetic": "SYNTHETIC (made-up inputs): accuracy means little"
+}  # fmt: skip
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
@@ -81,7 +85,7 @@ def _summary(package: Package, path: Path) -> RenderableType:
         ("target", f"{program.target.name} ({program.target.description})"),
         *(("input", _signature(record)) for record in program.inputs),
         *(("output", _signature(record)) for record in program.outputs),
-        ("calibration", {"data": "from data", "synthetic": "SYNTHETIC (made-up inputs): accuracy means little"}.get(package.calibration, "unknown")),
+        ("calibration", CALIBRATION.get(package.calibration, "unknown")),
         ("program", f"{len(program.layers)} layers, {package.instructions:,} instructions"),
         ("constants", tables.size(program.constants_bytes)),
         ("DRAM used", tables.size(program.dram_bytes)),

@@ -162,7 +162,8 @@ class NodeImport:
         if self._steps[name].key == DYNAMIC.key:
             raise self.refuse(f"reads the integers {name!r} of DynamicQuantizeLinear")
         kind = self._types[name]
-        return self.table(whole(self._steps[name], kind), self._tensors[name], dtype=numpy_name(kind))
+        dtype = numpy_name(kind) if kind in (TensorProto.INT8, TensorProto.UINT8) else "int32"  # few operators of onnxruntime take 16 bits
+        return self.table(whole(self._steps[name], kind), self._tensors[name], dtype=dtype)
 
     def steps_of(self, index: int) -> Quant | None:
         """The steps of an input whose graph tensor holds reals; None of one that holds what the ONNX tensor holds."""

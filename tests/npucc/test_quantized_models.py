@@ -93,7 +93,7 @@ def test_onnxruntime_agrees_to_the_bit(tmp_path: Path, form: str, activations: s
     """Without calibration: the model brings all scales. Unsigned weights less their zero point have 9 bits and are split in two."""
     proto = quantized(tmp_path, form, activations, weights, per_channel=per_channel)
     package = npucc.compile(proto, host=False)
-    assert package.calibration == "data"
+    assert package.calibration == "model"
     for feed in SAMPLES[:2]:
         option = "session.qdqisint8allowed" if activations == "s8" else "session.x64quantprecision"
         assert steps_apart(package, onnxruntime_results(proto, feed, option), feed) == 0
@@ -106,7 +106,7 @@ def test_a_model_that_npucc_exports_comes_back_with_the_same_bytes_and_cycles(de
     for unsigned in (True, False):
         again = npucc.compile(to_onnx(first.graph, unsigned=unsigned, exact=False))
         found = again.run(feed)
-        assert again.calibration == "data"
+        assert again.calibration == "model"
         assert found.cycles == wanted.cycles
         for name, raw in wanted.raw.items():
             assert np.array_equal(found.raw[name], raw)

@@ -52,6 +52,8 @@ def dequantize_linear(node: NodeImport) -> str:
     if node.is_constant(0):
         zero = node.constant(2, "zero point") if node.has(2) else None
         axis, block = node.integer("axis", 1), node.integer("block_size", 0)
+        if not np.isfinite(node.floats(1, "scale")).all():
+            raise node.refuse("a scale is not a finite number", hint="quantize the model again")
         value, given = constant(node.constant(0, "x"), node.floats(1, "scale"), zero, kind, axis=axis, block=block)
         return node.set_constant(0, value, given)
     known = node.steps_of(0)
