@@ -18,10 +18,13 @@ from npucc.graph import Editor, Graph, Node, Quant, Tensor
 from npucc.ops import OPS
 from npucc.quantize.calibrate import Progress, tensor_runner
 from npucc.quantize.constants import LARGEST_SUM
+from npucc.quantize.sensitivity import work
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 DOUBT = 4.0  # how many times its variance the mean of few samples is distrusted
+FEWEST = 8  # samples, if so many are allowed
+WORK = 1e10  # multiply-accumulates to spend, with more samples than that
 SMALLEST_SHARE = 0.3  # of a channel's values within the clamp: below, a bias says too little about their mean
 
 
@@ -49,6 +52,11 @@ def correct_biases(graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Ar
         for stored in samples:
             _forget(stored, node, last_use)
     return editor.freeze()
+
+
+def bias_samples(graph: Graph, most: int) -> int:
+    """How many samples to correct with; depends on the graph only."""
+    return min(most, max(FEWEST, int(WORK / max(work(graph), 1))))
 
 
 def _forget(stored: dict[str, Array], node: Node, last_use: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ Place = tuple[str, int]  # a tensor and its channel dimension
 
 SAMPLES = 16
 BALANCES = (0.5, 0.75, 1.0)  # how much of the imbalance the weights take over
-WORTH = 0.7  # of the estimated error at most, or nothing is done
+WORTH = 0.5  # of the estimated error at most, or nothing is done: less is within what the estimate does not see
 QUIETEST = 1 / 64  # of the loudest channel: what was seen fainter may only not have been seen loud
 SUMS = frozenset({"add", "sub", "max", "min"})
 FAINT = 1e-3  # of the median energy of a layer's results: an output below counts as that loud

@@ -57,7 +57,9 @@ class QuantizeOptions:
     bias_correction: bool = field(
         default=True, metadata={"meaning": "shift biases by the mean error that rounding the weights causes, from channel means"}
     )
-    bias_samples: int = field(default=8, metadata={"meaning": "correct biases with so many samples run through the integer graph; 0: not"})
+    bias_samples: int = field(
+        default=32, metadata={"meaning": "correct biases with so many samples run through the integer graph, at least 8 where they are slow; 0: not"}
+    )
     concat_ratio: float = field(default=4.0, metadata={"meaning": "rescale a Concat's input whose range is so many times narrower than the result's"})
 
     def __post_init__(self) -> None:

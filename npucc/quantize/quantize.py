@@ -22,7 +22,7 @@ from npucc.ops import OPS
 from npucc.quantize.build import build
 from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, checked, measured
 from npucc.quantize.constants import source_of
-from npucc.quantize.correct import correct_biases
+from npucc.quantize.correct import bias_samples, correct_biases
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import equalize
 from npucc.quantize.given import not_kept, spread
@@ -128,7 +128,8 @@ def quantize(
         evidence = collect(rounded.graph, rounded.scales, calibration.first[: options.round_samples], progress=progress)
         integer = build(rounded.graph, rounded.scales, rounded.calibration.means, options, evidence=evidence)
     if options.bias_samples:
-        integer = correct_biases(rounded.graph, integer, calibration.first[: options.bias_samples], progress=progress)
+        few = calibration.first[: bias_samples(rounded.graph, options.bias_samples)]
+        integer = correct_biases(rounded.graph, integer, few, progress=progress)
     activations = (name for name, tensor in rounded.graph.tensors.items() if not tensor.is_constant)
     anew = not_kept(rounded.graph, {name: rounded.scales.of(rounded.graph, name) for name in activations})
     rows = tuple(_rows(rounded, options, mixed))

@@ -166,8 +166,12 @@ def _completed(second: Sensitivity, first: Sensitivity) -> Sensitivity:
 
 def affordable_samples(graph: Graph, groups: int, *, most: int = SAMPLES) -> int:
     """How many samples to measure with: as many as the work allows, at least one. Depends on the graph only."""
-    once = sum(_work(graph, name) for name in graph.nodes)
-    return int(np.clip(WORK / max(once * groups, 1), 1, most))
+    return int(np.clip(WORK / max(work(graph) * groups, 1), 1, most))
+
+
+def work(graph: Graph) -> int:
+    """Of one run of the graph, in multiply-accumulates."""
+    return sum(_work(graph, name) for name in graph.nodes)
 
 
 def multiply_accumulates(graph: Graph, name: str) -> int:

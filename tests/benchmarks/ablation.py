@@ -36,7 +36,7 @@ TECHNIQUES = {
     "equalization": ("equalize=yes", "equalize=no"),
     "second-order rounding": ("rounding=second_order", "rounding=nearest"),
     "biases from channel means": ("bias_correction=yes", "bias_correction=no"),
-    "biases from integer runs": ("bias_samples=8", "bias_samples=0"),
+    "biases from integer runs": ("bias_samples=32", "bias_samples=0"),
     "rescaled concatenations": ("concat_ratio=4", "concat_ratio=inf"),
     "16 bits by measurement": ("scheme=auto", "scheme=int8"),
 }

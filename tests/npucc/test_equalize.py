@@ -98,7 +98,7 @@ def test_networks_with_trained_statistics_stay_sound_where_plain_scales_collapse
     samples, unseen = images(32, 48, seed=100), images(8, 48, seed=200)
     wanted = exact_session(to_onnx(graph))
     assert decibels(graph, PLAIN, samples, unseen, wanted) < plain
-    assert decibels(graph, QuantizeOptions(), samples, unseen, wanted) > sound
+    assert decibels(graph, QuantizeOptions(scheme="int8"), samples, unseen, wanted) > sound  # onnxruntime is exact in 8 bits
 
 
 def decibels(graph: Graph, options: QuantizeOptions, samples: list, unseen: list, wanted: object) -> float:
