@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from isa.target import Target
 from npucc.errors import CompileError
 from npucc.graph import Graph
 from npucc.lowering import layer_cycles
+from npucc.ops import OPS
+from npucc.quantize.share import moved_inputs
 
 IMPOSSIBLE = float("inf")
 
@@ -48,9 +52,13 @@ def total_cycles(integer: Graph, names: Iterable[str], target: Target) -> float:
 
 
 def _layer_cycles_with(integer: Graph, names: Iterable[str], target: Target) -> list[int] | None:
-    tensors = dict(integer.tensors)
-    for name in names:
-        tensors[name] = replace(tensors[name], quant=replace(integer.quant(name), dtype="s16"))
+    tensors, wide = dict(integer.tensors), set(names)
+    moves = (node for node in integer if OPS[node.op].moves_data and node.outputs[0] in wide)
+    wide |= {name for node in moves for name in moved_inputs(node) if tensors[name].is_constant}  # they are stored as what they become part of
+    for name in sorted(wide):
+        data = tensors[name].data
+        data = None if data is None else data.astype(np.int16)
+        tensors[name] = replace(tensors[name], quant=replace(integer.quant(name), dtype="s16"), data=data)
     try:
         return [cycles for _, cycles in layer_cycles(replace(integer, tensors=tensors), target)]
     except CompileError:

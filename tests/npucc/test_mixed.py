@@ -173,3 +173,12 @@ def test_a_large_graph_is_measured_with_fewer_samples() -> None:
 def test_wrong_schemes_are_refused(text: str) -> None:
     with pytest.raises(QuantizeError):
         QuantizeOptions.parse(text)
+
+
+def test_a_constant_that_is_joined_to_a_priced_tensor_is_priced_with_it() -> None:
+    net = FloatNet()
+    net.input("x", 1, 1, 4)
+    net.op("table", ["x"], "t", ops.Table(("tanh", "x")))
+    net.op("concat", [net.constant("k", np.full((1, 1, 4), -0.3, np.float32)), "t", "x"], "y", ops.Concat(0))
+    feeds = [{"x": np.random.default_rng(seed).normal(0, 1, (1, 1, 4)).astype(np.float32)} for seed in range(4)]
+    assert quantize(net.graph("y"), feeds, target=load_target("edge")).graph.outputs == ("y",)
