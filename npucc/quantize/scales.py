@@ -6,7 +6,7 @@ scores, integers), and some scales must have a certain form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -103,7 +103,7 @@ def choose_scales(
             covered[root] = covered[root].joined(implied.get(name, Range()))
         covered[root] = limits.of(names, covered[root], group_histogram(calibration, groups, root))
         dtype = "s32" if root in long else "s16" if root in wide else ""
-        quants[root] = wide_quant(covered[root], dtype) if dtype else _quant(graph, names, covered[root])
+        quants[root] = _wide_quant(graph, names, covered[root], dtype) if dtype else _quant(graph, names, covered[root])
     return Scales(groups, covered, quants, raw)
 
 
@@ -120,8 +120,11 @@ def _range_of(quant: Quant) -> Range:
     return Range(min(low, 0.0), max(high, 0.0))
 
 
-def wide_quant(covered: Range, dtype: str) -> Quant:
-    """Around zero, which keeps sums of products small; s32 has room for twice the range."""
+def _wide_quant(graph: Graph, names: Collection[str], covered: Range, dtype: str) -> Quant:
+    """s16 around zero where a product reads it, which keeps its sums small, else over its range; s32 around zero with room for twice the range."""
+    multiplied = any(OPS[node.op].matrix for name in names for node in graph.users(name))
+    if dtype == "s16" and not multiplied:
+        return activation_quant(covered, dtype)
     steps = 2.0**15 - 1 if dtype == "s16" else 2.0**30
     covered = covered.within(-LARGEST, LARGEST)
     return Quant(dtype, np.asarray(max(-covered.low, covered.high, SMALLEST) / steps, np.float32), 0)
