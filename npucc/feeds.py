@@ -82,10 +82,6 @@ class Dataset:
     limit: int | None = None
 
     @property
-    def has_labels(self) -> bool:
-        return all(file.labels is not None for file in self.files)
-
-    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one sample per input: binds the sizes that the model leaves open."""
         return {member.name: member.shape for member in self.files[0].members}

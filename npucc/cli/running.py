@@ -25,7 +25,7 @@ Examples:
   npucc run model.npu --trace trace.json                 open it in Perfetto or chrome://tracing
   npucc run model.npu --until 57:3 --dump-memory here    stop after line 57 was executed 3 times
 \b
-Cycles and energy do not depend on the input's values. The outputs' first axis counts the samples."""
+Cycles and energy do not depend on the input's values, but on a target that skips zero inputs. The outputs' first axis counts the samples."""
 
 
 def register(app: typer.Typer) -> None:
@@ -151,7 +151,7 @@ def _report(package: Package, result: Result, *, count: int, synthetic: bool, js
         )
         return
     if synthetic:
-        terminal.note("no --input: ran one made-up sample (standard normal values); cycles and energy do not depend on values")
+        terminal.note("no --input: ran one made-up sample (standard normal values); cycles and energy depend on values only where a target skips zero inputs")
     if top != 0:
         terminal.show(tables.layers(report, top=top, width=terminal.width()), "")
     if counters:

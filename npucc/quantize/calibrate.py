@@ -17,11 +17,12 @@ import onnxruntime
 
 from npucc.errors import DataError, QuantizeError
 from npucc.export import to_onnx
-from npucc.feeds import Port, check_feed
+from npucc.feeds import check_feed
 from npucc.graph import Graph, Node
 from npucc.ops import OPS
 from npucc.quantize.ranges import Histogram
 from npucc.segments import untouched
+from npucc.signature import ports_of_graph
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
@@ -152,7 +153,7 @@ def float_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 def checked(graph: Graph, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
     """The feeds as the graph's inputs want them. Raises QuantizeError."""
-    ports = tuple(Port(name, graph.tensors[name].shape, graph.tensors[name].dtype) for name in graph.inputs)
+    ports = ports_of_graph(graph)
     for index, feed in enumerate(feeds):
         try:
             yield check_feed(feed, ports, place=f"calibration sample {index}")
