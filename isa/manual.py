@@ -34,21 +34,25 @@ MEMORIES = {
 TIMING = {
     "dma": "`ceil(burst bytes / dram_bytes_per_cycle)` of the one DRAM channel that `ld` and `st` share, `dram_latency` after the request; the "
     "next request of a queue is issued when its last one starts to stream. Burst bytes: each contiguous run in DRAM takes whole bursts of "
-    "`dram_burst_bytes` (as in Arm's Vela compiler); gaps shorter than a burst are streamed over; dimensions of stride 0 move once (both npucc's own). "
+    "`dram_burst_bytes` (as in Arm's Vela compiler); gaps shorter than a burst are streamed over; dimensions of stride 0 move once "
+    "(both npucc's own). "
     "Of packed weights the packed bytes count.",
     "gather": "as dma: each row of y in whole bursts; the rest of x is not moved. npucc's own.",
     "matrix": "with M = output pixels or rows, K = products per output, N = outputs per group, G = groups (1 for `matmul`). "
     "Systolic (SCALE-Sim, Samajdar et al., ISPASS 2020; its report counts from 0, one less per layer), weight stationary, "
     "F = `G * ceil(K/rows) * ceil(N/cols)` folds: without shadow weights `F * (M + 2*rows + cols - 2)`, "
-    "with them (npucc's own) `F * max(M, rows) + 2*rows + cols - 2`; output stationary `G * ceil(M/rows) * ceil(N/cols) * (K + rows + cols - 2)`; input stationary "
-    "`G * ceil(K/rows) * ceil(M/cols) * (N + 2*rows + cols - 2)`. MAC array (Da Vinci cube, Liao et al., HPCA 2021; the pipeline's fill is npucc's own): "
+    "with them (npucc's own) `F * max(M, rows) + 2*rows + cols - 2`; output stationary `G * ceil(M/rows) * ceil(N/cols) * (K + rows + cols - 2)`; "
+    "input stationary "
+    "`G * ceil(K/rows) * ceil(M/cols) * (N + 2*rows + cols - 2)`. "
+    "MAC array (Da Vinci cube, Liao et al., HPCA 2021; the pipeline's fill is npucc's own): "
     "`G * ceil(M/rows) * ceil(N/cols) * ceil(K/depth) + pipeline_depth`. "
     "s16 inputs: twice that, as two bytes (npucc's own). A target with `skip` needs less, see [skipping](#skipping).",
     "depthwise": "as `matrix` with K = kernel taps. Weight stationary: a fold holds g channels block-diagonally, each with the Toeplitz matrix of "
     "n neighbouring results of a row and the u input columns under them: g·kh·u <= rows, g·n <= cols, `ceil(channels/g)` folds of "
     "`h * ceil(w/n)` pixels, n and g chosen for the fewest cycles; other dataflows: N = 1, G = channels. "
     "MAC array: `ceil(M/rows) * ceil(channels/cols) * ceil(taps/depth) + pipeline_depth`. How channels lie in either array is npucc's own.",
-    "vector": "`vec_startup + ceil(elements / vec_lanes)`; `div` and `sqrt` pass four times. Elements are those of the result (of x for `reduce`). npucc's own.",
+    "vector": "`vec_startup + ceil(elements / vec_lanes)`; `div` and `sqrt` pass four times. Elements are those of the result (of x for `reduce`). "
+    "npucc's own.",
     "window": "`vec_startup + ceil(elements / vec_lanes) * taps`: one pass per tap of the window. npucc's own.",
     "resize": "`vec_startup + ceil(elements / vec_lanes) * 4`: one pass per neighbour. npucc's own.",
     "transfer": "as dma, on the same channel; the queue goes on when the transfer is complete. npucc's own.",

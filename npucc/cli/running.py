@@ -151,7 +151,7 @@ def _report(package: Package, result: Result, *, count: int, synthetic: bool, js
         )
         return
     if synthetic:
-        terminal.note("no --input: ran one made-up sample (standard normal values); cycles and energy depend on values only where a target skips zero inputs")
+        terminal.note("no --input: ran one made-up sample (standard normal values); only where zero inputs are skipped do values matter")
     if top != 0:
         terminal.show(tables.layers(report, top=top, width=terminal.width()), "")
     if counters:
