@@ -17,21 +17,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from npucc.compiler import compile, stages, steps
     from npucc.errors import CompileError, DataError, GraphError, ImportModelError, NpuccError, PruneError, QuantizeError
-    from npucc.package import Package, Result, load
+    from npucc.package import Package, load
+    from runtime.result import Result
 
 __all__ = [
     "CompileError", "DataError", "GraphError", "ImportModelError", "NpuccError", "Package", "PruneError", "QuantizeError", "Result",
     "compile", "load", "stages", "steps",
 ]  # fmt: skip
 
-_HOMES = {"compile": "compiler", "stages": "compiler", "steps": "compiler", "Package": "package", "Result": "package", "load": "package"}
+_HOMES = {
+    "compile": "npucc.compiler", "stages": "npucc.compiler", "steps": "npucc.compiler", "Package": "npucc.package", "load": "npucc.package",
+    "Result": "runtime.result",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Names are imported when they are first used: `import npucc.feeds` must not wait for networkx and onnx."""
     if name not in __all__:
         raise AttributeError(f"module 'npucc' has no attribute {name!r}")
-    return getattr(import_module(f"npucc.{_HOMES.get(name, 'errors')}"), name)
+    return getattr(import_module(_HOMES.get(name, "npucc.errors")), name)
 
 
 def __dir__() -> list[str]:

@@ -7,14 +7,12 @@ what is derived (the graph, the machine) is made when it is first asked for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 import isa
 from isa import Instruction, Loop, Program
@@ -31,9 +29,8 @@ if TYPE_CHECKING:
     from npucc.segments import HostNode
     from runtime.host import HostEngine
     from runtime.machine import Machine
-    from runtime.report import LayerReport, Report
-
-Array = np.ndarray[Any, np.dtype[Any]]
+    from runtime.report import Report
+    from runtime.result import Result
 
 SYNTHETIC, FROM_DATA, FROM_MODEL, UNKNOWN = "synthetic", "data", "model", "unknown"
 
@@ -44,49 +41,6 @@ class Refused:
 
     stage: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One inference: outputs as reals and as stored, in graph order, and what it cost."""
-
-    outputs: dict[str, Array]
-    raw: dict[str, Array]
-    tensors: dict[str, Array]
-    report: Report
-
-    @property
-    def cycles(self) -> int:
-        return self.report.cycles
-
-    @property
-    def macs(self) -> int:
-        return self.report.macs
-
-    @property
-    def utilization(self) -> float:
-        """Ideal MAC cycles over cycles."""
-        return self.report.utilization
-
-    @property
-    def energy_pj(self) -> float:
-        return self.report.energy_pj
-
-    @property
-    def dram_read_bytes(self) -> int:
-        return self.report.dram_read_bytes
-
-    @property
-    def dram_write_bytes(self) -> int:
-        return self.report.dram_write_bytes
-
-    @property
-    def spm_peak_bytes(self) -> int:
-        return self.report.spm_peak_bytes
-
-    @property
-    def layers(self) -> Sequence[LayerReport]:
-        return self.report.layers
 
 
 @dataclass(frozen=True)
@@ -237,8 +191,7 @@ class Package:
 
     def run(self, feed: Mapping[str, Any], *, tensors: bool = False) -> Result:
         """One inference on `{input name: array of the model's shape}`; `tensors` keeps every named tensor. Raises DataError, RuntimeFault."""
-        run = self.machine.run(check_feed(feed, self.inputs), dump=tensors)
-        return Result(run.outputs, run.raw, run.tensors, run.report)
+        return self.machine.run(check_feed(feed, self.inputs), dump=tensors)
 
     def run_many(self, feeds: Iterable[Mapping[str, Any]], *, workers: int = 1) -> Iterator[Result]:
         """One Result per feed, in order, as they are asked for. Raises DataError, RuntimeFault.
@@ -246,7 +199,7 @@ class Package:
         With `workers` above 1 (`os.cpu_count()` uses all cores) that many processes compute the same bytes; each loads the package first.
         """
         checked = (check_feed(feed, self.inputs) for feed in feeds)
-        return (Result(run.outputs, run.raw, run.tensors, run.report) for run in self.machine.run_many(checked, workers=workers))
+        return self.machine.run_many(checked, workers=workers)
 
     def to_onnx(self, *, unsigned: bool | None = None, exact: bool = True) -> onnx.ModelProto:
         """The same quantized model as QDQ ONNX (see `npucc.export.to_onnx`). Raises CompileError when the package has no graph."""

@@ -22,7 +22,8 @@ from runtime.host import Host, HostEngine
 from runtime.kernels import kernels_of
 from runtime.memory import Array, Memory, extent
 from runtime.parallel import run_in_processes
-from runtime.report import LayerReport, Report, make_report
+from runtime.report import Report, make_report
+from runtime.result import Result
 from runtime.skipping import Meter
 from runtime.stream import program_order, random_order, unrolled
 from runtime.timing import Timeline, simulate
@@ -38,32 +39,6 @@ class Packaged(Protocol):
     def program(self) -> Program: ...
     @property
     def constants(self) -> bytes: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One inference. Arrays are in the model's (logical) shapes.
-
-    `outputs`: what the outputs stand for (float32, or the model's integer or boolean type); `raw`: as stored;
-    `tensors`: the stored values of the tensors that `dump` asked for; `report`: cycles, bytes, energy.
-    """
-
-    outputs: dict[str, Array]
-    raw: dict[str, Array]
-    tensors: dict[str, Array]
-    report: Report
-
-    @property
-    def cycles(self) -> int:
-        return self.report.cycles
-
-    @property
-    def layers(self) -> tuple[LayerReport, ...]:
-        return self.report.layers
-
-    @property
-    def energy_pj(self) -> float:
-        return self.report.energy_pj
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +87,7 @@ class Machine:
         self._order = program_order(self.steps)
         self._closures = self._bind(self._order, known_order=not self._constants_change)
 
-    def run(self, inputs: Mapping[str, Any], *, order: str = "program", seed: int = 0, dump: Dump = None) -> Run:
+    def run(self, inputs: Mapping[str, Any], *, order: str = "program", seed: int = 0, dump: Dump = None) -> Result:
         """One inference on {name: array of the model's shape}; the same inputs give the same bytes.
 
         `order="random"` executes one of the orders that queues and events allow, chosen by `seed`; `dump` then must be None.
@@ -134,7 +109,7 @@ class Machine:
             self._run_layers(self._collector(dump, tensors))
         raw = {record.name: view.copy() for record, view in self._outputs}
         outputs = {record.name: boundary.to_real(record, raw[record.name]) for record, _ in self._outputs}
-        return Run(outputs, raw, tensors, self._report_of_run())
+        return Result(outputs, raw, tensors, self._report_of_run())
 
     def run_until(self, inputs: Mapping[str, Any], line: int, *, turn: int = 1) -> Stop:
         """An inference up to the `turn`-th execution of a line of the program's text. Raises RuntimeFault when there is none."""
@@ -160,8 +135,8 @@ class Machine:
             closure()
         return {space: memory.content() for space, memory in self.memories.items()}
 
-    def run_many(self, samples: Iterable[Mapping[str, Any]], *, workers: int = 1, dump: Dump = None) -> Iterator[Run]:
-        """One Run per sample, in order; with `workers` above 1 in as many processes (a script then needs its `if __name__ == "__main__"`).
+    def run_many(self, samples: Iterable[Mapping[str, Any]], *, workers: int = 1, dump: Dump = None) -> Iterator[Result]:
+        """One Result per sample, in order; with `workers` above 1 in as many processes (a script then needs its `if __name__ == "__main__"`).
 
         Each process computes in one thread. Raises RuntimeFault.
         """
@@ -170,7 +145,7 @@ class Machine:
         if callable(dump):
             raise RuntimeFault("several processes can't call one function for each tensor", hint="give dump the tensors' names, or use workers=1")
         found = run_in_processes(self.program, self.constants, samples, workers=workers, dump=dump, host=self.host.engine, engine=self.engine)
-        return (Run(outputs, raw, tensors, self.report) for outputs, raw, tensors in found)
+        return (Result(outputs, raw, tensors, self.report) for outputs, raw, tensors in found)
 
     @cached_property
     def timeline(self) -> Timeline:

@@ -72,7 +72,7 @@ def compile_model(  # noqa: PLR0913  one per option
 ) -> None:
     """Compile an ONNX model for an NPU and write a package.
 
-    The model is imported, simplified, quantized to int8 with the calibration data, and lowered to instructions of the target.
+    The model is imported, simplified, quantized with the calibration data (8 bits, 16 where it pays), and lowered to instructions of the target.
     """
     from npucc import compiler
 

@@ -14,8 +14,9 @@ from npucc import tables
 from npucc.cli import options, stopping, terminal
 from npucc.feeds import Feed, check_feed, open_dataset, synthetic_feeds
 from npucc.files import json_text, write_array, write_arrays, write_bytes, write_text
-from npucc.package import Package, Result, load
+from npucc.package import Package, load
 from runtime.errors import RuntimeFault
+from runtime.result import Result
 
 EPILOG = """\b
 Examples:
