@@ -45,22 +45,8 @@ def compile_model(  # noqa: PLR0913  one per option
     shape: Annotated[
         list[str] | None, typer.Option("--shape", metavar="x=1,3,224,224", help="Bind an input's open sizes; repeat per input.", show_default=False)
     ] = None,
-    prune: Annotated[
-        str | None,
-        typer.Option(
-            "--prune",
-            metavar="SPEC",
-            help="Remove channels or weights: channels=30%, cycles=0.7,drop=0.5, 2:4, block=70%, unstructured=60%, "
-            "skip=LAYER, LAYER@2:4, …; `help` explains.",
-            show_default=False,
-        ),
-    ] = None,
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            "--quant", metavar="SPEC", help="key=value,key=value (`help` lists them), or none: all in float, on the host.", show_default=False
-        ),
-    ] = None,
+    prune: options.Prune = None,
+    quant: options.Quant = None,
     host: Annotated[
         bool, typer.Option("--host/--no-host", help="Let onnxruntime run, as host segments, what the NPU can't; --no-host makes it an error.")
     ] = True,
@@ -81,8 +67,6 @@ def compile_model(  # noqa: PLR0913  one per option
         return
     chip, bound = options.target(target), options.shapes(shape)
     options.existing(calibration, "--calibration")
-    options.quant(quant)
-    options.prune(prune)
     options.writable(output)
     _known_stage(dump_after)
     path = output or Path(f"{model.name.removesuffix('.onnx')}.npu")

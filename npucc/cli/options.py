@@ -35,8 +35,10 @@ def target(name: str) -> Target:
         raise typer.BadParameter(str(error), param_hint="'--target'") from None
 
 
-def quant(spec: str | None) -> str | None:
+def _quant(spec: str | None) -> str | None:
     """`--quant`, refused here when it does not parse: wrong usage, not the model's fault. `help` lists the keys."""
+    if spec is None:
+        return None
     from npucc.compiler import FLOAT_MODE, quantize_options
     from npucc.errors import QuantizeError
     from npucc.quantize import QuantizeOptions
@@ -54,7 +56,7 @@ def quant(spec: str | None) -> str | None:
     return spec
 
 
-def prune(spec: str | None) -> str | None:
+def _prune(spec: str | None) -> str | None:
     """`--prune`, refused here when it does not parse. `help` explains it."""
     if spec is None:
         return None
@@ -70,6 +72,32 @@ def prune(spec: str | None) -> str | None:
     except PruneError as error:
         raise typer.BadParameter(str(error), param_hint="'--prune'") from None
     return spec
+
+
+# Both are looked at before anything else, so that `npucc compile --quant help` needs no model.
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        "--quant",
+        metavar="SPEC",
+        callback=_quant,
+        is_eager=True,
+        help="auto (16 bits where they pay), int8 or int16, then key=value,… (`help` lists them); or none: all in float, on the host.",
+        show_default=False,
+    ),
+]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        "--prune",
+        metavar="SPEC",
+        callback=_prune,
+        is_eager=True,
+        help="Remove channels or weights: channels=30%, cycles=0.7,drop=0.5, 2:4, block=70%, unstructured=60%, "
+        "skip=LAYER, LAYER@2:4, …; `help` explains.",
+        show_default=False,
+    ),
+]
 
 
 def shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:

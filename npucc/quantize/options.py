@@ -110,7 +110,8 @@ class QuantizeOptions:
                 name, value, equals = *WORDS[part], "="
             if name not in fields or not equals:
                 known = ", ".join(fields)
-                raise QuantizeError(f"{part!r} is no quantization option", hint=f"write auto,key=value,… with the keys {known}")
+                schemes = ", ".join(SCHEMES)
+                raise QuantizeError(f"{part!r} is no quantization option", hint=f"write {schemes} or none, then key=value,… with the keys {known}")
             if name in values:
                 raise QuantizeError(f"the option {name!r} is given twice")
             values[name] = _parse(name, value, type(fields[name].default))

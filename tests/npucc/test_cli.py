@@ -235,7 +235,7 @@ def test_dump_after_with_an_output_goes_on(npucc_command: Npucc, tmp_path: Path)
 
 
 def test_quantization_options_explain_themselves(npucc_command: Npucc) -> None:
-    done = npucc_command("compile", MODEL, "--quant", "help")
+    done = npucc_command("compile", "--quant", "help")
     assert done.code == 0
     for field in dataclasses.fields(QuantizeOptions):
         assert f"{field.name}={field.default}\n    " in done.out
