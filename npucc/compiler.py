@@ -145,7 +145,7 @@ def steps(
         raise PruneError("the model is quantized already", hint="prune the float model; npucc quantizes what is left")
     if pruning and feeds is not None:
         feeds = _repeatable(feeds, max(pruning.samples, options.samples))
-        graph, pruned = _pruned(graph, feeds, chip, pruning, progress)
+        graph, pruned = _pruned(graph, feeds, chip, pruning, options, progress)
     yield Step("prune", graph)
 
     quantized = quantize(graph, feeds, options=options, target=chip, progress=progress)
@@ -210,10 +210,12 @@ def prune_options(spec: str | PruneOptions | None) -> PruneOptions | None:
     return PruneOptions.parse(spec) if isinstance(spec, str) else spec
 
 
-def _pruned(graph: Graph, feeds: Feeds, chip: Target, options: PruneOptions, progress: Progress | None) -> tuple[Graph, PruneReport]:
+def _pruned(
+    graph: Graph, feeds: Feeds, chip: Target, options: PruneOptions, quant: QuantizeOptions, progress: Progress | None
+) -> tuple[Graph, PruneReport]:
     from npucc.prune import prune
 
-    result = prune(graph, feeds, target=chip, options=options, progress=progress)
+    result = prune(graph, feeds, target=chip, options=options, quant=quant, progress=progress)
     return result.graph, result.report
 
 

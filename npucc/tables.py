@@ -161,7 +161,8 @@ def pruning(report: Mapping[str, Any]) -> Table:
     )
     headers = ("layer", "op", "pattern", "weights", "kept", "MACs", "kept", "error", "repaired")
     total = ("total", "", "", "", "", f"{report['macs']:,}", f"{report['macs_kept']:,}", "", f"{report['output_error']:.2%}")
-    told = "" if report["disagreement"] is None else f", {report['disagreement']:.2f} points of disagreement on calibration samples"
+    told = f", {report['cycles_kept']:,} of {report['cycles']:,} cycles" if report.get("compiled") else ""
+    told += "" if report["disagreement"] is None else f", {report['disagreement']:.2f} points of disagreement on calibration samples"
     meaning = "error of each layer's result before and after the repair; the last line is the network's output"
     title = f"pruned until: {report['stopped']}{told}\n{meaning}"
     return grid(title, headers, rows, left=3, footer=total)

@@ -20,6 +20,7 @@ from npucc.graph import Editor, Graph, Node
 from npucc.operations import node_macs
 from npucc.ops import OPS
 from npucc.prune.channels import Curve, Family, Statistics, draw_curves, find_families
+from npucc.prune.compiled import Clock
 from npucc.prune.measure import OutputMeter
 from npucc.prune.moments import input_moments
 from npucc.prune.options import PruneOptions
@@ -28,6 +29,7 @@ from npucc.prune.report import FamilyRow, LayerRow, PruneReport
 from npucc.prune.search import Found, Job, search
 from npucc.prune.slots import find_slots
 from npucc.prune.zeros import remove_zero_channels
+from npucc.quantize import QuantizeOptions
 from npucc.sites import MOST_COLUMNS, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -46,21 +48,29 @@ class Pruned:
     report: PruneReport
 
 
-def prune(graph: Graph, feeds: Iterable[Feed], *, target: Target, options: PruneOptions, progress: Progress | None = None) -> Pruned:
-    """Prune a float graph. Deterministic. `feeds`: calibration samples, of which the first `options.samples` are used. Raises PruneError."""
+def prune(
+    graph: Graph, feeds: Iterable[Feed], *, target: Target, options: PruneOptions, quant: QuantizeOptions | None = None, progress: Progress | None = None
+) -> Pruned:
+    """Prune a float graph. Deterministic. `feeds`: calibration samples, of which the first `options.samples` are used.
+
+    `quant`: how what is left will be quantized, which a budget of cycles depends on. Raises PruneError.
+    """
     samples = list(islice(feeds, options.samples))
     if not samples:
         raise PruneError("there are no calibration samples", hint="give at least one, better some hundreds")
+    clock = Clock(target, samples if iter(feeds) is feeds else feeds, quant or QuantizeOptions())
     dense, zero_channels = remove_zero_channels(_with_own_constants(graph))
-    job = _prepare(dense, samples, target, options, progress)
+    job = _prepare(graph, dense, samples, clock, options, progress)
     found = search(job)
     return Pruned(found.attempt.graph, _report(job, found, zero_channels))
 
 
-def _prepare(dense: Graph, samples: Sequence[Mapping[str, Array]], target: Target, options: PruneOptions, progress: Progress | None) -> Job:
+def _prepare(
+    original: Graph, dense: Graph, samples: Sequence[Mapping[str, Array]], clock: Clock, options: PruneOptions, progress: Progress | None
+) -> Job:
     slots = find_slots(dense)
     statistics = Statistics(dense, slots, {}, {})
-    prices = PriceList(dense, slots, target)
+    prices = PriceList(dense, slots, clock.target)
     macs = sum(node_macs(dense, node) for node in dense)
     judged = (samples[1::2] or samples)[: int(np.clip(METER_MACS // max(macs, 1), *METER_SAMPLES))]
     curves: tuple[Curve, ...] = ()
@@ -72,7 +82,7 @@ def _prepare(dense: Graph, samples: Sequence[Mapping[str, Array]], target: Targe
         first = replace(statistics, grams=halves[0])
         curves = draw_curves(first, families, prices, options, OutputMeter(dense, judged).error, progress=progress)
         statistics = replace(statistics, grams={name: gram + halves[1][name] for name, gram in halves[0].items()})
-    return Job(dense, statistics, curves, prices, target, samples, judged, options, progress)
+    return Job(original, dense, statistics, curves, prices, clock.target, samples, judged, options, clock, progress)
 
 
 def _families(dense: Graph, statistics: Statistics, options: PruneOptions) -> tuple[Family, ...]:
@@ -148,7 +158,9 @@ def _report(job: Job, found: Found, zero_channels: int) -> PruneReport:
     graph = found.attempt.graph
     layers = tuple(_layer_row(job, found, name) for name in job.dense.nodes if OPS[job.dense.nodes[name].op].matrix and name in graph.nodes)
     families = tuple(_family_row(curve, removed) for curve in job.curves)
-    return PruneReport(whole.macs, now.macs, before, after, error, found.disagreement, zero_channels, families, layers, found.stopped)
+    return PruneReport(
+        whole.macs, now.macs, before, after, error, found.disagreement, zero_channels, families, layers, found.stopped, found.cycles is not None
+    )
 
 
 def _family_row(curve: Curve, removed: Array) -> FamilyRow:

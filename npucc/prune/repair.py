@@ -114,6 +114,15 @@ def fit(halves: Sequence[Moments], start: Array, pattern: Pattern | None, order:
     return (best_fit(halves, whole, mask, first=swept[None]) if plan.repair else start * mask), mask
 
 
+def masked(graph: Graph, patterns: Mapping[str, Pattern]) -> Graph:
+    """The graph with the least weights of these layers zeroed, and nothing mended."""
+    for name, site in find_sites(graph).items():
+        if name in patterns:
+            start = site.matrix(graph)
+            graph = with_constants(graph, site, start * _mask(start, _choose(start, patterns[name], site.summing_order, None)))
+    return graph
+
+
 def _choose(start: Array, pattern: Pattern, order: Array, scales: Array | None) -> Array:
     """bool like the matrix [1, K + 1, N]: by magnitude, times the root of the inputs' energy where `scales` has it."""
     costs = start[0] ** 2 if scales is None else start[0] ** 2 * scales[:, None]

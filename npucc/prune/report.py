@@ -45,8 +45,8 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """`output_error`: energy of the error over that of the outputs, over calibration samples; `cycles`: estimated (see price.py), or of compiled
-    programs where the budget is cycles; `disagreement`: in points, each half of the samples judging what was
+    """`output_error`: energy of the error over that of the outputs, over calibration samples; `cycles`: estimated (see price.py), or of the programs that
+    compiling gives (`compiled`) where the budget is cycles; `disagreement`: in points, each half of the samples judging what was
     fitted on the other, where there is a drop to keep; `stopped`: which limit ended the search."""
 
     macs: int
@@ -59,8 +59,9 @@ class PruneReport:
     families: tuple[FamilyRow, ...]
     layers: tuple[LayerRow, ...]
     stopped: str = ""
+    compiled: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "disagreement", "zero_channels", "stopped")
+        names = ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "disagreement", "zero_channels", "stopped", "compiled")
         plain = {name: getattr(self, name) for name in names}
         return {**plain, "families": [row.as_dict() for row in self.families], "layers": [row.as_dict() for row in self.layers]}

@@ -8,7 +8,7 @@ was not fitted on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ from isa.target import Target
 from npucc.graph import Graph
 from npucc.operations import node_macs
 from npucc.prune.channels import Curve, Statistics, choose, cut
+from npucc.prune.compiled import Clock
 from npucc.prune.measure import OutputMeter
 from npucc.prune.moments import Stream, dense_moments, with_constants
 from npucc.prune.options import PruneOptions
 from npucc.prune.patterns import Pattern
 from npucc.prune.price import Price, PriceList
-from npucc.prune.repair import Plan, Repaired, fit, repair
+from npucc.prune.repair import Plan, Repaired, fit, masked, repair
 from npucc.sites import MOST_COLUMNS, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,14 +32,18 @@ Progress = Callable[[str, int, int], None]
 Feeds = Sequence[Mapping[str, Array]]
 
 STEPS = 5
-CLOSE = 0.01  # of all cycles: no need to meet a budget better
+CLOSE = 0.01  # of all cycles: no need to estimate them better
+NEAR = 0.05  # below the cycles asked for: no need to look for a program that uses them up
 FEWEST_HALVED = 4  # samples below which there are no halves to judge each other
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every attempt shares: the dense graph, what is known of it, and the samples. `judged`: those that measure one layer's error."""
+    """What every attempt shares: the graph as it came, the dense one without channels that are zero, what is known of it, and the samples.
 
+    `judged`: those that measure one layer's error."""
+
+    original: Graph
     dense: Graph
     statistics: Statistics
     curves: tuple[Curve, ...]
@@ -47,6 +52,7 @@ class Job:
     feeds: Feeds
     judged: Feeds
     options: PruneOptions
+    clock: Clock
     progress: Progress | None
 
     @property
@@ -91,34 +97,66 @@ def search(job: Job) -> Found:
 
 
 def _search_cycles(job: Job, wanted: float) -> Found:
-    """Choose by estimated cycles, compile, correct the estimate; then step back while the drop is too large."""
-    whole = compiled_cycles(job.dense, job.feeds, job.target)
-    share, reached = _estimated_share(job, wanted, whole)
-    stopped = "cycles" if reached else "every family is as small as allowed"
-    attempt = try_out(job, Amount(_by_cycles(job, share), None))
-    after = compiled_cycles(attempt.graph, job.feeds, job.target)
-    for _ in range(STEPS):  # repaired weights have other ranges, which may cost or save some requantizations
-        if after <= wanted * whole or not reached:
-            break
-        share *= (1 - CLOSE) * wanted * whole / after
-        attempt = try_out(job, Amount(_by_cycles(job, share), None))
-        after = compiled_cycles(attempt.graph, job.feeds, job.target)
+    """Choose by estimated cycles, compile as it will be, correct the estimate; then step back while the drop is too large."""
+    whole = job.clock.cycles(job.original)
+    attempt, after, stopped = _within_cycles(job, wanted, wanted * whole)
     if job.options.drop is None:
         return Found(attempt, stopped, (whole, after))
     judge, amount = Judge(job), Amount(attempt.removed, None)
     disagreement = judge.disagreement(amount)
     if disagreement > job.options.drop:
-        scale, least = 1 << STEPS, share
+        scale, least = 1 << STEPS, job.prices.of(attempt.removed).cycles / job.prices.of(job.nothing).cycles
         amount, disagreement = judge.largest(lambda n: Amount(_by_cycles(job, least ** (n / scale)), None), scale, job.options.drop)
         stopped, attempt = "drop", try_out(job, amount)
-    return Found(attempt, stopped, (whole, compiled_cycles(attempt.graph, job.feeds, job.target)), disagreement)
+        after = job.clock.cycles(attempt.graph)
+    return Found(attempt, stopped, (whole, after), disagreement)
 
 
-def _estimated_share(job: Job, wanted: float, whole: float) -> tuple[float, bool]:
-    """(the largest share of the estimated cycles whose program takes no more than wanted, whether there is one)."""
+def _within_cycles(job: Job, wanted: float, limit: float) -> tuple[Attempt, int, str]:
+    """(the attempt that takes away least of those whose program takes at most `limit` cycles, its cycles, what ended the search).
+
+    Where no program is so short: the shortest one. The share of estimated cycles is corrected by what each program takes: repaired weights have
+    other ranges, and 16 bits go to other tensors.
+    """
+    smallest = _by_cycles(job, 0.0)
+    share, enough, too_much = _estimated_share(job, wanted), 0.0, 1.0
+    found: tuple[Attempt, int, str] | None = None
+    tried: set[bytes] = set()
+    for number in range(2 * STEPS):
+        attempt = try_out(job, Amount(_by_cycles(job, share), None))
+        after = job.clock.cycles(attempt.graph)
+        is_enough, is_smallest = after <= limit, bool((attempt.removed == smallest).all())
+        if found is None or (is_enough and after > found[1]) or found[1] > max(limit, after):
+            found = attempt, after, "cycles" if is_enough else "every family is as small as allowed" if is_smallest else "attempts"
+        enough, too_much = (share, too_much) if is_enough else (enough, share)
+        if (is_enough and (after > (1 - NEAR) * limit or number >= STEPS)) or (is_smallest and not is_enough):
+            break
+        tried.add(attempt.removed.tobytes())
+        corrected = _other_share(job, share * limit / after * (1 - CLOSE), tried, enough, too_much, up=is_enough)
+        if corrected is None:
+            break
+        share = corrected
+    assert found is not None
+    return found
+
+
+def _other_share(job: Job, share: float, tried: Set[bytes], low: float, high: float, *, up: bool) -> float | None:
+    """A share between the two, `share` if it is, at which something is removed that was not tried; None if there is none that way."""
+    share = share if low < share < high else (low + high) / 2
+    for _ in range(2 * STEPS):
+        if _by_cycles(job, share).tobytes() not in tried:
+            return share
+        share = (share + (high if up else low)) / 2
+    return None
+
+
+def _estimated_share(job: Job, wanted: float) -> float:
+    """The largest share of the estimated cycles whose program, in plain int8, takes no more than the share wanted."""
+    whole = job.clock.plain_cycles(job.original)
     share, enough, too_much = wanted, 0.0, 1.0
     for _ in range(2 * STEPS):
-        reached = compiled_cycles(cut(job.statistics, _by_cycles(job, share), repair=job.options.repair), job.feeds, job.target) / whole
+        cut_only = cut(job.statistics, _by_cycles(job, share), repair=False)
+        reached = job.clock.plain_cycles(masked(cut_only, patterns_of(cut_only, job))) / whole
         if reached <= wanted:
             enough = share
         else:
@@ -126,7 +164,7 @@ def _estimated_share(job: Job, wanted: float, whole: float) -> tuple[float, bool
         if too_much - enough < CLOSE:
             break
         share = (enough + too_much) / 2 if enough else share * wanted / reached
-    return enough or share, enough > 0
+    return enough or share
 
 
 def _search_layers(job: Job, drop: float) -> Found:
@@ -190,17 +228,6 @@ class Judge:
             else:
                 low, found, disagreement = middle, amount, measured
         return found, disagreement
-
-
-def compiled_cycles(graph: Graph, feeds: Feeds, target: Target) -> int:
-    """Simulated cycles of the compiled program; they do not depend on the scales, so one sample does."""
-    from npucc.lowering import lower
-    from npucc.quantize import QuantizeOptions, quantize
-    from runtime.timing import simulate
-
-    quantized = quantize(graph, feeds[:1], options=QuantizeOptions(scheme="int8", method="minmax", samples=1, bias_samples=0))
-    lowered = lower(quantized.graph, target)
-    return simulate(lowered.program, lowered.constants).total_cycles
 
 
 def try_out(job: Job, amount: Amount, *, feeds: Feeds | None = None) -> Attempt:
