@@ -49,7 +49,13 @@ class Pruned:
 
 
 def prune(
-    graph: Graph, feeds: Iterable[Feed], *, target: Target, options: PruneOptions, quant: QuantizeOptions | None = None, progress: Progress | None = None
+    graph: Graph,
+    feeds: Iterable[Feed],
+    *,
+    target: Target,
+    options: PruneOptions,
+    quant: QuantizeOptions | None = None,
+    progress: Progress | None = None,
 ) -> Pruned:
     """Prune a float graph. Deterministic. `feeds`: calibration samples, of which the first `options.samples` are used.
 

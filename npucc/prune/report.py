@@ -45,8 +45,8 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """`output_error`: energy of the error over that of the outputs, over calibration samples; `cycles`: estimated (see price.py), or of the programs that
-    compiling gives (`compiled`) where the budget is cycles; `disagreement`: in points, each half of the samples judging what was
+    """`output_error`: energy of the error over that of the outputs, over calibration samples; `cycles`: estimated (see price.py), or, if `compiled`,
+    of the programs that compiling gives, where the budget is cycles; `disagreement`: in points, each half of the samples judging what was
     fitted on the other, where there is a drop to keep; `stopped`: which limit ended the search."""
 
     macs: int

@@ -11,8 +11,8 @@ import npucc
 from isa.target import load_target
 from npucc import demo, ops
 from npucc.compiler import float_graph
-from npucc.feeds import Port, open_dataset
 from npucc.export import to_onnx
+from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
 from npucc.prune import PruneOptions, prune
 from npucc.prune.channels import find_families
