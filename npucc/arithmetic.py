@@ -17,6 +17,8 @@ from npucc.ops import Clamp
 
 RANGES = {"s8": (-128, 127), "u8": (0, 255), "s16": (-32768, 32767), "s32": (-(2**31), 2**31 - 1)}
 F32 = np.float32
+TIE = F32(1e-6)  # of a position in an image
+ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 
 
 def multiplier(left: Quant, right: Quant, result: Quant) -> np.ndarray:
@@ -202,11 +204,17 @@ def interpolation(size: int, result: int, scale: float, coordinates: str) -> tup
 
 def nearest_indices(size: int, result: int, scale: float, coordinates: str, rounding: str) -> np.ndarray:
     """The source index of each result index. Raises KeyError for an unknown rounding."""
-    position = source_positions(size, result, scale, coordinates)
+    return whole_positions(source_positions(size, result, scale, coordinates), rounding, size)
+
+
+def whole_positions(position: np.ndarray, rounding: str, size: int) -> np.ndarray:
+    """Positions rounded, within 0 … size − 1. Half way is so to a millionth, as in onnxruntime. Raises KeyError for an unknown rounding."""
+    below = np.floor(position)
+    tie = np.abs(position - below - F32(0.5)) <= TIE
     rounded = {
-        "round_prefer_floor": np.ceil(position - F32(0.5)),
-        "round_prefer_ceil": np.floor(position + F32(0.5)),
-        "floor": np.floor(position),
+        "round_prefer_floor": np.where(tie, below, np.floor(position + F32(0.5))),
+        "round_prefer_ceil": np.where(tie, below + 1, np.floor(position + F32(0.5))),
+        "floor": below,
         "ceil": np.ceil(position),
     }[rounding]
     return np.asarray(np.clip(rounded.astype(np.int64), 0, size - 1))

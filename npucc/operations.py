@@ -71,7 +71,7 @@ def of_node(graph: Graph, node: Node) -> Operations:
     """The work of a node on the NPU."""
     if OPS[node.op].matrix:
         return Operations(macs=node_macs(graph, node))
-    if OPS[node.op].moves_data and not isinstance(node.attributes, ops.Pool | ops.Reduce | ops.Resize):
+    if OPS[node.op].moves_data and not isinstance(node.attributes, ops.Pool | ops.Reduce):
         return Operations()
     names = [name for name in (*node.inputs, *node.outputs) if name and not graph.tensors[name].is_constant]
     return Operations(elements=max(math.prod(graph.tensors[name].shape) for name in names))

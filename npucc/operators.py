@@ -21,7 +21,7 @@ from npucc.frontend.hosting import NO_TENSORS
 from npucc.frontend.load import load_model
 from npucc.frontend.operators import quantized
 from npucc.frontend.prepare import prepare
-from npucc.ops import OPS, Operator, Pool, Reduce, Resize
+from npucc.ops import OPS, Operator, Pool, Reduce
 from npucc.segments import attributes_of
 
 MANUAL = Path(__file__).parent / "OPERATORS.md"
@@ -71,7 +71,7 @@ def engine(record: Operator) -> str:
         return FOLDED
     if record.matrix:
         return MATRIX
-    return MOVES if record.moves_data and not issubclass(record.attributes, Pool | Reduce | Resize) else VECTOR
+    return MOVES if record.moves_data and not issubclass(record.attributes, Pool | Reduce) else VECTOR
 
 
 def table() -> tuple[Support, ...]:

@@ -133,11 +133,19 @@ class LayerNorm(Attributes):
 
 @dataclass(frozen=True, slots=True)
 class Resize(Attributes):
-    """Spatial (last two) dimensions only. mode: nearest, linear; coordinates and nearest_mode as in ONNX."""
+    """Spatial (last two) dimensions only; coordinates and nearest_mode as in ONNX."""
 
-    mode: str = "nearest"
     coordinates: str = "half_pixel"
     nearest_mode: str = "round_prefer_floor"
+    size: tuple[int, int] = (1, 1)
+    scales: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolate(Attributes):
+    """Spatial (last two) dimensions only; coordinates as in ONNX."""
+
+    coordinates: str = "half_pixel"
     size: tuple[int, int] = (1, 1)
     scales: tuple[float, float] = (1.0, 1.0)
 
@@ -308,7 +316,8 @@ TABLE: tuple[Operator, ...] = (
     Operator("reduce_min", Reduce, (1, 1), _reduce, "minimum over axes (kept as 1)", moves_data=True),
     Operator("softmax", Softmax, (1, 1), _same, "softmax along one axis", fixed_range=(0.0, 1.0)),
     Operator("layer_norm", LayerNorm, (1, 3), _same, "layer normalization over the last dimension"),
-    Operator("resize", Resize, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "nearest or linear interpolation", moves_data=True),
+    Operator("interpolate", Interpolate, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "another size, linear in between"),
+    Operator("resize", Resize, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "another size, by the nearest element", moves_data=True),
     Operator("concat", Concat, (1, 1 << 30), _concat, "concatenation", moves_data=True),
     Operator("slice", Slice, (1, 1), lambda a, _: a.sizes, "strided slice", moves_data=True),
     Operator("gather", Gather, (2, 2), _gather, "slices of a table, picked by computed indices", moves_data=True, indices=(1,)),

@@ -448,22 +448,24 @@ def _layer_norm(call: Call) -> Array:
     return call.quantized(value)
 
 
-# ---- data movement ----------------------------------------------------------------------------------------------------
-
-
-def _resize(call: Call) -> Array:
+def _interpolate(call: Call) -> Array:
     a, source = call.attributes, call.operand(0)
-    sizes = source.stored.shape[-2:]
-    if a.mode == "nearest":
-        pairs = zip(sizes, a.size, a.scales, strict=True)
-        rows, columns = (arithmetic.nearest_indices(n, m, s, a.coordinates, a.nearest_mode) for n, m, s in pairs)
-        return source.stored[..., rows[:, None], columns]
-    pairs = zip(sizes, a.size, a.scales, strict=True)
+    pairs = zip(source.stored.shape[-2:], a.size, a.scales, strict=True)
     (i0, i1, a0, a1), (j0, j1, b0, b1) = (arithmetic.interpolation(n, m, s, a.coordinates) for n, m, s in pairs)
     x, (i0, i1, a0, a1) = source.real, (part[:, None] for part in (i0, i1, a0, a1))
     value = (b0 * a0) * x[..., i0, j0] + (b1 * a0) * x[..., i0, j1]
     value = value + (b0 * a1) * x[..., i1, j0]
     return call.quantized(value + (b1 * a1) * x[..., i1, j1])
+
+
+# ---- data movement ----------------------------------------------------------------------------------------------------
+
+
+def _resize(call: Call) -> Array:
+    a, stored = call.attributes, call.operand(0).stored
+    pairs = zip(stored.shape[-2:], a.size, a.scales, strict=True)
+    rows, columns = (arithmetic.nearest_indices(n, m, s, a.coordinates, a.nearest_mode) for n, m, s in pairs)
+    return stored[..., rows[:, None], columns]
 
 
 def _slice(call: Call) -> Array:
@@ -523,6 +525,7 @@ KERNELS: dict[str, Callable[[Call], Array]] = {
     "table": _table,
     "max_pool": _moving(lambda call, _: _max_pool(call)),
     "average_pool": _average_pool,
+    "interpolate": _interpolate,
     "reduce_mean": _reduce_mean,
     "reduce_sum": _reduce_sum,
     "reduce_max": _moving(lambda call, values: values[0].max(axis=call.attributes.axes, keepdims=True)),

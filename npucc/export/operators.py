@@ -184,8 +184,16 @@ def _layer_norm(call: Call) -> None:
     call.emit("LayerNormalization", (call.inputs[0], scale, beta), axis=-1, epsilon=call.attributes.epsilon)
 
 
+def _interpolate(call: Call) -> None:
+    _sized(call, mode="linear")
+
+
 def _resize(call: Call) -> None:
-    """By scales where they give the recorded size, as they decide the positions; by size otherwise."""
+    _sized(call, mode="nearest", nearest_mode=call.attributes.nearest_mode)
+
+
+def _sized(call: Call, **attributes: str) -> None:
+    """Resize by scales where they give the recorded size, as they decide the positions; by size otherwise."""
     a, shape = call.attributes, call.source().shape
     scales = np.array((*[1.0] * (len(shape) - 2), *a.scales), np.float32)
     by_scales = all(
@@ -193,8 +201,7 @@ def _resize(call: Call) -> None:
         for n, s, m in zip(shape[-2:], scales[-2:], a.size, strict=True)
     )
     how: tuple[str, ...] = ("", call.model.constant(scales, FLOAT)) if by_scales else ("", "", _shape(call.model, call.result.shape))
-    extra = {"nearest_mode": a.nearest_mode} if a.mode == "nearest" else {}
-    call.emit("Resize", (call.inputs[0], *how), mode=a.mode, coordinate_transformation_mode=a.coordinates, **extra)
+    call.emit("Resize", (call.inputs[0], *how), coordinate_transformation_mode=a.coordinates, **attributes)
 
 
 def _slice(call: Call) -> None:
@@ -260,6 +267,7 @@ EMITTERS: dict[str, Callable[[Call], None]] = {
     "reduce_min": _reduce("ReduceMin"),
     "softmax": lambda call: call.emit("Softmax", axis=call.attributes.axis),
     "layer_norm": _layer_norm,
+    "interpolate": _interpolate,
     "resize": _resize,
     "concat": lambda call: call.emit("Concat", axis=call.attributes.axis),
     "slice": _slice,

@@ -17,7 +17,7 @@ from npucc.lowering.emitter import ConstantPool, Emitter
 from npucc.lowering.gathering import lower_gather
 from npucc.lowering.hosting import host_buffers, lower_host
 from npucc.lowering.layers import Group, group_nodes
-from npucc.lowering.movement import lower_concat, lower_pad, lower_resize_nearest, lower_view
+from npucc.lowering.movement import lower_concat, lower_pad, lower_resize, lower_view
 from npucc.lowering.placement import ALIGNMENT, Buffer, Placement, allocate, assign_views, by_benefit, by_size
 from npucc.lowering.product import lower_matmul
 from npucc.lowering.reduction import lower_reduce
@@ -25,7 +25,7 @@ from npucc.lowering.roll import roll
 from npucc.lowering.rows import lower_layer_norm, lower_softmax
 from npucc.lowering.synchronize import synchronize
 from npucc.lowering.views import View
-from npucc.lowering.window import lower_pool, lower_resize_linear
+from npucc.lowering.window import lower_interpolate, lower_pool
 from npucc.operations import node_macs
 from runtime.timing import simulate
 
@@ -41,12 +41,6 @@ class Lowered:
     constants: bytes
 
 
-def _lower_resize(emitter: Emitter, group: Group) -> None:
-    attributes = group.anchor.attributes
-    assert isinstance(attributes, ops.Resize)
-    (lower_resize_nearest if attributes.mode == "nearest" else lower_resize_linear)(emitter, group)
-
-
 #: operator → how its layer is lowered
 LOWERINGS: dict[str, Callable[[Emitter, Group], None]] = {
     "conv": lower_conv,
@@ -56,7 +50,8 @@ LOWERINGS: dict[str, Callable[[Emitter, Group], None]] = {
     "average_pool": lower_pool,
     "softmax": lower_softmax,
     "layer_norm": lower_layer_norm,
-    "resize": _lower_resize,
+    "interpolate": lower_interpolate,
+    "resize": lower_resize,
     "concat": lower_concat,
     "pad": lower_pad,
     "gather": lower_gather,

@@ -147,7 +147,7 @@ def pad_indices(size: int, before: int, after: int, mode: str) -> list[int]:
     raise CompileError(f"padding mode {mode!r} is not known", hint="use constant, edge, reflect or wrap")
 
 
-def lower_resize_nearest(emitter: Emitter, group: Group) -> None:
+def lower_resize(emitter: Emitter, group: Group) -> None:
     """Whole factors repeat rows and columns by stride 0; other factors are copied run by run."""
     node = group.anchor
     attributes = node.attributes

@@ -76,18 +76,18 @@ def _image(tile: Tile) -> Tile:
     return Tile(tile.space, tile.address, tile.dtype, tile.shape[1:], tile.strides[1:])
 
 
-def lower_resize_linear(emitter: Emitter, group: Group) -> None:
+def lower_interpolate(emitter: Emitter, group: Group) -> None:
     """Interpolation: tiles of result rows and columns, each with its own small table of sources and weights."""
     node, graph = group.anchor, emitter.graph
     attributes = node.attributes
-    assert isinstance(attributes, ops.Resize)
+    assert isinstance(attributes, ops.Interpolate)
     source, result = graph.quant(node.inputs[0]), graph.quant(node.outputs[0])
     x, view = emitter.placement.views[node.inputs[0]], emitter.placement.views[group.result]
     axes = [arithmetic.interpolation(x.shape[2 + a], attributes.size[a], attributes.scales[a], attributes.coordinates) for a in range(2)]
-    rows, columns, depth = _resize_tile(emitter, axes, view)
+    rows, columns, depth = _interpolation_tile(emitter, axes, x, view)
     reach = [max(_span(axes[a], start, count)[1] for start, count in windows(attributes.size[a], (rows, columns)[a])) for a in range(2)]
-    element = DTYPES[view.dtype]
-    x_ring, y_ring = emitter.ring(reach[0] * reach[1] * depth * element, 2), emitter.ring(rows * columns * depth * element, 2)
+    x_ring = emitter.ring(reach[0] * reach[1] * depth * DTYPES[x.dtype], 2)
+    y_ring = emitter.ring(rows * columns * depth * DTYPES[view.dtype], 2)
     row_ring, column_ring = emitter.ring(16 * rows, 2), emitter.ring(16 * columns, 2)
     for box in boxes(view.shape, Box((0,) * 4, (1, depth, rows, columns), LOOP_ORDER)):
         batch, low, row, column = box.starts
@@ -124,13 +124,13 @@ def _weights(axis: Axis, start: int, count: int, base: int) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _resize_tile(emitter: Emitter, axes: list[Axis], view: View) -> tuple[int, int, int]:
-    _, channels, height, width = view.shape
+def _interpolation_tile(emitter: Emitter, axes: list[Axis], x: View, y: View) -> tuple[int, int, int]:
+    _, channels, height, width = y.shape
     for depth in halvings(channels):
         for columns in halvings(width):
             for rows in tile_sizes(height):
                 spans = [max(_span(axes[a], s, n)[1] for s, n in windows((height, width)[a], (rows, columns)[a])) for a in range(2)]
-                size = (spans[0] * spans[1] + rows * columns) * depth * DTYPES[view.dtype] + 16 * (rows + columns) + 64
+                size = (spans[0] * spans[1] * DTYPES[x.dtype] + rows * columns * DTYPES[y.dtype]) * depth + 16 * (rows + columns) + 64
                 if 2 * size <= emitter.spm_free and (rows * columns * depth * 4 <= max(8192, height * width * channels) or rows == 1):
                     return rows, columns, depth
     raise CompileError(f"not even one interpolated pixel fits in {emitter.spm_free} bytes of scratchpad", hint="raise spm_bytes of the target")

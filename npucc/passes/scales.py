@@ -43,7 +43,7 @@ def _has_steps(editor: Editor, tensor: str, steps: ops.Quantize, depth: int) -> 
 
 def _keeps_values(node: Node) -> bool:
     a = node.attributes
-    return not (isinstance(a, ops.Resize) and a.mode != "nearest") and not (isinstance(a, ops.Pad) and a.mode == "constant" and a.value != 0)
+    return not (isinstance(a, ops.Pad) and a.mode == "constant" and a.value != 0)
 
 
 def round_before_move(editor: Editor, node: Node) -> Result:

@@ -327,7 +327,7 @@ RELATIONS: dict[str, Callable[[_Builder, Node], None]] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "matmul": _matmul,
-    **dict.fromkeys(("max_pool", "average_pool", "resize"), _spatial),
+    **dict.fromkeys(("max_pool", "average_pool", "interpolate", "resize"), _spatial),
     **dict.fromkeys(("reduce_mean", "reduce_sum", "reduce_max", "reduce_min"), _reduce),
     "softmax": _softmax,
     "layer_norm": _layer_norm,

@@ -19,7 +19,7 @@ from npucc.prune.slots import FIXED, Slots, find_slots
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _ALL = frozenset({"add", "sub", "max", "min", "concat", "where"})  # zero where every operand is
-_PASSES = frozenset({"average_pool", "reduce_mean", "reduce_sum"})  # zero where the operand is, besides what moves data
+_PASSES = frozenset({"average_pool", "interpolate", "reduce_mean", "reduce_sum"})  # zero where the operand is, besides what moves data
 
 
 def remove_zero_channels(graph: Graph) -> tuple[Graph, int]:

@@ -136,7 +136,7 @@ def _tied(graph: Graph, node: Node, place: Place) -> list[Place] | None:
     """The places that carry the same scales because of the node; None if it does not pass scales on."""
     axis, result = place[1], node.outputs[0]
     shape = graph.tensors[place[0]].shape
-    if node.op in ("max_pool", "average_pool", "resize") and axis < len(shape) - 2:
+    if node.op in ("max_pool", "average_pool", "interpolate", "resize") and axis < len(shape) - 2:
         return [(node.inputs[0], axis), (result, axis)]
     if isinstance(node.attributes, ops.Reduce) and axis not in node.attributes.axes:
         return [(node.inputs[0], axis), (result, axis)]

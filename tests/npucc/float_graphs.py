@@ -58,7 +58,7 @@ def classifier(seed: int = 0) -> Graph:
     net.op("table", ["depthwise"], "swish", ops.Table(("hard_swish", "x")))
     net.op("add", ["stem", "swish"], "sum")
     net.op("max_pool", ["sum"], "pooled", ops.Pool((2, 2), (2, 2)))
-    net.op("resize", ["pooled"], "large", ops.Resize("linear", "half_pixel", "floor", (16, 16), (2.0, 2.0)))
+    net.op("interpolate", ["pooled"], "large", ops.Interpolate("half_pixel", (16, 16), (2.0, 2.0)))
     net.op("mul", ["swish", net.constant("five", np.full((1, 1, 1, 1), 5, np.float32))], "loud")
     net.op("concat", ["large", "swish", "loud"], "joined", ops.Concat(1))
     net.op("reduce_mean", ["joined"], "mean", ops.Reduce((2, 3)))

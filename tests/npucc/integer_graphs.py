@@ -163,12 +163,12 @@ def movement(net: Net) -> Graph:
 def resizing(net: Net) -> Graph:
     x = net.input(1, 5, 4, 6)
     results = [
-        net.op("resize", [x], ops.Resize("nearest", "asymmetric", "floor", (8, 18), (2.0, 3.0))),
-        net.op("resize", [x], ops.Resize("nearest", "half_pixel", "round_prefer_floor", (7, 9), (7 / 4, 9 / 6))),
-        net.op("resize", [x], ops.Resize("nearest", "half_pixel", "round_prefer_ceil", (2, 3), (0.5, 0.5))),
-        net.op("resize", [x], ops.Resize("linear", "half_pixel", "floor", (8, 12), (2.0, 2.0))),
-        net.op("resize", [x], ops.Resize("linear", "align_corners", "floor", (7, 11), (7 / 4, 11 / 6))),
-        net.op("resize", [x], ops.Resize("linear", "asymmetric", "floor", (2, 3), (0.5, 0.5))),
+        net.op("resize", [x], ops.Resize("asymmetric", "floor", (8, 18), (2.0, 3.0))),
+        net.op("resize", [x], ops.Resize("half_pixel", "round_prefer_floor", (7, 9), (7 / 4, 9 / 6))),
+        net.op("resize", [x], ops.Resize("half_pixel", "round_prefer_ceil", (2, 3), (0.5, 0.5))),
+        net.op("interpolate", [x], ops.Interpolate("half_pixel", (8, 12), (2.0, 2.0))),
+        net.op("interpolate", [x], ops.Interpolate("align_corners", (7, 11), (7 / 4, 11 / 6))),
+        net.op("interpolate", [x], ops.Interpolate("asymmetric", (2, 3), (0.5, 0.5))),
     ]
     return net.graph(*results)
 
@@ -197,14 +197,17 @@ def sixteen_bits(net: Net) -> Graph:
     d = net.op("mul", [c, net.op("reduce_mean", [x], ops.Reduce((2, 3)))], ops.Binary())
     e = net.op("max_pool", [c], ops.Pool((2, 2), (2, 2)))
     f = net.op("average_pool", [c], ops.Pool((3, 3), (2, 2), (1, 1, 1, 1)), quant=wide)
-    g = net.op("resize", [x], ops.Resize("linear", "half_pixel", "floor", (18, 16), (2.0, 2.0)))
+    g = net.op("interpolate", [x], ops.Interpolate("half_pixel", (18, 16), (2.0, 2.0)), quant=wide)
     rows = net.op("reshape", [net.op("pad", [x], ops.Pad((0, 0, 1, 0), (0, 0, 0, 2), 0.1))], ops.Reshape((1, 6, 100)))
     norm = net.op("layer_norm", [rows], ops.LayerNorm(), quant=wide)
     h = net.op("matmul", [norm, net.weights((100, 11), 1)], ops.MatMul())
     i = net.op("table", [c], ops.Table(("sigmoid", "x")))
     j = net.op("table", [net.conv(a, 5, (1, 1))], ops.Table(("tanh", "x")), quant=wide)
     k = net.op("add", [net.op("table", [c], ops.Table(("tanh", "x")), quant=wide), i], ops.Binary())
-    return net.graph(b, d, e, f, g, h, i, j, k, net.op("softmax", [rows], ops.Softmax(-1)), net.op("reduce_max", [c], ops.Reduce((1,))))
+    last = net.op("softmax", [rows], ops.Softmax(-1)), net.op("reduce_max", [c], ops.Reduce((1,)))
+    sizes = ops.Interpolate("asymmetric", (7, 12), (0.8, 1.5))
+    narrowed, widened = net.op("interpolate", [x], sizes), net.op("interpolate", [net.input(1, 6, 9, 8)], sizes, quant=wide)
+    return net.graph(b, d, e, f, g, h, i, j, k, *last, narrowed, widened)
 
 
 def gathered(net: Net) -> Graph:

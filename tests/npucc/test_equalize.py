@@ -60,7 +60,7 @@ PASSES = {
     "max pool": one("max_pool", ops.Pool((2, 2), (2, 2))),
     "average pool": one("average_pool", ops.Pool((2, 2), (1, 1))),
     "leaky relu": one("table", ops.Table(("leaky_relu", "x", 0.125))),
-    "resize": one("resize", ops.Resize("nearest", "asymmetric", "floor", (20, 20), (2.0, 2.0))),
+    "resize": one("resize", ops.Resize("asymmetric", "floor", (20, 20), (2.0, 2.0))),
 }
 
 

@@ -244,6 +244,8 @@ RESIZES = [
       for rounding in (b"floor", b"ceil", b"round_prefer_floor", b"round_prefer_ceil")),
     *(Case("Resize", "x - f", {"mode": b"linear", "coordinate_transformation_mode": coordinates}, {"f": reals([1, 1, 2.0, 1.5])})
       for coordinates in (b"half_pixel", b"asymmetric", b"align_corners", b"pytorch_half_pixel")),
+    Case("Resize", "x - f", {"nearest_mode": b"round_prefer_floor"}, {"f": reals([1, 1, 1.3])}, shape=(1, 2, 44)),  # ties but for rounding errors
+    Case("Resize", "x - f", {"nearest_mode": b"round_prefer_ceil"}, {"f": reals([1, 1, 0.3])}, shape=(1, 2, 31)),
     Case("Resize", "x - f", {"axes": [2, 3]}, {"f": reals([2, 2])}, opset=18), Case("Resize", "x - f", {}, {"f": reals([1, 1, 2])}, shape=LINE),
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from npucc.errors import PruneError
 from npucc.export import to_onnx
 from npucc.frontend import import_model
 from npucc.quantize import quantize
-from tests.npucc.onnx_models import model, node
+from tests.npucc.onnx_models import model, node, reals
 
 ZERO = np.uint8(120)
 TYPES = {"s8": QuantType.QInt8, "u8": QuantType.QUInt8, "s16": QuantType.QInt16}
@@ -233,6 +233,17 @@ def test_concat_of_different_scales_rescales_each() -> None:
     package = npucc.compile(proto)
     feed = {"x": np.random.default_rng(0).normal(size=(1, 4, 5)).astype(np.float32)}
     assert steps_apart(package, onnxruntime_results(proto, feed), feed) == 0
+
+
+@pytest.mark.parametrize("coordinates", ["half_pixel", "align_corners", "asymmetric"])
+@pytest.mark.parametrize("factors", [(2.0, 0.5), (1.7, 0.6)], ids=str)
+def test_interpolation_rounds_once_to_its_own_scale(factors: tuple[float, float], coordinates: str) -> None:
+    parts = [pair("x", 0.031, np.uint8(113)), pair("r", 0.0277, np.uint8(131), into="y")]
+    resize = node("Resize", "x_real - factors", "r", mode="linear", coordinate_transformation_mode=coordinates)
+    constants = {name: value for part in parts for name, value in part[1].items()} | {"factors": reals([1, 1, *factors])}
+    proto = model([*parts[0][0], resize, *parts[1][0]], {"x": [1, 3, 9, 11]}, ["y"], constants)
+    feed = {"x": np.random.default_rng(0).normal(size=(1, 3, 9, 11)).astype(np.float32)}
+    assert steps_apart(npucc.compile(proto), onnxruntime_results(proto, feed), feed) == 0
 
 
 def test_only_what_the_model_leaves_open_is_calibrated() -> None:

@@ -17,7 +17,7 @@ from npucc.errors import ImportModelError
 from npucc.frontend.node import Emitted, Importer, NodeImport
 from npucc.frontend.steps import ACTIVATIONS, DYNAMIC, FORMS, as_attributes, constant, real
 from npucc.graph import Quant, Tensor
-from npucc.ops import OPS, Pad, Resize
+from npucc.ops import OPS, Pad
 
 MICROSOFT = "com.microsoft"
 
@@ -82,8 +82,6 @@ def moved(emitted: Sequence[Emitted], quant: Quant, kind: int, tensors: Mapping[
         if not OPS[each.op].moves_data or any(name in tensors and tensors[name].is_constant for name in values):
             return None
         attributes = each.attributes
-        if isinstance(attributes, Resize) and attributes.mode != "nearest":
-            return None
         if isinstance(attributes, Pad):
             attributes = replace(attributes, value=float(np.float32(attributes.value - quant.zero - FORMS[kind][1]) * np.float32(quant.scale)))
         result.append(replace(each, attributes=attributes))

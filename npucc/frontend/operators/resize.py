@@ -82,7 +82,7 @@ def _roi(node: NodeImport, axes: list[int]) -> list[tuple[float, float]]:
 
 def _resize(node: NodeImport, request: _Request) -> str:
     shape = node.shape(0)
-    for word, known in ((request.mode, MODES), (request.coordinates, COORDINATES)):
+    for word, known in ((request.mode, MODES), (request.coordinates, COORDINATES), (request.nearest_mode, arithmetic.ROUNDINGS)):
         if word not in known:
             raise node.refuse(f"{word!r} is not known; supported are {', '.join(known)}")
     changed = [axis for axis in range(len(shape)) if request.sizes[axis] != shape[axis] or request.scales[axis] != 1]
@@ -101,8 +101,11 @@ def _image(node: NodeImport, request: _Request) -> str:
     """Nearest or linear over height and width."""
     size = (request.sizes[-2] if node.rank() == 4 else 1, request.sizes[-1])
     scales = (request.scales[-2] if node.rank() == 4 else 1.0, request.scales[-1])
-    attributes = ops.Resize(request.mode, request.coordinates, request.nearest_mode, size, scales)
-    return in_2d(node, node.input(0), lambda image: node.emit("resize", (image,), attributes))
+    if request.mode == "nearest":
+        nearest = ops.Resize(request.coordinates, request.nearest_mode, size, scales)
+        return in_2d(node, node.input(0), lambda image: node.emit("resize", (image,), nearest))
+    linear = ops.Interpolate(request.coordinates, size, scales)
+    return in_2d(node, node.input(0), lambda image: node.emit("interpolate", (image,), linear))
 
 
 def _by_dimension(node: NodeImport, request: _Request, axes: list[int]) -> str:
@@ -114,7 +117,7 @@ def _by_dimension(node: NodeImport, request: _Request, axes: list[int]) -> str:
             beyond = (positions < 0) | (positions > shape[axis] - 1)
             outside |= beyond.reshape([-1 if i == axis else 1 for i in range(len(shape))])
         if request.mode == "nearest":
-            x = take(node, x, axis, _rounded(positions, request.nearest_mode, shape[axis]))
+            x = take(node, x, axis, arithmetic.whole_positions(positions, request.nearest_mode, shape[axis]))
         else:
             x = along(node, x, axis, _matrix(node, request, axis, positions))
     if not outside.any():
@@ -135,11 +138,6 @@ def _positions(request: _Request, axis: int, size: int) -> np.ndarray:
         offset = size / 2 * (1 - result / (scale * size))
         return np.asarray(offset + (index + 0.5) / scale - 0.5)
     return arithmetic.source_positions(size, result, scale, request.coordinates)
-
-
-def _rounded(positions: np.ndarray, mode: str, size: int) -> np.ndarray:
-    rounded = {"floor": np.floor(positions), "ceil": np.ceil(positions), "round_prefer_ceil": np.floor(positions + 0.5)}
-    return np.asarray(np.clip(rounded.get(mode, np.ceil(positions - 0.5)), 0, size - 1), np.int64)
 
 
 def _matrix(node: NodeImport, request: _Request, axis: int, positions: np.ndarray) -> np.ndarray:
@@ -165,6 +163,6 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
 
 
 TABLE: tuple[Importer, ...] = (
-    Importer("Resize", resize, "constant sizes, all modes"),
+    Importer("Resize", resize, "constant sizes, all modes; nearest moves data, cubic is a product with a constant"),
     Importer("Upsample", upsample, "constant scales"),
 )
