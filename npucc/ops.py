@@ -91,7 +91,7 @@ class Table(Attributes):
 
 @dataclass(frozen=True, slots=True)
 class Quantize(Attributes):
-    """clamp(rint(x / scale) + zero), and back to reals: what a pair of QuantizeLinear and DequantizeLinear does. dtype: s8 or s16.
+    """clamp(rint(x / scale) + zero), and back to reals: what a pair of QuantizeLinear and DequantizeLinear does. dtype: s8, s16 or s32.
 
     `offset`: what was subtracted from the model's own integers, 128 for unsigned bytes."""
 

@@ -17,7 +17,8 @@ Example:
 \b
 The QDQ model computes what the NPU computes: run it in onnxruntime with the session option
 session.x64quantprecision=1 to compare bit by bit. What onnxruntime would compute in float
-(softmax, layer normalization, 16-bit tensors) is spelled out in integer operators."""
+(softmax, layer normalization, 16-bit tensors) is spelled out in integer operators.
+npucc compile takes either form back, with the same integers."""
 
 
 def register(app: typer.Typer) -> None:

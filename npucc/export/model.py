@@ -17,6 +17,8 @@ from npucc.graph import Graph, Tensor
 OPSET = 17
 OPSET_INT16 = 21  # the first whose QuantizeLinear writes int16
 IR_VERSION, IR_VERSION_INT16 = 8, 10  # of models up to the opset before OPSET_INT16, and from there on
+#: metadata of the node that ends a spelled out operator: what else could stand there, an ONNX graph in base64, read by npucc.frontend.plain
+PLAIN_FORM = "npucc.plain_form"
 REDUCE_AXES_INPUT = 18  # from this opset on ReduceMean, ReduceMax and ReduceMin take their axes as an input
 
 
@@ -30,6 +32,13 @@ class Model:
         self.constants: list[onnx.TensorProto] = []
         self.domains: dict[str, int] = {"": opset}
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}  # of the model that this one is beside
+
+    def beside(self) -> Model:
+        """A model for other nodes in the place of some of this one: it reads this one's values, and takes no name that this one has."""
+        other = Model(self.opset)
+        other.taken, other._known = self.taken, self._shared
+        return other
 
     def op(self, kind: str, inputs: Sequence[str], *, into: str = "", **attributes: Any) -> str:
         """Append a node whose one result is named `into` (or freshly); returns that name. An input left out is the empty string."""
@@ -54,6 +63,8 @@ class Model:
         """An initializer. Equal ones without a name of their own are shared."""
         array = np.array(value, dtype=dtype, order="C")
         key = (dtype, array.shape, array.tobytes())
+        if key in self._known:
+            return self._known[key]
         if not name and key in self._shared:
             return self._shared[key]
         chosen = name or self.fresh("constant")

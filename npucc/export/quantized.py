@@ -7,15 +7,17 @@ but only where a tensor has a single reader, and falls back to float kernels at 
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+import onnx
 
 from npucc.arithmetic import RANGES, clamp_bounds
 from npucc.export.integers import must_be_spelled_out, spell_out
-from npucc.export.model import Model
+from npucc.export.model import PLAIN_FORM, Model
 from npucc.export.operators import FLOAT, clip, emit
 from npucc.export.segment import emit_segment
 from npucc.graph import Graph, Node, Quant, Tensor
@@ -71,16 +73,22 @@ class _Writer:
         if self.exact and must_be_spelled_out(self.graph, node):
             self._write_integers(node, result)
             return
-        inputs = tuple(self._read(node, index) for index in range(len(node.inputs)))
         if result.quant is None or result.dtype == "bool":
-            emit(self.model, self.graph, node, inputs, result.name, self._outer_type)
+            emit(self.model, self.graph, node, self._read_all(node), result.name, self._outer_type)
             return
-        raw = self.model.fresh(f"{result.name}/raw")
+        self._name(result.name, partial(self._pair, self._raw(node, result), result.quant, result.name))
+
+    def _read_all(self, node: Node) -> tuple[str, ...]:
+        return tuple(self._read(node, index) for index in range(len(node.inputs)))
+
+    def _raw(self, node: Node, result: Tensor) -> str:
+        """The float meaning of a node, not rounded yet; clamped where saturation does not do it."""
+        inputs, raw = self._read_all(node), self.model.fresh(f"{result.name}/raw")
         emit(self.model, self.graph, node, inputs, raw, self._outer_type)
-        clamp = getattr(node.attributes, "clamp", None)
-        if clamp is not None and clamp_bounds(clamp, result.quant) != RANGES[result.quant.dtype]:
-            raw = self._clamped(raw, clamp, result.quant, result.name)
-        self._name(result.name, partial(self._pair, raw, result.quant, result.name))
+        clamp, quant = getattr(node.attributes, "clamp", None), self.graph.quant(result.name)
+        if clamp is None or clamp_bounds(clamp, quant) == RANGES[quant.dtype]:
+            return raw
+        return self._clamped(raw, clamp, quant, result.name)
 
     def _write_integers(self, node: Node, result: Tensor) -> None:
         """What the node stores, step by step, and its float value after it."""
@@ -88,7 +96,16 @@ class _Writer:
         self.integers[result.name] = into = self.model.fresh(stored_name(result.name))
         spell_out(self, node, into=into)
         parameters = self._scale_and_zero(quant, *self.form(quant), result.name)
+        last = len(self.model.nodes)
         self._name(result.name, partial(self._dequantize, into, quant, parameters))
+        self.model.nodes[last].metadata_props.add(key=PLAIN_FORM, value=self._plain_form(node, result))
+
+    def _plain_form(self, node: Node, result: Tensor) -> str:
+        """The node as it is without `exact`: an ONNX graph in base64."""
+        plain = replace(self, model=self.model.beside(), exact=False, constants={}, integers={})
+        plain._pair(plain._raw(node, result), self.graph.quant(result.name), result.name, into=self.real_value(result.name))
+        graph = onnx.GraphProto(node=plain.model.nodes, initializer=plain.model.constants)
+        return base64.b64encode(graph.SerializeToString(deterministic=True)).decode()
 
     def _name(self, name: str, write: Callable[[str], str]) -> None:
         """Have a value written into a tensor's name; where ONNX has integers there, into a name of its own, and cast."""

@@ -16,6 +16,7 @@ import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from npucc.errors import ImportModelError
+from npucc.frontend.plain import restore_plain_forms
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 NUMBERS = frozenset(
@@ -40,6 +41,7 @@ def prepare(model: ModelProto, file: str) -> list[NodeProto]:
 
     Changes `model`. Raises ImportModelError for a cycle, a tensor that two nodes make, or a model that the ONNX checker refuses.
     """
+    restore_plain_forms(model, file)
     if model.functions:
         model.CopyFrom(onnx.inliner.inline_local_functions(model))
     for node in model.graph.node:

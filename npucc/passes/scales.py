@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from npucc import ops, scalar
+from npucc.arithmetic import RANGES
 from npucc.graph import Editor, Given, Graph, Node, Tensor, as_quant
+from npucc.passes.pattern import Anything, Constant, Function, Pattern, find, op
 from npucc.passes.rewrite import Alias, Refusal, Replacement, Result, Rewrite, Rule, Stage, merged_sources, rewrite_graph
 from npucc.passes.values import ARITHMETIC
 
@@ -74,7 +76,35 @@ def clip_before_rounding(editor: Editor, node: Node) -> Result:
     return Rewrite((replace(producer, attributes=replace(attributes, clamp=clamp)), replace(node, inputs=inner.inputs, sources=sources)))
 
 
+LIMITS = tuple(float(np.float32(limit)) for limit in RANGES["s32"])  # of int32, as float32 holds them
+
+
+def _is_long_clip(expression: scalar.Expression) -> float | None:
+    return 0.0 if scalar.is_clip(expression) == LIMITS else None
+
+
+def _is_rounding(expression: scalar.Expression) -> float | None:
+    return 0.0 if expression == ("round", "x") else None
+
+
+_ROUNDED = Function(_is_rounding, op("div", Anything("x"), Constant("scale")))
+LONG_STEPS: Pattern = op("mul", Function(_is_long_clip, _ROUNDED), Constant("factor"))
+
+
+def rounded_to_32_bits(editor: Editor, node: Node) -> Result:
+    """clip(round(x / scale), −2^31, 2^31) · scale  →  quantize(x) to s32: what ONNX has no operator for"""
+    found = find(editor, node, LONG_STEPS)
+    if found is None:
+        return None
+    scale, factor = (editor.tensors[found.tensors[name]].data for name in ("scale", "factor"))
+    if scale is None or factor is None or scale.size != 1 or not np.array_equal(scale.reshape(()), factor.reshape(-1)[0]) or factor.size != 1:
+        return None
+    steps = ops.Quantize("s32", float(scale.reshape(())), 0)
+    return Rewrite((replace(node, op="quantize", inputs=(found.tensors["x"],), attributes=steps, sources=merged_sources(*found.covered)),))
+
+
 ROUNDING_RULES: tuple[Rule, ...] = (
+    Rule("rounded-to-32-bits", frozenset({"mul"}), rounded_to_32_bits, "a square needs twice the bits of its root"),
     Rule("rounded-already", frozenset({"quantize"}), rounded_already, "what lies on the steps of a scale stays as it is"),
     Rule("round-before-move", frozenset({"quantize"}), round_before_move, "the scale belongs to what computes the values"),
     Rule("clip-before-rounding", frozenset({"quantize"}), clip_before_rounding, "a clip costs nothing inside a convolution"),

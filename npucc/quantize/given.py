@@ -28,6 +28,8 @@ def spread(graph: Graph) -> Graph:
     """The graph with given scales on all tensors that share them, rescaled where they differ."""
     known = {name: given for name, tensor in graph.tensors.items() if (given := _given(graph, name)) is not None and not tensor.is_constant}
     moves = [node for node in graph if OPS[node.op].moves_data]
+    for node in graph:
+        _spread_whole(node, known)
     for _ in range(2):  # downwards joins what upwards could not see
         for node in reversed(moves):
             _spread_up(graph, node, known)
@@ -45,6 +47,13 @@ def _given(graph: Graph, name: str) -> Given | None:
     tensor = graph.tensors[name]
     is_index = any(user.inputs[index] == name for user in graph.users(name) for index in OPS[user.op].indices)
     return tensor.given or (WHOLE.get(tensor.dtype) if not is_index else None)
+
+
+def _spread_whole(node: Node, known: dict[str, Given]) -> None:
+    """Multiples of a whole number are whole numbers already: who cuts off their fractions changes nothing."""
+    given = known.get(node.inputs[0]) if node.attributes == Table(("trunc", "x")) else None
+    if given is not None and float(given.scale).is_integer():
+        known.setdefault(node.outputs[0], given)
 
 
 def _movable(graph: Graph, node: Node) -> Iterator[str]:

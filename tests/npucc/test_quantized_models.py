@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 import npucc
-from npucc import compiler
-from npucc.errors import PruneError
+from npucc import compiler, segments
+from npucc.errors import ImportModelError, PruneError
 from npucc.export import to_onnx
 from npucc.frontend import import_model
 from npucc.quantize import quantize
@@ -103,13 +103,40 @@ def test_a_model_that_npucc_exports_comes_back_with_the_same_bytes_and_cycles(de
     first = demo_package
     feed = {"image": np.random.default_rng(0).uniform(-1, 1, (1, 3, 32, 32)).astype(np.float32)}
     wanted = first.run(feed)
-    for unsigned in (True, False):
-        again = npucc.compile(to_onnx(first.graph, unsigned=unsigned, exact=False))
+    for unsigned, exact in ((True, True), (True, False), (False, False)):
+        again = npucc.compile(to_onnx(first.graph, unsigned=unsigned, exact=exact))
         found = again.run(feed)
         assert again.calibration == "model"
         assert found.cycles == wanted.cycles
         for name, raw in wanted.raw.items():
             assert np.array_equal(found.raw[name], raw)
+
+
+def test_what_is_spelled_out_in_integers_comes_back_as_the_operator_that_it_is() -> None:
+    """Tables, Softmax, LayerNorm, 16 and 32 bits, integers as outputs."""
+    constants = {"w": np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32), "g": np.ones(8, np.float32), "two": np.float32(2)}
+    nodes = [
+        node("Cast", "ids", "i", to=TensorProto.FLOAT), node("Add", "x i", "a"), node("MatMul", "a w", "b"), node("Pow", "b two", "c"),
+        node("ReduceMean", "c", "d", axes=[-1]), node("Sqrt", "d", "e"), node("Mul", "b e", "f"), node("LayerNormalization", "f g", "h"),
+        node("Softmax", "h", "p"), node("Tanh", "h", "t"), node("MatMul", "p t", "y"), node("Cast", "ids", "same", to=TensorProto.INT64),
+    ]  # fmt: skip
+    proto = model(nodes, {"x": [8, 8], "ids": [8, 8]}, ["y", "same"], constants, dtypes={"ids": "int64", "same": "int64"})
+    random = np.random.default_rng(1)
+    feeds = [{"x": random.normal(size=(8, 8)).astype(np.float32), "ids": random.integers(0, 9, (8, 8))} for _ in range(8)]
+    first = npucc.compile(proto, calibration=feeds, quant="int16")
+    exported = first.to_onnx()
+    assert not any(each.op_type in ("Softmax", "LayerNormalization", "Tanh") for each in exported.graph.node)
+    again = npucc.compile(exported)
+    assert again.calibration == "model"
+    assert not segments.host_nodes(again.graph)
+    for feed in feeds[:2]:
+        found, wanted = again.run(feed), first.run(feed)
+        for name, raw in wanted.raw.items():
+            assert np.array_equal(found.raw[name], raw)
+    last = next(each for each in exported.graph.node if each.metadata_props)
+    last.metadata_props[0].value = "no base64"
+    with pytest.raises(ImportModelError, match="is not an ONNX graph in base64"):
+        npucc.compile(exported)
 
 
 # ---- by hand: one operator between pairs
