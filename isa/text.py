@@ -32,7 +32,7 @@ CHUNK = 1 << 16  # characters that are read at once, at least
 MAXIMUM_LOOP_COUNT = 1_000_000
 MAXIMUM_DYNAMIC = 2_000_000  # instructions after unrolling
 OUTSIDE_DTYPES = (
-    "float32", "float16", "float64", "bfloat16", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
+    "float32", "float16", "float64", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
 )  # fmt: skip
 DIRECTIVES = {".npu": "VERSION", ".source": "SOURCE", ".target": "TARGET", ".memory": "MEMORY",
               ".input": "INPUT", ".output": "OUTPUT", ".tensor": "TENSOR", ".layer": "LAYER"}  # fmt: skip

@@ -36,8 +36,8 @@ class Port:
 
     @property
     def array_dtype(self) -> np.dtype[Any]:
-        """The numpy type of its arrays; numpy has no bfloat16, so such values are handed over as float32."""
-        return np.dtype("float32" if self.dtype == "bfloat16" else self.dtype)
+        """The numpy type of its arrays."""
+        return np.dtype(self.dtype)
 
     def text(self) -> str:
         """`x float32[1,3,?,?]`."""

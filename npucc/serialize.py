@@ -219,7 +219,7 @@ def _tensor(record: dict[str, Any], blob: bytes) -> Tensor:
     if data is not None and data.shape != shape:
         raise _MalformedError(f"tensor {name!r} has shape {list(shape)}, but its constant has {list(data.shape)}")
     quant = _quant(_get(record, "quant", dict), shape, blob) if "quant" in record else None
-    return Tensor(name, shape, _word(record, "dtype", (*_DTYPES, "bfloat16")), data, quant, _get(record, "source", str, ""))
+    return Tensor(name, shape, _word(record, "dtype", _DTYPES), data, quant, _get(record, "source", str, ""))
 
 
 def _quant(record: dict[str, Any], shape: tuple[int, ...], blob: bytes) -> Quant:

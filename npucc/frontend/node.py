@@ -165,6 +165,11 @@ class NodeImport:
         dtype = numpy_name(kind) if kind in (TensorProto.INT8, TensorProto.UINT8) else "int32"  # few operators of onnxruntime take 16 bits
         return self.table(whole(self._steps[name], kind), self._tensors[name], dtype=dtype)
 
+    def softmax_source(self, index: int) -> tuple[str, int] | None:
+        """(scores, axis) where an input is the result of a softmax; None else."""
+        producer = None if self.is_constant(index) else self._editor.producer(self._tensors[self.inputs[index]])
+        return (producer.inputs[0], producer.attributes.axis) if producer is not None and isinstance(producer.attributes, ops.Softmax) else None
+
     def steps_of(self, index: int) -> Quant | None:
         """The steps of an input whose graph tensor holds reals; None of one that holds what the ONNX tensor holds."""
         return self._steps.get(self.inputs[index])

@@ -257,5 +257,5 @@ def type_name(dtype: int) -> str:
 
 
 def numpy_name(dtype: int) -> str:
-    """ "float32" for TensorProto.FLOAT, and so on."""
-    return "bfloat16" if dtype == TensorProto.BFLOAT16 else str(helper.tensor_dtype_to_np_dtype(dtype))
+    """ "float32" for TensorProto.FLOAT, and so on. numpy has no bfloat16: such values are handed over as float32."""
+    return "float32" if dtype == TensorProto.BFLOAT16 else str(helper.tensor_dtype_to_np_dtype(dtype))

@@ -70,6 +70,9 @@ def _refuse_other_types(graph: GraphProto, file: str) -> None:
             kind = value.type.WhichOneof("value") or "tensor_type"
             if kind != "tensor_type":
                 raise NotHeldError(f"{what} {value.name!r} is a {kind.removesuffix('_type')}, not a tensor", file=file, hint=BACKEND)
+            if value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16:
+                hint = "cast it to FLOAT in the model, as onnxruntime hands none out"
+                raise NotHeldError(f"{what} {value.name!r} has element type BFLOAT16", file=file, hint=hint)
 
 
 def _tensor(name: str, shape: tuple[int, ...], dtype: int, what: str, file: str) -> Tensor:

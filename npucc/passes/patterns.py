@@ -1,4 +1,4 @@
-"""LayerNorm and Softmax, recognized in the forms that exporters write out.
+"""LayerNorm, Softmax and LogSoftmax, recognized in the forms that exporters write out.
 
 The one big idea: their inner tensors (moments, exponentials, their sums) can't be quantized well, so the whole must become one operation before
 quantization. The forms are patterns; by then every function of one variable is a table, which leaves few forms.
@@ -171,6 +171,65 @@ def written_softmax(editor: Editor, node: Node) -> Result:
     return build.done(build.add("softmax", (source,), ops.Softmax(axes[0])))
 
 
+# ---- logarithms of sums of exponentials
+
+
+def after_logarithm(expression: scalar.Expression) -> scalar.Expression | None:
+    """f of f(log(x)), where log(x + ε) is log(exp(log(x)) + ε); None where x is not only in logarithms."""
+    if not isinstance(expression, tuple):
+        return None if expression == "x" else expression
+    if expression[0] == "log":
+        return "x" if expression[1] == "x" else ("log", scalar.compose(expression[1], ("exp", "x")))
+    parts = [after_logarithm(part) for part in expression[1:]]
+    return None if None in parts else (expression[0], *(part for part in parts if part is not None))
+
+
+def is_of_logarithm(expression: scalar.Expression) -> float | None:
+    """1 for f(log(x)), else None."""
+    return 1.0 if isinstance(expression, tuple) and after_logarithm(expression) is not None else None
+
+
+LOG_SUM_EXP: Pattern = Function(is_of_logarithm, either(op("reduce_sum", _EXPONENTIAL, bind="total"), op("reduce_mean", _EXPONENTIAL, bind="total")))
+LOG_SOFTMAX: Pattern = Function(is_of_logarithm, op("softmax", Anything("x"), bind="softmax"))
+
+
+def log_sum_exp(editor: Editor, node: Node) -> Result:
+    """y = log(sum(exp(x)))  →  y = m + log(sum(exp(x − m))) with m the maximum of x, where it is not written so; of a mean alike"""
+    found = find(editor, node, LOG_SUM_EXP)
+    if found is None or "largest" in found.nodes:
+        return None
+    total, exponential = found.nodes["total"], next(part for part in found.covered if part.op == "table" and is_exponential(_expression(part)))
+    if not editor.is_read_once(total.outputs[0]):
+        return None
+    build = Replacement(editor, node, found.covered)
+    inner = _expression(exponential)[1]
+    source = found.tensors["x"] if inner == "x" else build.add("table", exponential.inputs, ops.Table(inner))
+    largest = build.add("reduce_max", (source,), ops.Reduce(_axes(total)))
+    shifted = build.add("sub", (source, largest), ops.Binary())
+    small = build.add(total.op, (build.add("table", (shifted,), ops.Table(("exp", "x"))),), total.attributes)
+    result = build.add("add", (build.add("table", (small,), ops.Table(("log", "x"))), largest), ops.Binary())
+    after = after_logarithm(_expression(node))
+    assert after is not None
+    return build.done(result if after == "x" else build.add("table", (result,), ops.Table(after)))
+
+
+def log_softmax(editor: Editor, node: Node) -> Result:
+    """y = log(softmax(x))  →  y = x − m − log(sum(exp(x − m))) with m the maximum of x"""
+    found = find(editor, node, LOG_SOFTMAX)
+    if found is None:
+        return None
+    attributes = found.nodes["softmax"].attributes
+    assert isinstance(attributes, ops.Softmax)
+    build = Replacement(editor, node, found.covered)
+    along = ops.Reduce((attributes.axis % len(build.shape(found.tensors["x"])),))
+    shifted = build.add("sub", (found.tensors["x"], build.add("reduce_max", (found.tensors["x"],), along)), ops.Binary())
+    total = build.add("reduce_sum", (build.add("table", (shifted,), ops.Table(("exp", "x"))),), along)
+    result = build.add("sub", (shifted, build.add("table", (total,), ops.Table(("log", "x")))), ops.Binary())
+    after = after_logarithm(_expression(node))
+    assert after is not None
+    return build.done(result if after == "x" else build.add("table", (result,), ops.Table(after)))
+
+
 def _expression(node: Node) -> scalar.Expression:
     assert isinstance(node.attributes, ops.Table)
     return node.attributes.expression
@@ -182,5 +241,7 @@ PATTERN_RULES: tuple[Rule, ...] = (
     ),
     Rule("norm-scale", frozenset({"mul"}), norm_scale, "the scale is applied before rounding"),
     Rule("norm-shift", frozenset({"add"}), norm_shift, "the shift is applied before rounding"),
+    Rule("log-sum-exp", frozenset({"table"}), log_sum_exp, "less the maximum, its exponentials do not span more than evenly spaced steps can"),
+    Rule("log-softmax", frozenset({"table"}), log_softmax, "small probabilities are lost in 8 bits, their logarithms are not"),
     Rule("written-softmax", frozenset({"div", "mul"}), written_softmax, "its exponentials are lost in 8 bits; as one operation they are exact"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from npucc.passes.affine import DEPTHWISE_RULES, FOLD_RULES, FORWARD_RULES
+from npucc.passes.infinities import INFINITY_RULES
 from npucc.passes.layout import LAYOUT_RULES
 from npucc.passes.padding import PADDING_RULES
 from npucc.passes.patterns import PATTERN_RULES
@@ -13,7 +14,7 @@ from npucc.passes.tables import TABLE_RULES
 STAGES: tuple[Stage, ...] = (
     stage(
         "fold",
-        (*ROUNDING_RULES, *LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES),
+        (*ROUNDING_RULES, *INFINITY_RULES, *LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES),
         "normalization, scales, clips and padding cost nothing inside a matrix operation",
         report=False,
     ),

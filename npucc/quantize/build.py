@@ -183,7 +183,9 @@ class _Builder:
         if given and given.quant and given.stored is not None and given.dtype != "s32" and not OPS[node.op].moves_data:
             return self._store(name, given.stored, given.quant)
         values = finite_constant(node, name, data, self._reach(node))
-        if OPS[node.op].moves_data:
+        if node.op == "compare" and np.isinf(data).any() and not self._is_constant(other := node.inputs[1 - index]):
+            quant = self.scales.of(self.graph, other)  # where all that is masked has the least integer
+        elif OPS[node.op].moves_data:
             quant = self.scales.of(self.graph, result)
         else:
             quant = constant_quant(values, wide=any(self._is_wide(other) for other in (*node.inputs, result)))

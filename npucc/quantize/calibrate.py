@@ -7,7 +7,7 @@ channel sums at once and are dropped, so that memory holds one sample only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -18,8 +18,9 @@ import onnxruntime
 from npucc.errors import DataError, QuantizeError
 from npucc.export import to_onnx
 from npucc.feeds import check_feed
-from npucc.graph import Graph, Node
-from npucc.ops import OPS
+from npucc.graph import Editor, Graph, Node
+from npucc.ops import OPS, Table
+from npucc.passes.infinities import may_be_infinite
 from npucc.quantize.ranges import Histogram
 from npucc.segments import untouched
 from npucc.signature import ports_of_graph
@@ -28,6 +29,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
 
 THREADS = 2
+LOWEST = float(np.finfo(np.float32).min)
 SOFTMAX_DEPTH = 16.0  # exp(−16) is less than a ten-thousandth of an 8-bit step: what lies further below the largest score is as good as there
 
 
@@ -107,16 +109,25 @@ def summed_axis(graph: Graph, node: Node) -> int:
 
 
 def softmax_axis(graph: Graph, name: str) -> int | None:
-    """The axis, if the tensor is read by softmax only."""
-    users: tuple[Node, ...] = graph.users(name)
+    """The axis, if the tensor is read by softmax only, besides by tests whether rows are masked whole."""
+    users = [user for user in graph.users(name) if not tests_for_masks(graph, user)]
     axes = {node.attributes.axis if node.op == "softmax" else None for node in users}  # type: ignore[attr-defined]
     return axes.pop() if len(axes) == 1 and name not in graph.outputs else None
 
 
+def tests_for_masks(graph: Graph, node: Node) -> bool:
+    """Whether the node takes the largest element of rows, only to compare it (with −∞)."""
+    return node.op == "reduce_max" and node.outputs[0] not in graph.outputs and all(user.op == "compare" for user in graph.users(node.outputs[0]))
+
+
 def _near_the_top(scores: Array, axis: int) -> Array:
-    """Scores far below the largest of their row (masked ones) count as little below it: after softmax they are zero anyway."""
-    floor: Array = scores.max(axis=axis, keepdims=True) - np.float32(SOFTMAX_DEPTH)
-    return np.asarray(np.maximum(scores, floor))
+    """Scores far below the largest of their row (masked ones) count as little below it: after softmax they are zero anyway.
+
+    Rows that are masked whole don't count.
+    """
+    top: Array = scores.max(axis=axis, keepdims=True)
+    near: Array = np.maximum(scores, top - np.float32(SOFTMAX_DEPTH))
+    return near if np.isfinite(top).all() else near[np.broadcast_to(np.isfinite(top), near.shape)]
 
 
 def _channel_means(value: Array, axis: int) -> Array:
@@ -126,7 +137,7 @@ def _channel_means(value: Array, axis: int) -> Array:
 
 def tensor_runner(graph: Graph, wanted: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
     """A function from a feed to the wanted tensors of a float graph by name."""
-    model = to_onnx(graph)
+    model = to_onnx(_with_finite_scores(graph))
     have = {value.name for value in model.graph.output}
     computed = [name for name in wanted if name not in graph.inputs]
     for name in computed:
@@ -141,6 +152,18 @@ def tensor_runner(graph: Graph, wanted: Sequence[str]) -> Callable[[Mapping[str,
         return {**{name: feed[name] for name in wanted if name in feed}, **dict(zip(computed, values, strict=True))}
 
     return run
+
+
+def _with_finite_scores(graph: Graph) -> Graph:
+    """The graph with every softmax of a row that is masked whole (−∞ throughout) the same for all, as in integers, instead of NaN."""
+    editor = Editor(graph)
+    for node in graph:
+        if node.op == "softmax" and may_be_infinite(graph, node.inputs[0]):
+            finite = replace(graph.tensors[node.inputs[0]], name=editor.fresh(f"{node.inputs[0]}/finite"))
+            editor.add_tensor(finite)
+            editor.add_node(Node(editor.fresh(finite.name), "table", node.inputs, (finite.name,), Table(("max", "x", LOWEST))), at=node.name)
+            editor.add_node(replace(node, inputs=(finite.name,)))
+    return editor.freeze()
 
 
 def float_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:

@@ -14,7 +14,7 @@ import numpy as np
 from npucc import scalar
 from npucc.graph import Graph, Node
 from npucc.ops import OPS, Softmax, Table
-from npucc.quantize.calibrate import SOFTMAX_DEPTH
+from npucc.quantize.calibrate import SOFTMAX_DEPTH, tests_for_masks
 from npucc.quantize.ranges import Histogram, Range
 
 MASKED = 5e3  # this far below the largest value lies no score, but a mask
@@ -55,6 +55,8 @@ class Masks:
         return not any(name in self.graph.outputs or name not in self.depths for name in names) and all(map(self._asks_for_depth, users))
 
     def _asks_for_depth(self, user: Node) -> bool:
+        if tests_for_masks(self.graph, user):
+            return True
         known = user.op in ("add", "where", "table") or OPS[user.op].moves_data
         return isinstance(user.attributes, Softmax) or (known and user.outputs[0] in self.depths)
 

@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from npucc.errors import ImportModelError
+import npucc
+from npucc.errors import ImportModelError, NpuccError
 from npucc.frontend import import_model, supported_operators
 from tests.npucc.onnx_models import assert_agrees, integers, model, node, normal, ops_of, reals, save
 
@@ -195,6 +196,22 @@ def test_inputs_and_outputs_keep_their_types() -> None:
     proto = model([node("Relu", "x", "y")], {"x": (2, 3)}, ["y"], dtypes={"x": "float16", "y": "float16"})
     graph = assert_agrees(proto, tolerance=1e-3)
     assert graph.tensors["x"].dtype == graph.tensors["y"].dtype == "float16"
+
+
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_bfloat16_is_handed_over_as_float32(place: str) -> None:
+    """numpy has no such type, and onnxruntime hands none out."""
+    ports = {"input": ("x", "BFLOAT16", "FLOAT"), "output": ("x", "FLOAT", "BFLOAT16")}[place]
+    cast = node("Cast", "x", "y", to=getattr(onnx.TensorProto, ports[2]))
+    proto = model([cast], {"x": (2, 3)}, ["y"])
+    proto.graph.input[0].type.tensor_type.elem_type = getattr(onnx.TensorProto, ports[1])
+    proto.graph.output[0].type.tensor_type.elem_type = getattr(onnx.TensorProto, ports[2])
+    x = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+    y = npucc.compile(proto, calibration=[{"x": x}]).run({"x": x}).outputs["y"]
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, x, atol=1e-2)
+    with pytest.raises(NpuccError, match="has element type BFLOAT16"):
+        npucc.compile(proto, quant="none")
 
 
 # ---- outputs

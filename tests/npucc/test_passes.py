@@ -401,6 +401,41 @@ def test_written_softmax(form: str) -> None:
     assert list(graph)[-1].attributes == ops.Softmax(1)
 
 
+@pytest.mark.parametrize("form", ["sum", "mean", "scaled", "with epsilon"])
+def test_logarithm_of_a_sum_of_exponentials(form: str) -> None:
+    start = [node("Mul", "x half", "d")] if form == "scaled" else [node("Identity", "x", "d")]
+    total = node("ReduceMean", "e", "t", axes=[1]) if form == "mean" else node("ReduceSum", "e axis", "t", keepdims=0)
+    end = [node("Add", "t half", "u"), node("Log", "u", "y")] if form == "with epsilon" else [node("Log", "t", "y")]
+    graph = graph_of([*start, node("Exp", "d", "e"), total, *end], {"axis": integers([1]), "half": np.float32(0.5)}, shape=(2, 5, 3), opset=13)
+    assert "reduce_max" in ops_of(graph)
+
+
+@pytest.mark.parametrize("limit", [False, True])
+def test_logarithm_of_a_softmax(limit: bool) -> None:
+    nodes = [node("Softmax", "x", "s", axis=1), node("Clip", "s least", "c") if limit else node("Identity", "s", "c"), node("Log", "c", "y")]
+    graph = graph_of(nodes, {"least": np.float32(1e-3)}, shape=(2, 5, 3), opset=13)
+    assert ops_of(graph)[:5] == ["reduce_max", "sub", "table", "reduce_sum", "table"]
+
+
+# ---- infinity
+
+
+def attention() -> list[NodeProto]:
+    """Masked scores, and zero for rows that are masked whole, as exporters write it."""
+    return [
+        node("MatMul", "x x2", "s"), node("Add", "s mask", "t"), node("Softmax", "t", "p", axis=-1), node("IsNaN", "p", "n"),
+        node("Where", "n zero p", "y"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("low", [-np.inf, -1e4])
+def test_a_row_that_no_mask_reaches_is_not_tested(low: float) -> None:
+    mask = np.where(np.tri(4, 4, -1) > 0, 0, low).astype(np.float32)
+    proto = model(attention(), {"x": (4, 8)}, ["y"], {"x2": normal(8, 4), "mask": mask, "zero": np.float32(0)})
+    tested = {"reduce_max", "compare", "where"} <= set(ops_of(fused(import_model(proto))[0]))
+    assert tested == np.isinf(low)
+
+
 # ---- layout
 
 
@@ -491,9 +526,10 @@ def test_stages_have_names_and_reasons_and_return_verified_graphs() -> None:
 
 
 def test_all_rules_have_unique_names_examples_and_reasons() -> None:
-    from npucc.passes import affine, layout, padding, patterns, tables
+    from npucc.passes import affine, infinities, layout, padding, patterns, tables
 
     rules: list[Rule] = [*affine.FOLD_RULES, *affine.FORWARD_RULES, *affine.DEPTHWISE_RULES, *layout.LAYOUT_RULES]
+    rules += infinities.INFINITY_RULES
     rules += [*padding.PADDING_RULES, *patterns.PATTERN_RULES, *tables.TABLE_RULES]
     assert len({rule.name for rule in rules}) == len(rules)
     for rule in rules:

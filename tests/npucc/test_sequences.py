@@ -149,6 +149,33 @@ def test_masks_do_not_take_the_scale_of_scores(kind: str, low: float) -> None:
         assert decibels(package.run(feed).outputs, run(proto, feed)) > 30
 
 
+@pytest.mark.parametrize("form", ["is NaN", "largest", "unguarded"])
+def test_rows_that_are_masked_whole_are_zero(form: str) -> None:
+    """The float model has NaN in between, or keeps it where nothing guards: there the mean is as good as any."""
+    guards = {
+        "is NaN": [node("IsNaN", "p", "odd"), node("Where", "odd none p", "w")],
+        "largest": [node("ReduceMax", "t", "m", axes=[-1]), node("Equal", "m low", "odd"), node("Where", "odd none p", "w")],
+        "unguarded": [node("Identity", "p", "w")],
+    }
+    masked = [node("MatMul", "q k", "s"), node("Where", "mask s low", "t"), node("Softmax", "t", "p", axis=-1)]
+    nodes = [*masked, *guards[form], node("MatMul", "w v", "y")]
+    constants = {"low": np.float32(-np.inf), "none": np.float32(0)}
+    proto = model(nodes, {"q": (1, 6, 8), "k": (1, 8, 6), "v": (1, 6, 8), "mask": (1, 6, 6)}, ["y"], constants, dtypes={"mask": "bool"})
+    feeds = []
+    for seed in range(4):
+        mask = np.random.default_rng(seed).random((1, 6, 6)) < 0.6
+        mask[0, seed] = False
+        feeds.append({"q": normal(1, 6, 8, seed=seed), "k": normal(1, 8, 6, seed=seed + 10), "v": normal(1, 6, 8, seed=seed + 20), "mask": mask})
+    package = npucc.compile(proto, target="tiny", calibration=feeds)
+    assert not package.host_nodes
+    for seed, feed in enumerate(feeds):
+        (want,) = run(proto, feed)
+        have = package.run(feed).outputs["y"]
+        rest = np.arange(6) != seed
+        assert decibels({"y": have[:, rest]}, [want[:, rest]]) > 30
+        assert form == "unguarded" or not have[0, seed].any()
+
+
 def test_integers_are_exact() -> None:
     """Positions that are computed from a length: sums, differences and comparisons in steps of one."""
     nodes = [

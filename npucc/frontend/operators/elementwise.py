@@ -155,8 +155,18 @@ ACTIVATIONS = {
 
 
 def never(node: NodeImport) -> str:
-    """Integers are never infinite and never NaN."""
+    """Integers are never infinite."""
     return node.new_constant(np.zeros(node.shape(0), bool), "never")
+
+
+def is_nan(node: NodeImport) -> str:
+    """Integers are never NaN. What softmax gives for a row of −∞ throughout is not either, but the model means such a row by it."""
+    scores = node.softmax_source(0)
+    if scores is None:
+        return never(node)
+    tensor, axis = scores
+    masked = node.emit("compare", (node.reduce("reduce_max", tensor, [axis]), node.new_constant(-np.inf, "masked")), ops.Compare("eq"), dtype="bool")
+    return node.emit("expand", (masked,), ops.Expand(node.shape(0)))
 
 
 def modulo(node: NodeImport) -> str:
@@ -248,7 +258,7 @@ TABLE: tuple[Importer, ...] = (
     Importer("Mean", mean),
     Importer("Pow", power, "base or exponent constant"),
     Importer("Mod", modulo, "constant divisor"),
-    Importer("IsNaN", never, "integers are never NaN"),
+    Importer("IsNaN", is_nan, "never true, but of a softmax: where its row is masked whole"),
     Importer("IsInf", never, "integers are never infinite"),
     Importer("Not", logical_not),
     Importer("And", logical_and),
