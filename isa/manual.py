@@ -41,15 +41,16 @@ TIMING = {
     "matrix": "with M = output pixels or rows, K = products per output, N = outputs per group, G = groups (1 for `matmul`). "
     "Systolic (SCALE-Sim, Samajdar et al., ISPASS 2020; its report counts from 0, one less per layer), weight stationary, "
     "F = `G * ceil(K/rows) * ceil(N/cols)` folds: without shadow weights `F * (M + 2*rows + cols - 2)`, "
-    "with them (npucc's own) `F * max(M, rows) + 2*rows + cols - 2`; output stationary `G * ceil(M/rows) * ceil(N/cols) * (K + rows + cols - 2)`; "
+    "with them (npucc's own) `F * max(M, rows) + 2*rows + cols - 2`; a target with `patches` (npucc's own) may hold in the columns of a fold "
+    "the results of a patch of h' × w' pixels (then K = inputs under the patch, N times h'w', M = `ceil(h/h') * ceil(w/w')`; the weights lie as a "
+    "Toeplitz matrix), and g groups block-diagonally (g·K <= rows, g·N <= cols, `ceil(G/g)` instead of G), as takes fewest cycles; "
+    "output stationary `G * ceil(M/rows) * ceil(N/cols) * (K + rows + cols - 2)`; "
     "input stationary "
     "`G * ceil(K/rows) * ceil(M/cols) * (N + 2*rows + cols - 2)`. "
     "MAC array (Da Vinci cube, Liao et al., HPCA 2021; the pipeline's fill is npucc's own): "
     "`G * ceil(M/rows) * ceil(N/cols) * ceil(K/depth) + pipeline_depth`. "
     "s16 inputs: twice that, as two bytes (npucc's own). A target with `skip` needs less, see [skipping](#skipping).",
-    "depthwise": "as `matrix` with K = kernel taps. Weight stationary: a fold holds g channels block-diagonally, each with the Toeplitz matrix of "
-    "n neighbouring results of a row and the u input columns under them: g·kh·u <= rows, g·n <= cols, `ceil(channels/g)` folds of "
-    "`h * ceil(w/n)` pixels, n and g chosen for the fewest cycles; other dataflows: N = 1, G = channels. "
+    "depthwise": "as `matrix` with K = kernel taps, N = 1, G = channels. "
     "MAC array: `ceil(M/rows) * ceil(channels/cols) * ceil(taps/depth) + pipeline_depth`. How channels lie in either array is npucc's own.",
     "vector": "`vec_startup + ceil(elements / vec_lanes)`; `div` and `sqrt` pass four times. Elements are those of the result (of x for `reduce`). "
     "npucc's own.",

@@ -40,6 +40,7 @@ class Target:
     depth: int = 1  # mac only: products summed per output and cycle (k)
     dataflow: str = "ws"  # systolic only: ws, os or is
     shadow_weights: bool = True  # systolic only: the next fold's weights load behind the current one
+    patches: bool = True  # systolic, ws only: a fold may hold a patch of neighbouring results, and several groups
     pipeline_depth: int = 8  # mac only: cycles from the first operand to the last sum
     spm_bytes: int = 1 << 20  # scratchpad
     acc_bytes: int = 1 << 18  # accumulators, 4 bytes each

@@ -9,10 +9,12 @@ Systolic array of R rows and C columns (K lies along R, N along C), one output m
                         With shadow weights the next fold loads behind the current one: R + F·max(M, R) + R + C - 2.
     output stationary   G⌈M/R⌉⌈N/C⌉(K + R + C - 2)
     input stationary    G⌈K/R⌉⌈M/C⌉(2R + C + N - 2)
-    depthwise           weight stationary: a fold holds g channels block-diagonally, and of each the Toeplitz matrix that turns the
-                        kh × u inputs under n neighbouring results of a row into those n (u input columns, fewer than n·kw as windows
-                        overlap): g·kh·u ≤ R, g·n ≤ C, F = ⌈c/g⌉ folds of M = h⌈w/n⌉; n and g are those with the fewest cycles.
-                        A kernel of more than R taps takes ⌈taps/R⌉ folds per channel. The other dataflows have K = taps, N = 1, G = c.
+    convolution         weight stationary with patches: the columns of a fold hold the results of a patch of h' × w' neighbouring pixels, and the
+                        weights a Toeplitz matrix, by which the inputs under the patch (fewer than h'w' windows, as these overlap) become its
+                        results. K is the number of those inputs, the columns are h'w'N, M = ⌈h/h'⌉⌈w/w'⌉. Of groups whose K and columns are
+                        small enough, several lie block-diagonally in one fold. The patch is the one with the fewest cycles: 1 × 1 where the
+                        outputs fill the columns, larger ones for few outputs, and for depthwise (N = 1, K = taps).
+                        The other dataflows have K = taps, N = 1, G = c for depthwise.
 MAC array m×n×k (Da Vinci cube: Liao et al., HPCA 2021), pipeline depth D:
     matrix              G⌈M/m⌉⌈N/n⌉⌈K/k⌉ + D
     depthwise           ⌈M/m⌉⌈c/n⌉⌈taps/k⌉ + D: each of the n columns serves one channel
@@ -27,7 +29,9 @@ costs more than its whole extent in bursts. Dimensions with stride 0 are moved o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from isa.packing import Packing
@@ -39,6 +43,8 @@ from runtime.decode import decode
 #: passes over each element of the result (or, for `reduce`, of the input)
 VECTOR_PASSES = {"div": 4, "sqrt": 4, "resize": 4}
 POOLING = ("maxpool", "avgpool")
+#: results of a patch that may share strips of columns, where the outputs alone leave some of the last strip unused
+STRIPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +88,38 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """How depthwise windows lie side by side: results per row, kernel rows and columns, column step and dilation."""
+class Windows:
+    """How the windows of a convolution lie side by side: results per row; rows and columns of the kernel, of the step, of the dilation."""
 
-    results: int
+    columns: int
     kernel: tuple[int, int]
-    stride: int = 1
-    dilation: int = 1
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
 
-    def inputs(self, count: int) -> int:
-        """Distinct inputs under `count` neighbouring results."""
-        taps = range(0, self.kernel[1] * self.dilation, self.dilation)
-        return self.kernel[0] * len({result * self.stride + tap for result in range(count) for tap in taps})
+    def inputs(self, patch: tuple[int, int]) -> int:
+        """Distinct inputs under a patch of rows × columns of results."""
+        return math.prod(map(_distinct, patch, self.kernel, self.stride, self.dilation))
+
+    def steps(self, pixels: int, patch: tuple[int, int]) -> int:
+        """Patches that cover so many results."""
+        return _up(pixels // self.columns, patch[0]) * _up(self.columns, patch[1])
+
+    def patches(self, pixels: int, most: int) -> Iterator[tuple[int, int]]:
+        """Those of at most so many results; of several that take as many steps the smallest."""
+        across = _steps_apart(self.columns, most)
+        return ((rows, columns) for rows in _steps_apart(pixels // self.columns, most) for columns in across if rows * columns <= most)
+
+
+@lru_cache(maxsize=1 << 12)
+def _distinct(results: int, kernel: int, stride: int, dilation: int) -> int:
+    """Inputs under neighbouring results of a line."""
+    return len({result * stride + tap * dilation for result in range(results) for tap in range(kernel)})
+
+
+@lru_cache(maxsize=1 << 12)
+def _steps_apart(size: int, most: int) -> tuple[int, ...]:
+    """The distinct ⌈size / n⌉ up to `most`."""
+    return tuple(sorted({_up(size, count) for count in range(_up(size, most), size + 1)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +132,7 @@ class Product:
     groups: int = 1
     width: int = 1
     depthwise: bool = False
-    row: Row | None = None  # depthwise only; without it each result is a window of its own
+    windows: Windows | None = None  # of a convolution; without it no two results share an input
     packing: Packing | None = None  # of the weights, where the array takes them packed
 
     @property
@@ -141,11 +167,12 @@ def product_of(name: str, tiles: dict[str, Tile], attributes: dict[str, Any]) ->
         return Product(pixels, depth, outputs, width=DTYPES[tiles["a"].dtype], packing=tiles["b"].packing)
     pixels, taps = math.prod(tiles["y"].shape[:2]), math.prod(tiles["w"].shape[:2])
     width = DTYPES[tiles["x"].dtype]
+    kernel: tuple[int, int] = (tiles["w"].shape[0], tiles["w"].shape[1])
+    windows = Windows(tiles["y"].shape[1], kernel, tuple(attributes["stride"]), tuple(attributes["dilation"]))
     if name == "dwconv":
-        row = Row(tiles["y"].shape[1], (tiles["w"].shape[0], tiles["w"].shape[1]), attributes["stride"][1], attributes["dilation"][1])
-        return Product(pixels, taps, 1, tiles["w"].shape[2], width, depthwise=True, row=row)
+        return Product(pixels, taps, 1, tiles["w"].shape[2], width, depthwise=True, windows=windows)
     groups = attributes["groups"]
-    return Product(pixels, taps * tiles["w"].shape[2], tiles["w"].shape[3] // groups, groups, width, packing=tiles["w"].packing)
+    return Product(pixels, taps * tiles["w"].shape[2], tiles["w"].shape[3] // groups, groups, width, windows=windows, packing=tiles["w"].packing)
 
 
 def matrix_cost(product: Product, target: Target) -> Cost:
@@ -175,40 +202,48 @@ def _systolic_array(p: Product, t: Target) -> tuple[int, int, Work]:
     return _weight_stationary(p, t)
 
 
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """How a product lies on a weight-stationary array: parts of the weights held one after the other, steps that each of them streams, inputs
+    read in all, and how often each sum is added to."""
+
+    count: int
+    steps: int
+    reads: int
+    accumulations: int
+
+    def cycles(self, t: Target) -> int:
+        """From the start of the first fold to that of one after the last."""
+        return self.count * (max(self.steps, t.rows) if t.shadow_weights else self.steps + 2 * t.rows + t.cols - 2)
+
+
+def weight_stationary(p: Product, t: Target, kept: Callable[[int], int] = int) -> Folds:
+    """The mapping with the fewest cycles. `kept`: of so many rows of K, those that are not skipped."""
+    patches: Iterable[tuple[int, int]] = ((1, 1),)
+    if t.patches and p.windows is not None:
+        most = STRIPS if p.outputs % t.cols else 1
+        patches = p.windows.patches(p.pixels, max(t.cols // p.outputs, most))
+    return min((_folds(p, t, patch, kept) for patch in patches), key=lambda folds: (folds.cycles(t), folds.reads))
+
+
+def _folds(p: Product, t: Target, patch: tuple[int, int], kept: Callable[[int], int]) -> Folds:
+    depth, columns, steps = p.depth, math.prod(patch) * p.outputs, p.pixels
+    if p.windows is not None and patch != (1, 1):
+        depth = p.depth // math.prod(p.windows.kernel) * p.windows.inputs(patch)
+        steps = p.windows.steps(p.pixels, patch)
+    rows = kept(depth)
+    together = max(1, min(t.rows // max(rows, 1), t.cols // columns)) if t.patches else 1
+    folds = _up(p.groups, together) * _up(rows, t.rows) * _up(columns, t.cols)
+    return Folds(folds, steps, steps * depth * p.groups * _up(columns, t.cols), _up(rows, t.rows))
+
+
 def _weight_stationary(p: Product, t: Target) -> tuple[int, int, Work]:
-    depth_folds = _up(p.depth, t.rows)
-    if p.depthwise and depth_folds == 1:
-        choices = (_depthwise_folds(p, t, count) for count in range(1, _most_neighbours(p, t) + 1))
-        folds, pixels, input_reads = min(choices, key=lambda choice: choice[0] * _fold_cycles(choice[1], t))
-    else:
-        columns = p.groups if p.depthwise else p.groups * _up(p.outputs, t.cols)
-        folds, pixels, input_reads = columns * depth_folds, p.pixels, p.pixels * p.depth * columns
-    work = _matrix_work(p, input_reads * p.width + p.weight_bytes, accumulations=depth_folds)
+    folds = weight_stationary(p, t)
+    work = _matrix_work(p, folds.reads * p.width + p.weight_bytes, accumulations=folds.accumulations)
     fill = 2 * t.rows + t.cols - 2
     if t.shadow_weights:
-        return folds * _fold_cycles(pixels, t), fill, work
-    return folds * pixels, folds * fill, work
-
-
-def _fold_cycles(pixels: int, t: Target) -> int:
-    """Cycles from the start of one fold to the start of the next."""
-    return max(pixels, t.rows) if t.shadow_weights else pixels + 2 * t.rows + t.cols - 2
-
-
-def _most_neighbours(p: Product, t: Target) -> int:
-    """How many neighbouring results of one channel one fold can hold."""
-    if p.row is None:
-        return 1
-    most = min(t.cols, p.row.results)
-    return max((count for count in range(1, most + 1) if p.row.inputs(count) <= t.rows), default=1)
-
-
-def _depthwise_folds(p: Product, t: Target, count: int) -> tuple[int, int, int]:
-    """(folds, steps streamed per fold, inputs read) with `count` neighbouring results per channel and fold."""
-    inputs = p.row.inputs(count) if p.row else p.depth
-    channels = max(1, min(t.rows // inputs, t.cols // count))
-    steps = p.pixels // p.row.results * _up(p.row.results, count) if p.row else p.pixels
-    return _up(p.groups, channels), steps, steps * inputs * p.groups
+        return folds.cycles(t), fill, work
+    return folds.count * folds.steps, folds.count * fill, work
 
 
 def _matrix_work(p: Product, spm_reads: int, *, accumulations: int) -> Work:

@@ -7,7 +7,7 @@ skip = structured   the rows of K that a strip of C (n) columns keeps are packed
                     N:M keeps N of each M (Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021; on a systolic array Liu et al.,
                     "S2TA", HPCA 2022: each row selects its input among M). Blocks keep the rows of the blocks that are not all zero; each
                     block row is fed from its own address.
-    systolic, ws        the folds F of `costs` are ΣS⌈S/R⌉
+    systolic, ws        the folds F of `costs` are ΣS⌈S/R⌉; with N:M, patches and groups lie as in `costs`, N:M of K streamed
     MAC array           ⌈M/m⌉ ΣS⌈S/k⌉ + D
 skip = weights, activations, both: on a MAC array, products with a zero weight, a zero input, or either take no cycle. Lane l of the k under
                     an output does the products whose row of K is l modulo k; all m·n·k lanes begin the next m × n outputs together.
@@ -19,7 +19,9 @@ Inputs are read whole, skipped or not (for blocks: the rows that are kept); pack
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from isa.packing import Packing
 from isa.program import DTYPES, Tile, address_at
 from isa.spec import SPEC
 from isa.target import Target
-from runtime.costs import Cost, Product, Work, matrix_cost, product_of
+from runtime.costs import Cost, Folds, Product, Work, matrix_cost, product_of, weight_stationary
 from runtime.decode import Decoded
 from runtime.memory import LARGEST_TILE, Array
 from runtime.packing import block_map, unpack
@@ -51,9 +53,9 @@ def packed_cost(product: Product, target: Target, weights: Array | None, inputs:
     Without them it is the most that it can be.
     """
     dense = matrix_cost(product, target)
-    if product.groups > 1 or product.depthwise or target.skip == "none":
-        return dense
     strips = _strips(product, target, weights) if target.skip == "structured" else None
+    if product.depthwise or target.skip == "none" or (product.groups > 1 and strips is None):
+        return dense
     if strips is not None:
         skipping = _structured(product, target, strips)
     elif target.skip in ("weights", "activations", "both"):
@@ -76,9 +78,8 @@ def _strips(p: Product, t: Target, weights: Array | None) -> Strips | None:
         return None
     widths = [min(t.cols, p.outputs - first) for first in range(0, p.outputs, t.cols)]
     if p.packing.format == "nm":
-        keep, neighbours = p.packing.numbers
-        return [(width, -(-p.depth // neighbours) * keep, p.depth) for width in widths]
-    if p.packing.format != "block" or weights is None:
+        return [(width, _kept_of(p.depth, p), p.depth) for width in widths]
+    if p.packing.format != "block" or weights is None or p.groups > 1:
         return None
     rows = p.packing.numbers[0]
     used = block_map(weights, rows, t.cols)
@@ -88,20 +89,35 @@ def _strips(p: Product, t: Target, weights: Array | None) -> Strips | None:
 
 def _structured(p: Product, t: Target, strips: Strips) -> tuple[int, int, Work]:
     """(cycles, of them fill, work)."""
-    macs = p.pixels * sum(width * depth for width, depth, _ in strips)
-    reads = p.pixels * p.width * sum(inputs for _, _, inputs in strips)
-    results = [p.pixels * width * DTYPES["s32"] for width, _, _ in strips]
+    macs = p.groups * p.pixels * sum(width * depth for width, depth, _ in strips)
+    reads = p.groups * p.pixels * sum(inputs for _, _, inputs in strips)
+    results = [p.groups * p.pixels * width * DTYPES["s32"] for width, _, _ in strips]
     if t.family == "mac":
         rows, fill = _up(p.pixels, t.rows), t.pipeline_depth
-        cycles = rows * sum(_up(depth, t.depth) for _, depth, _ in strips) + fill
-        reads, moved = reads + p.weight_bytes * rows, sum(results)
+        cycles, weights, moved = p.groups * rows * sum(_up(depth, t.depth) for _, depth, _ in strips) + fill, p.weight_bytes * rows, sum(results)
     else:
         folds = [_up(depth, t.rows) for _, depth, _ in strips]
-        each = max(p.pixels, t.rows) if t.shadow_weights else p.pixels
-        fill = (2 * t.rows + t.cols - 2) * (1 if t.shadow_weights else sum(folds))
-        cycles = sum(folds) * each + fill
-        reads, moved = reads + p.weight_bytes, sum(size * max(2 * count - 1, 1) for size, count in zip(results, folds, strict=True))
-    return cycles, fill, Work(macs=macs, skipped_macs=p.macs - macs, spm_bytes=reads, acc_bytes=moved)
+        lying = Folds(p.groups * sum(folds), p.pixels, reads, max(folds))
+        moved = sum(size * max(2 * count - 1, 1) for size, count in zip(results, folds, strict=True))
+        if p.packing and p.packing.format == "nm":
+            lying = weight_stationary(p if _in_line(p) else replace(p, windows=None), t, lambda depth: _kept_of(depth, p))
+            reads, moved = lying.reads, sum(results) * (2 * lying.accumulations - 1)
+        fill = (2 * t.rows + t.cols - 2) * (1 if t.shadow_weights else lying.count)
+        cycles, weights = lying.cycles(t) + (fill if t.shadow_weights else 0), p.weight_bytes
+    return cycles, fill, Work(macs=macs, skipped_macs=p.macs - macs, spm_bytes=reads * p.width + weights, acc_bytes=moved)
+
+
+def _kept_of(depth: int, p: Product) -> int:
+    """Of so many rows of K, those that N:M keeps."""
+    assert p.packing is not None
+    keep, neighbours = p.packing.numbers
+    return _up(depth, neighbours) * keep
+
+
+def _in_line(p: Product) -> bool:
+    """Whether the neighbours of N:M stay neighbours under every patch: they are channels of one input."""
+    assert p.packing is not None
+    return p.windows is not None and p.depth // math.prod(p.windows.kernel) % p.packing.numbers[1] == 0
 
 
 # ── lanes ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

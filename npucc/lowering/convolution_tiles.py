@@ -21,7 +21,7 @@ from npucc.lowering.emitter import Emitter, Ring, aligned, factor_tiles, paramet
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
-from runtime.costs import Row
+from runtime.costs import Windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +160,7 @@ class _Lowering:
         """Bytes of one slot of each buffer."""
         problem, (kh, kw) = self.problem, self.problem.kernel
         per_group = plan.channels if not self.tied else problem.channels // problem.groups
-        pixels = plan.rows * plan.columns
-        box = Box((0,) * 4, (1, plan.outputs, plan.rows, plan.columns), IMAGE_ORDER)
+        pixels, box = plan.rows * plan.columns, self._box(plan)
         return {
             "x": 0 if self.resident else problem.reach(0, plan.rows) * problem.reach(1, plan.columns) * plan.channels * DTYPES[problem.x.dtype],
             "w": kh * kw * per_group * plan.outputs,
@@ -169,6 +168,11 @@ class _Lowering:
             "y": pixels * plan.outputs * DTYPES[self.result.dtype],
             "e": self.chain.bytes_per_slot(box) + 64 * len(self.chain.operands()),
         }
+
+    @staticmethod
+    def _box(plan: Plan) -> Box:
+        """The block of the result that the largest tile makes, moved to the origin."""
+        return Box((0,) * 4, (1, plan.outputs, plan.rows, plan.columns), IMAGE_ORDER)
 
     def slots(self, plan: Plan) -> dict[str, int]:
         """One slot where a buffer is filled once, else two that take turns."""
@@ -201,18 +205,20 @@ class _Lowering:
         pixels, tiles = self.pixel_tiles(plan), -(-problem.outputs // plan.outputs)
         chunks = 1 if self.tied else -(-problem.channels // plan.channels)
         count, width = plan.rows * plan.columns, DTYPES[problem.x.dtype]
+        around = Windows(plan.columns, (kh, kw), problem.strides, problem.dilations)
         if problem.depthwise:
-            row = Row(plan.columns, (kh, kw), problem.strides[1], problem.dilations[1])
-            matrix = cost.depthwise_cycles(target, count, row, plan.outputs, width=width)
+            matrix = cost.depthwise_cycles(target, count, around, plan.outputs, width=width)
         else:
             groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
-            matrix = cost.matrix_cycles(target, count, kh * kw * plan.channels // groups, plan.outputs // groups, groups, width=width)
+            depth, outputs = kh * kw * plan.channels // groups, plan.outputs // groups
+            matrix = cost.matrix_cycles(target, count, depth, outputs, groups, width=width, windows=around)
         sizes = self.sizes(plan)
         load_x = cost.dma_cycles(target, sizes["x"], self._run_length(plan))
         load_w = cost.dma_cycles(target, sizes["w"], sizes["w"]) + cost.dma_cycles(target, sizes["p"], sizes["p"])
-        run = plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1) * DTYPES[self.result.dtype]
-        store = cost.dma_cycles(target, sizes["y"], run)
-        extra = cost.dma_cycles(target, sizes["e"], plan.outputs)
+        run = plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1)
+        stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
+        store = cost.dma_cycles(target, stored, run * DTYPES[self.result.dtype])
+        extra = cost.dma_cycles(target, self.chain.loaded_bytes(self._box(plan)), run)
         x_loads = (
             pixels * chunks
             if self.tied or ((tiles == 1 or not plan.weights_outer) and chunks == 1) or pixels * chunks == 1
@@ -243,7 +249,7 @@ class _Lowering:
         self.x_ring: Ring | None = None if self.resident else take(sizes["x"], slots["x"])
         self.w_ring, self.p_ring, self.y_ring = (take(sizes[key], slots[key]) for key in ("w", "p", "y"))
         self.acc_ring = self.emitter.acc_ring(4 * plan.rows * plan.columns * plan.outputs)
-        self.chain.prepare(Box((0,) * 4, (1, plan.outputs, plan.rows, plan.columns), IMAGE_ORDER), 2)
+        self.chain.prepare(self._box(plan), 2)
 
     def order(self, plan: Plan) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int, int]]]:
         """(output channel tile, pixel tile (batch, row, rows, column, columns)) in the plan's order."""

@@ -6,19 +6,19 @@ import math
 from functools import lru_cache
 
 from isa.target import Target
-from runtime.costs import Product, Row, matrix_cost
+from runtime.costs import Product, Windows, matrix_cost
 
 
 @lru_cache(maxsize=1 << 16)
-def matrix_cycles(target: Target, pixels: int, depth: int, outputs: int, groups: int, *, width: int = 1) -> int:
+def matrix_cycles(target: Target, pixels: int, depth: int, outputs: int, groups: int = 1, *, width: int = 1, windows: Windows | None = None) -> int:
     """Matrix engine cycles of one tile whose inputs have `width` bytes."""
-    return matrix_cost(Product(pixels, depth, outputs, groups, width), target).cycles
+    return matrix_cost(Product(pixels, depth, outputs, groups, width, windows=windows), target).cycles
 
 
 @lru_cache(maxsize=1 << 16)
-def depthwise_cycles(target: Target, pixels: int, row: Row, channels: int, *, width: int = 1) -> int:
+def depthwise_cycles(target: Target, pixels: int, windows: Windows, channels: int, *, width: int = 1) -> int:
     """Matrix engine cycles of one depthwise tile whose inputs have `width` bytes."""
-    return matrix_cost(Product(pixels, row.kernel[0] * row.kernel[1], 1, channels, width, depthwise=True, row=row), target).cycles
+    return matrix_cost(Product(pixels, math.prod(windows.kernel), 1, channels, width, depthwise=True, windows=windows), target).cycles
 
 
 def dma_cycles(target: Target, size: int, run: int) -> int:

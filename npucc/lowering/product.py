@@ -152,7 +152,9 @@ class _Lowering:
         load_b = cost.dma_cycles(target, sizes["b"], sizes["b"] if self.weights is not None else plan.columns) + cost.dma_cycles(
             target, sizes["p"], sizes["p"]
         )
-        store = cost.dma_cycles(target, sizes["y"] + sizes["e"], plan.columns * DTYPES[self.result.dtype])
+        stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
+        loaded = self.chain.loaded_bytes(self._box((0,) * (len(self.shape) - 2), (0, plan.rows), (0, plan.columns)))
+        store = cost.dma_cycles(target, stored + loaded, plan.columns * DTYPES[self.result.dtype])
         again = chunks > 1
         a_loads = rows * chunks * (columns if (plan.right_outer or again) and rows * chunks > 1 else 1)
         b_loads = columns * chunks * (rows if (not plan.right_outer or again) and columns * chunks > 1 else 1)

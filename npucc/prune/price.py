@@ -21,7 +21,7 @@ from npucc.lowering.cost import dma_cycles, vector_cycles
 from npucc.ops import OPS
 from npucc.prune.shrink import kept_size
 from npucc.prune.slots import Slots
-from runtime.costs import Product, matrix_cost
+from runtime.costs import Product, Windows, matrix_cost
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -74,10 +74,12 @@ class PriceList:
     def _product(self, node: Node, removed: Array) -> Product:
         result, weights = self._shape(node.outputs[0], removed), self._shape(node.inputs[1], removed)
         if isinstance(node.attributes, ops.Conv):
-            pixels, taps = result[0] * result[2] * result[3], weights[2] * weights[3]
+            pixels, kernel = result[0] * result[2] * result[3], (weights[2], weights[3])
+            windows = Windows(result[3], kernel, node.attributes.strides, node.attributes.dilations)
             if node.attributes.groups > 1 and weights[1] == 1:
-                return Product(pixels, taps, 1, weights[0], depthwise=True)
-            return Product(pixels, weights[1] * taps, weights[0] // node.attributes.groups, node.attributes.groups)
+                return Product(pixels, math.prod(kernel), 1, weights[0], depthwise=True, windows=windows)
+            groups = node.attributes.groups
+            return Product(pixels, weights[1] * math.prod(kernel), weights[0] // groups, groups, windows=windows)
         if isinstance(node.attributes, ops.ConvTranspose):
             pixels = math.prod(self._shape(node.inputs[0], removed)) // max(weights[0], 1)
             return Product(pixels, weights[0], math.prod(weights[1:]))

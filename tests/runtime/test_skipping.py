@@ -12,7 +12,7 @@ import isa
 from isa.packing import Packing
 from isa.target import Target
 from runtime import Machine, RuntimeFault, simulate
-from runtime.costs import Product, Work, matrix_cost
+from runtime.costs import Product, Windows, Work, matrix_cost
 from runtime.packing import pack, packings
 from runtime.skipping import packed_cost
 from tests.runtime.test_timing import CUBE, SYSTOLIC
@@ -35,7 +35,14 @@ def test_nm_by_hand() -> None:
     assert (mac.cycles, mac.fill, mac.saved) == (3 * 2 * 4 + 5, 5, 3 * 2 * 4)
     assert mac.work == Work(macs=960, skipped_macs=960, spm_bytes=inputs + weights * 3, acc_bytes=sums)
     assert packed_cost(PRODUCT, SYSTOLIC, None) == matrix_cost(PRODUCT, SYSTOLIC)
-    assert packed_cost(replace(PRODUCT, groups=2), WS, None) == matrix_cost(replace(PRODUCT, groups=2), WS)
+    assert packed_cost(replace(PRODUCT, groups=2), WS, None).cycles == 2 * 4 * 10 + 14
+    assert packed_cost(replace(PRODUCT, groups=2), MAC, None).cycles == 2 * 3 * 2 * 4 + 5
+    wide = replace(WS, rows=32, cols=32)  # two results side by side: 192 rows, of which 96 are kept, in 3 folds of half the steps
+    pair = Product(784, 144, 16, windows=Windows(28, (3, 3)), packing=Packing("nm", (2, 4)))
+    assert packed_cost(pair, wide, None).cycles == 3 * 392 + 94
+    assert packed_cost(pair, wide, None).work.macs == 784 * 72 * 16
+    odd = replace(pair, depth=18)  # neighbours of 2 channels and two inputs do not stay together under a patch
+    assert packed_cost(odd, wide, None).cycles == 784 + 94
 
 
 def test_blocks_by_hand() -> None:

@@ -12,7 +12,7 @@ import pytest
 from isa.program import Event, Instruction, Layer, Loop, Program, Tile
 from isa.target import Target
 from runtime import Machine, RuntimeFault, simulate
-from runtime.costs import Product, Row, Work, burst_bytes, cost, matrix_cost, moved_bytes
+from runtime.costs import Product, Windows, Work, burst_bytes, cost, matrix_cost, moved_bytes
 from runtime.energy import energy
 from runtime.report import make_report, spm_peak
 from runtime.timing import PARTS
@@ -32,6 +32,7 @@ SYSTOLIC = Target(
     acc_bytes=1 << 14,
     dram_bytes=1 << 20,
 )
+EDGE = replace(SYSTOLIC, rows=32, cols=32)
 CUBE = replace(SYSTOLIC, family="mac", rows=4, cols=8, depth=2, pipeline_depth=5)
 
 
@@ -56,9 +57,18 @@ CUBE = replace(SYSTOLIC, family="mac", rows=4, cols=8, depth=2, pipeline_depth=5
         # depthwise: 4 rows hold 2 channels of 2 taps; 5 channels in 3 folds
         (SYSTOLIC, Product(10, 2, 1, groups=5, depthwise=True), 4 + 3 * 10 + 10, 14),
         # 8 rows hold 2 channels of 4 inputs under 3 results of 2 taps (6 of 8 columns); 5 channels in 3 folds of 2 rows x 2 steps
-        (replace(SYSTOLIC, rows=8), Product(12, 2, 1, groups=5, depthwise=True, row=Row(6, (1, 2))), 3 * 8 + 22, 22),
-        # 30 rows of 32 hold one channel: 8 neighbours of a 3x3 window; 40 columns in 5 steps of 40 rows
-        (replace(SYSTOLIC, rows=32, cols=32), Product(1600, 9, 1, groups=4, depthwise=True, row=Row(40, (3, 3))), 4 * 200 + 94, 94),
+        (replace(SYSTOLIC, rows=8), Product(12, 2, 1, groups=5, depthwise=True, windows=Windows(6, (1, 2))), 3 * 8 + 22, 22),
+        # 4 x 8 results of a channel fill the columns of two folds, which hold the 6 x 10 inputs under them; 10 x 5 steps
+        (EDGE, Product(1600, 9, 1, groups=4, depthwise=True, windows=Windows(40, (3, 3))), 4 * 2 * 50 + 94, 94),
+        # two results of 16 channels side by side: 3 x 4 inputs of 16 channels are 192 rows in 6 folds, not 144 in 5, of half the steps
+        (EDGE, Product(784, 144, 16, windows=Windows(28, (3, 3))), 6 * 392 + 94, 94),
+        (replace(EDGE, patches=False), Product(784, 144, 16, windows=Windows(28, (3, 3))), 5 * 784 + 94, 94),
+        # 24 outputs leave a quarter of a strip: the results of four 3x3 windows fill three
+        (EDGE, Product(784, 9, 24, windows=Windows(28, (3, 3))), 3 * 196 + 94, 94),
+        # 32 outputs fill the strip: one result at a time, whatever the windows
+        (EDGE, Product(784, 144, 32, windows=Windows(28, (3, 3))), 5 * 784 + 94, 94),
+        # 8 groups of 4 inputs and 4 outputs lie along the diagonal of one fold
+        (EDGE, Product(100, 4, 4, groups=8), 100 + 94, 94),
         # 9 taps in 3 folds per channel
         (SYSTOLIC, Product(10, 9, 1, groups=5, depthwise=True), 4 + 15 * 10 + 10, 14),
         (replace(SYSTOLIC, dataflow="os"), Product(10, 9, 1, groups=5, depthwise=True), 5 * 3 * (9 + 10), 5 * 3 * 10),
@@ -70,6 +80,15 @@ def test_matrix_cycles(target: Target, product: Product, cycles: int, fill: int)
     assert (got.cycles, got.fill) == (cycles, fill)
     assert got.work.macs == product.pixels * product.depth * product.outputs * product.groups
     assert got.cycles - got.fill >= got.work.macs / target.macs_per_cycle
+
+
+def test_a_patch_reads_what_lies_under_its_windows() -> None:
+    windows = Windows(7, (3, 2), stride=(2, 3), dilation=(1, 2))
+    for rows, columns in [(1, 1), (2, 3), (5, 7)]:
+        under = {(2 * i + k, 3 * j + 2 * m) for i in range(rows) for j in range(columns) for k in range(3) for m in range(2)}
+        assert windows.inputs((rows, columns)) == len(under)
+    assert windows.steps(35, (2, 3)) == 3 * 3
+    assert set(windows.patches(35, 6)) == {(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (5, 1)}
 
 
 def test_matrix_traffic() -> None:
@@ -91,7 +110,8 @@ def test_matrix_instructions_are_the_products_they_say() -> None:
     grouped = replace(w, shape=(3, 3, 2, 16))
     assert cost(instruction("conv", y, x, grouped, groups=2), SYSTOLIC) == matrix_cost(Product(16, 18, 8, groups=2), SYSTOLIC)
     depthwise = instruction("dwconv", Tile.dense("acc", 0, "s32", (4, 4, 4)), x, Tile.dense("spm", 512, "s8", (3, 3, 4)))
-    assert cost(depthwise, SYSTOLIC) == matrix_cost(Product(16, 9, 1, groups=4, depthwise=True), SYSTOLIC)
+    windows = Windows(4, (3, 3))
+    assert cost(depthwise, SYSTOLIC) == matrix_cost(Product(16, 9, 1, groups=4, depthwise=True, windows=windows), SYSTOLIC)
     product = instruction("matmul", Tile.dense("acc", 0, "s32", (5, 6)), Tile.dense("spm", 0, "s16", (5, 7)), Tile.dense("spm", 128, "s8", (7, 6)))
     assert cost(product, SYSTOLIC) == matrix_cost(Product(5, 7, 6, width=2), SYSTOLIC)
 
