@@ -8,6 +8,7 @@ kernels, one rounding each (numba contracts nothing). Nothing here checks bounds
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,26 @@ if binding.llvm_version_info < (20,):
     raise ImportError("numba 0.62 or later is needed: the code generated here is for LLVM 20 or later")
 
 
-def _compiled(*arguments: Any) -> Callable[[Any], Any]:
-    """Compile for these argument types now, and keep the code on disk where a folder can be written."""
+class Compiled:
+    """A function compiled for its argument types when it is first used; the code is kept on disk where a folder can be written."""
 
-    def decorate(function: Any) -> Any:
+    def __init__(self, function: Any, arguments: tuple[Any, ...]):
+        self._function, self._signature = function, types.void(*arguments)
+
+    @cached_property
+    def code(self) -> Callable[..., None]:
+        """What numba makes of it."""
         try:
-            return njit(types.void(*arguments), cache=True, error_model="numpy")(function)
+            return njit(self._signature, cache=True, error_model="numpy")(self._function)  # type: ignore[no-any-return]
         except RuntimeError:  # no folder for the cache
-            return njit(types.void(*arguments), error_model="numpy")(function)
+            return njit(self._signature, error_model="numpy")(self._function)  # type: ignore[no-any-return]
 
-    return decorate
+    def __call__(self, *arguments: Any) -> None:
+        self.code(*arguments)
+
+
+def _compiled(*arguments: Any) -> Callable[[Any], Compiled]:
+    return lambda function: Compiled(function, arguments)
 
 
 def has_dot_products() -> bool:
@@ -151,6 +162,7 @@ _six_by_4, _six_by_3, _six_by_2, _six_by_1 = (_block(ROWS, vectors) for vectors 
 _one_by_4, _one_by_3, _one_by_2, _one_by_1 = (_block(1, vectors) for vectors in (4, 3, 2, 1))
 
 
+@_compiled(*[Address] * 11)
 def product(x: int, x_row: int, w: int, depth: int, bias: int, y: int, y_row: int, y_group: int, groups: int, rows: int, n: int) -> None:
     """y[groups, rows, n] = bias[n] + x[groups * rows, 4 * depth] times w as `pack` leaves it; `bias` has whole registers."""
     for start in range(0, n, PANEL):
@@ -180,8 +192,35 @@ def product(x: int, x_row: int, w: int, depth: int, bias: int, y: int, y_row: in
                     _one_by_1(at, x_row, panel, depth, place, to, y_row, left)
 
 
-if has_dot_products():
-    product = _compiled(*[Address] * 11)(product)
+def _side_by_side(write: _Writer, places: list[Any], masks: list[Any]) -> Any:
+    """The bytes of 16 lanes at four addresses as 64, the four of each lane one after the other; zeros where a mask is not set."""
+    zeros, every = ir.Constant(_QUARTER, [0] * LANES), ir.Constant(ir.VectorType(_NUMBER, 2 * LANES), list(range(2 * LANES)))
+    pointers = [write.builder.inttoptr(place, _QUARTER.as_pointer()) for place in places]
+    one, two, three, four = (
+        write.call("llvm.masked.load.v16i8.p0", _QUARTER, pointer, ir.Constant(_NUMBER, 1), mask, zeros)
+        for pointer, mask in zip(pointers, masks, strict=True)
+    )
+    low, high = (write.builder.shuffle_vector(left, right, every) for left, right in ((one, two), (three, four)))
+    order = [tap * LANES + lane for lane in range(LANES) for tap in range(TAPS)]
+    return write.builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_NUMBER, 4 * LANES), order))
+
+
+@intrinsic
+def _pack_register(typing_context: Any, w: Any, w_row: Any, rows: Any, columns: Any, out: Any, sums: Any) -> Any:
+    """out[16, 4] = up to 16 columns of up to four rows of weights, zeros beyond; sums[16] += those of the columns."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        first, row, height, count, target, totals = values
+        write = _Writer(builder)
+        counts = [builder.select(builder.icmp_signed("<", ir.Constant(_WIDE, tap), height), count, ir.Constant(_WIDE, 0)) for tap in range(TAPS)]
+        packed = _side_by_side(write, [write.plus(first, row, tap) for tap in range(TAPS)], [write.lanes_below(each) for each in counts])
+        builder.store(packed, builder.inttoptr(target, packed.type.as_pointer()), align=1)
+        total, ones = write.start(write.load(totals, _REGISTER)), ir.Constant(_REGISTER, [0x01010101] * LANES)
+        write.dot(total, ones, builder.bitcast(packed, _REGISTER))
+        builder.store(builder.load(total), builder.inttoptr(totals, _REGISTER.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), generate
 
 
 @_compiled(*[Address] * 7)
@@ -193,14 +232,20 @@ def pack(w: int, w_row: int, w_column: int, k: int, n: int, packed: int, sums: i
         totals[column] = 0
     for start in range(0, whole, PANEL):
         wide = min(PANEL, whole - start)
-        target = carray(_codes(packed + start * depth * TAPS), (depth, wide, TAPS))
         for group in range(depth):
+            source, target = w + group * TAPS * w_row + start * w_column, packed + (start * depth + group * wide) * TAPS
+            if w_column == 1:
+                for column in range(0, wide, LANES):
+                    place, total = target + column * TAPS, sums + (start + column) * 4
+                    _pack_register(source + column, w_row, k - group * TAPS, n - start - column, place, total)
+                continue
+            codes = carray(_codes(target), (wide, TAPS))
             for column in range(wide):
                 for tap in range(TAPS):
-                    row, place = group * TAPS + tap, start + column
-                    value = carray(_codes(w + row * w_row + place * w_column), 1)[0] if row < k and place < n else np.int8(0)
-                    target[group, column, tap] = value
-                    totals[place] += value
+                    inside = group * TAPS + tap < k and start + column < n
+                    value = carray(_codes(source + tap * w_row + column * w_column), 1)[0] if inside else np.int8(0)
+                    codes[column, tap] = value
+                    totals[start + column] += value
 
 
 @_compiled(*[Address] * 7)
@@ -271,17 +316,8 @@ def _four_taps(typing_context: Any, first: Any, second: Any, third: Any, fourth:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         *places, count, target = values
         write = _Writer(builder)
-        mask, zeros = write.lanes_below(count), ir.Constant(_QUARTER, [0] * LANES)
-        pointers = [builder.inttoptr(place, _QUARTER.as_pointer()) for place in places]
-        one, two, three, four = (
-            write.call("llvm.masked.load.v16i8.p0", _QUARTER, pointer, ir.Constant(_NUMBER, 1), mask, zeros) for pointer in pointers
-        )
-        sides = ir.VectorType(_NUMBER, 2 * LANES), ir.VectorType(_NUMBER, 4 * LANES)
-        every = list(range(2 * LANES))
-        low, high = (builder.shuffle_vector(left, right, ir.Constant(sides[0], every)) for left, right in ((one, two), (three, four)))
-        order = [tap * LANES + lane for lane in range(LANES) for tap in range(TAPS)]
-        together = builder.shuffle_vector(low, high, ir.Constant(sides[1], order))
-        flipped = builder.xor(together, ir.Constant(together.type, [0x80] * len(order)))
+        together = _side_by_side(write, places, [write.lanes_below(count)] * TAPS)
+        flipped = builder.xor(together, ir.Constant(together.type, [0x80] * REGISTER_BYTES))
         builder.store(flipped, builder.inttoptr(target, together.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
@@ -320,6 +356,7 @@ def _neighbours(columns: int) -> Any:
 _four_neighbours, _one_neighbour = _neighbours(COLUMNS), _neighbours(1)
 
 
+@_compiled(*[Address] * 23)
 def depthwise_by_dot_products(
     x: int, x_row: int, x_column: int, height: int, width: int, channels: int, h: int, w: int, kernel_h: int, kernel_w: int, stride_h: int,
     stride_w: int, dilation_h: int, dilation_w: int, top: int, left: int, fill: int, taps: int, weights: int, bias: int, y: int, y_row: int,
@@ -364,10 +401,6 @@ def depthwise_by_dot_products(
                     line + j * column_size, dilation_h * row_size, column_size, packed, kernel_h, groups, bias + start * 4,
                     target + j * y_column, y_column, count,
                 )  # fmt: skip
-
-
-if has_dot_products():
-    depthwise_by_dot_products = _compiled(*[Address] * 23)(depthwise_by_dot_products)
 
 
 @_compiled(*[Address] * 8)

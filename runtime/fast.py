@@ -82,42 +82,46 @@ def _gathering(site: Site, shape: Geometry, left: Array) -> Run:
 
 
 class _Packed:
-    """Weights packed for dot products: once if they are constants, else by `refresh` before each use. `sums` are those of each result's weights.
+    """Weights packed for dot products, `size` bytes for each column, by `pack(packed, sums)`, which also fills in each result's sum of weights.
 
-    `pack(weights, packed, sums)` fills both.
+    `refresh` packs them before each use, into memory that is still in the cache when the product reads it: a second copy of all
+    weights would be large, and no quicker. `fixed`: the sums are those of constants, and known.
     """
 
-    def __init__(self, site: Site, name: str, weights: Array, size: int, pack: Callable[[Array, Array, Array], None]):
-        columns = -(-weights.shape[-1] // compiled.LANES) * compiled.LANES
-        self.refresh: Run | None = None
-        if name in site.constants:
-            key, content = site.constants[name]
-            memo = ("packed", site.instruction.name, key)
-            if memo not in site.memo:
-                site.memo[memo] = np.empty(size * columns, np.int8), np.empty(columns, np.int32)
-                pack(np.ascontiguousarray(content), *site.memo[memo])
-            self.packed, self.sums = site.memo[memo]
-            return
-        packed, sums = site.scratch.take("packed", (size * columns,), np.int8), site.scratch.take("column_sums", (columns,), np.int32)
-        self.packed, self.sums = packed, sums
-        self.refresh = lambda: pack(weights, packed, sums)
+    def __init__(self, site: Site, name: str, columns: int, size: int, pack: Callable[[Array, Array], Run]):
+        columns = -(-columns // compiled.LANES) * compiled.LANES
+        self.packed = site.scratch.take("packed", (size * columns,), np.int8)
+        self.fixed = name in site.constants
+        key, unknown = None, False
+        if self.fixed:
+            key = ("sums of weights", site.instruction.name, site.constants[name][0])
+            unknown = key not in site.memo
+            self.sums: Array = site.memo.setdefault(key, np.empty(columns, np.int32))
+        else:
+            self.sums = site.scratch.take("column_sums", (columns,), np.int32)
+        pack_now = pack(self.packed, self.sums)
+        self.refresh = None if site.scratch.holds(self.packed, key) else pack_now
+        if unknown:
+            pack_now()
 
 
 def _product_weights(site: Site, name: str, depth: int, matrix: Array) -> _Packed:
-    def pack(weights: Array, packed: Array, sums: Array) -> None:
-        matrix = weights.reshape(depth, -1)
-        compiled.pack(address(matrix), *matrix.strides, *matrix.shape, address(packed), address(sums))
+    def pack(packed: Array, sums: Array) -> Run:
+        call = _Call(compiled.pack, address(matrix), *matrix.strides, *matrix.shape, address(packed), address(sums))
+        return _sequence([call], (matrix, packed, sums))
 
-    return _Packed(site, name, matrix, -(-depth // compiled.TAPS) * compiled.TAPS, pack)
+    return _Packed(site, name, matrix.shape[1], -(-depth // compiled.TAPS) * compiled.TAPS, pack)
 
 
 def _tap_weights(site: Site) -> _Packed:
-    height, width, _ = site.views["w"].shape
+    w = site.views["w"]
+    height, width, channels = w.shape
 
-    def pack(weights: Array, packed: Array, sums: Array) -> None:
-        compiled.pack_taps(address(weights), *weights.strides[:2], *weights.shape, address(packed), address(sums))
+    def pack(packed: Array, sums: Array) -> Run:
+        call = _Call(compiled.pack_taps, address(w), *w.strides[:2], *w.shape, address(packed), address(sums))
+        return _sequence([call], (w, packed, sums))
 
-    return _Packed(site, "w", site.views["w"], height * -(-width // compiled.TAPS) * compiled.TAPS, pack)
+    return _Packed(site, "w", channels, height * -(-width // compiled.TAPS) * compiled.TAPS, pack)
 
 
 class _Offset:
@@ -133,7 +137,7 @@ class _Offset:
                 start[: len(bias)] += bias
             np.copyto(self.values, start, casting="unsafe")
 
-        fixed = weights.refresh is None and (bias is None or bias_name in site.constants)
+        fixed = weights.fixed and (bias is None or bias_name in site.constants)
         self.refresh = None if fixed else refresh
         if fixed:
             refresh()
@@ -168,9 +172,12 @@ def _adding(y: Array, target: Array) -> Run | None:
 
 
 class _Call(partial[None]):
-    """A compiled function with its arguments: called without a Python frame in between."""
+    """A compiled function with its arguments: called without a Python frame in between. Compiled now, if this is its first use."""
 
     kept: tuple[Any, ...]
+
+    def __new__(cls, function: compiled.Compiled, *arguments: Any) -> _Call:
+        return super().__new__(cls, function.code, *arguments)
 
 
 def _sequence(wanted: list[Run | None], kept: tuple[Any, ...]) -> Run:

@@ -100,9 +100,10 @@ def bind_product(
     """
     dtype = parts[0].left.dtype
     shape = (*parts[0].left.shape[:-1], parts[0].right.shape[-1])
-    product, partial = scratch.take("product", shape, dtype), scratch.take("partial", shape, dtype)
-    whole = scratch.take("integers", shape, np.int32)
     groups = [[(part.left, part.right) for part in group] for group in sums(parts)]
+    product = scratch.take("product", shape, dtype)
+    partial = scratch.take("partial", shape, dtype) if len(parts) > len(groups) else product
+    whole = scratch.take("integers", shape, np.int32) if accumulate or len(groups) > 1 else y
     kept = floats or FloatSums(None)
     kept.values = product
 

@@ -19,19 +19,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import onnxruntime
 
 import npucc
+from isa import Program
 from runtime import Machine
 from runtime.kernels import ENGINES
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 EXACT, SIGNED = {"session.x64quantprecision": "1"}, {"session.qdqisint8allowed": "1"}
@@ -56,6 +59,8 @@ def restart_with_threads(threads: int) -> None:
 
 def session(model: str | bytes, threads: int, settings: dict[str, str]) -> onnxruntime.InferenceSession:
     """An onnxruntime session on the processor."""
+    import onnxruntime  # here: a process that measures the machine's memory must not load it
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     for key, value in settings.items():
@@ -123,13 +128,29 @@ def alone(engine: str, file: Path, threads: int) -> dict[str, float]:
         npucc_machine = Machine(package.contents, engine=OWN[engine])
         loaded = time.perf_counter()
         npucc_machine.run(random_feed(package))
-        return {"parse_and_check": parsed - start, "decode": loaded - parsed, "load": loaded - start, "peak": _peak()}
+        peak = _peak()
+        return {"parse_and_check": parsed - start, "decode": loaded - parsed, "load": loaded - start, "peak": peak, "held": held(engine, file)}
     if engine == ANCHOR:
         runner = session(str(file), threads, EXACT)
         loaded = time.perf_counter()
         runner.run(None, {each.name: np.zeros(each.shape, _numpy_type(each.type)) for each in runner.get_inputs()})
         return {"load": loaded - start, "peak": _peak()}
     return {"load": 0.0, "peak": _peak()}
+
+
+def held(engine: str, file: Path) -> float:
+    """The most bytes that Python and numpy hold while they load a package (its constants among them), the machine's empty memories aside."""
+    tracemalloc.start()
+    contents = npucc.load(file).contents
+    Machine(contents, engine=OWN[engine])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return float(peak - memories(contents.program))
+
+
+def memories(program: Program) -> int:
+    """Bytes of the machine's memories. Of its DRAM the part with the constants is never touched, and so not resident."""
+    return program.dram_bytes + program.target.spm_bytes + program.target.acc_bytes
 
 
 def _numpy_type(name: str) -> str:
@@ -147,6 +168,8 @@ def _peak() -> float:
 
 def measure(model: Path, target: str, shapes: Shapes, *, rounds: int, threads: int) -> dict[str, Any]:
     """Everything about one model, in seconds and bytes."""
+    import onnx  # here: see `session`
+
     start = time.perf_counter()
     package = npucc.compile(model, target, shapes={name: shape for name, shape in shapes.items() if name in _input_names(model)})
     compile_seconds = time.perf_counter() - start
@@ -169,6 +192,7 @@ def measure(model: Path, target: str, shapes: Shapes, *, rounds: int, threads: i
         "compile": compile_seconds,
         "package_bytes": size,
         "constants_bytes": package.program.constants_bytes,
+        "activations_bytes": memories(package.program) - package.program.constants_bytes,
         "lines": package.text.count("\n"),
         "instructions": package.instructions,
         "alone": memory,
@@ -176,6 +200,8 @@ def measure(model: Path, target: str, shapes: Shapes, *, rounds: int, threads: i
 
 
 def _input_names(model: Path) -> set[str]:
+    import onnx  # here: see `session`
+
     return {each.name for each in onnx.load(model, load_external_data=False).graph.input}
 
 
@@ -192,9 +218,13 @@ def text(found: dict[str, Any]) -> str:
     )
     for name in OWN:
         ours = memory[name]
-        lines.append(f"  {name} loaded in {ours['load']:.2f} s (read, parse, check {ours['parse_and_check']:.2f}, decode {ours['decode']:.2f})")
+        lines.append(
+            f"  {name} loaded in {ours['load']:.2f} s (read, parse, check {ours['parse_and_check']:.2f}, decode {ours['decode']:.2f}), "
+            f"in {ours['held'] / found['constants_bytes']:.2f} × the constants' memory"
+        )
     told = ", ".join(f"{name} {each['peak'] / 1e6:.0f} MB" for name, each in memory.items())
-    lines.append(f"  peak memory: {told}")
+    limit = 2 * found["constants_bytes"] + found["activations_bytes"] + 150e6
+    lines.append(f"  peak memory: {told}; 2 × constants + activations + 150 MB are {limit / 1e6:.0f} MB")
     return "\n".join(lines)
 
 
