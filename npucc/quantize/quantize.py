@@ -26,7 +26,7 @@ from npucc.quantize.correct import bias_samples, correct_biases
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import equalize
 from npucc.quantize.given import not_kept, spread
-from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
+from npucc.quantize.mixed import FREE, Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
 from npucc.quantize.price import measure_prices, total_cycles
@@ -222,7 +222,7 @@ def _measured(network: _Network, target: Target, progress: Progress | None) -> t
         mixed = replace(mixed, price=100 * (cycles / max(prices.cycles, 1) - 1))
         if not roots or (drop is not None and cycles < math.inf) or mixed.price <= options.budget:
             break
-        allowed = mixed.spent * 0.9  # the groups cost more together than each alone
+        allowed = mixed.spent * 0.9 if mixed.spent > FREE else -math.inf  # the groups cost more together than each alone
     copied = {plain.copies[root] for root in roots if root in plain.copies}
     direct = {(node.name, name) for node in network.graph if OPS[node.op].matrix for name in node.inputs if name in copied}
     return network.rounded(direct=direct, more=set(roots) - set(plain.copies), methods=found.methods), mixed
