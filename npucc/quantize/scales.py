@@ -30,6 +30,7 @@ INDEX = Quant("s32", np.asarray(1.0, np.float32), 0)
 BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
 WHOLE = 2**15 - 1  # integers up to here are exact in 16 bits
 EACH_DEFAULT: Mapping[str, str] = MappingProxyType({})
+FAITHFUL = 1.5  # times the least squared error of the values is allowed to a range that errs less at the outputs
 CLIPPING_MUST_PAY = 0.5  # a graph input is clipped only if that at least halves its squared error
 
 
@@ -108,10 +109,16 @@ def choose_scales(
 
 
 def alternatives(graph: Graph, names: Sequence[str], calibration: Calibration, options: QuantizeOptions, *, used: Quant) -> dict[str, Quant]:
-    """The quantization of a group's tensors by every range method; none where more than its values decide the one in use (a mask, say)."""
+    """The quantization of a group's tensors by every range method that serves all values seen nearly as well as the default one (the few samples
+    that outputs are measured with may lack what a range cuts off); none where more than its values decide the one in use (a mask, say)."""
     moved = observed_ranges(graph, calibration)
-    found = {record.name: _quant(graph, names, _covered(graph, names, calibration, moved, options, record.name)) for record in METHODS}
-    return found if found[options.default_method].key == used.key else {}
+    covered = {record.name: _covered(graph, names, calibration, moved, options, record.name) for record in METHODS}
+    default = covered[options.default_method]
+    if _quant(graph, names, default).key != used.key:
+        return {}
+    fit = Fit.of(_histogram(graph, names, calibration), _next_function(graph, names))
+    most = FAITHFUL * fit.error(default)
+    return {method: _quant(graph, names, each) for method, each in covered.items() if fit.error(each) <= most}
 
 
 def _range_of(quant: Quant) -> Range:
@@ -141,12 +148,9 @@ def _members(graph: Graph, groups: Groups) -> dict[str, list[str]]:
 def _covered(
     graph: Graph, names: Sequence[str], calibration: Calibration, moved: Mapping[str, Range], options: QuantizeOptions, method: str
 ) -> Range:
-    histogram, extra = Histogram(), Range()
+    histogram, extra = _histogram(graph, names, calibration), Range()
     for name in names:
-        source = name if name in calibration.histograms else _original(graph, name)
-        if source in calibration.histograms:
-            histogram.merge(calibration.histograms[source])
-        elif name in moved:
+        if name in moved and _source(graph, name, calibration) is None:
             extra = extra.joined(moved[name])
     if not calibration.samples:
         return next(iter(known_beforehand(graph, names)), Range()).joined(extra)
@@ -158,16 +162,25 @@ def _covered(
     return chosen.joined(extra)
 
 
+def _histogram(graph: Graph, names: Sequence[str], calibration: Calibration) -> Histogram:
+    """Of all values of a group's tensors."""
+    merged = Histogram()
+    for source in filter(None, (_source(graph, name, calibration) for name in names)):
+        merged.merge(calibration.histograms[source])
+    return merged
+
+
+def _source(graph: Graph, name: str, calibration: Calibration) -> str | None:
+    """Whose values were counted. A rescaled copy was not there then; it has those of its original."""
+    node = graph.producer(name)
+    original = node.inputs[0] if node and node.attributes == Table("x") else name
+    return next((each for each in (name, original) if each in calibration.histograms), None)
+
+
 def known_beforehand(graph: Graph, names: Sequence[str]) -> list[Range]:
     """Ranges of tensors that an operator has whatever the data."""
     fixed = [OPS[node.op].fixed_range for node in map(graph.producer, names) if node]
     return [Range(*each) for each in fixed if each is not None]
-
-
-def _original(graph: Graph, name: str) -> str:
-    """A rescaled copy was not there when values were counted; it has those of its original."""
-    node = graph.producer(name)
-    return node.inputs[0] if node and node.attributes == Table("x") else name
 
 
 def is_index(graph: Graph, name: str) -> bool:

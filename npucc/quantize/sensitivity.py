@@ -35,6 +35,7 @@ MATTERS = 0.01  # of an output's error
 LOUD = 0.03  # of an output's error: other ranges are tried
 TRIED = 12  # groups at most that other ranges are tried for
 BETTER = 0.9  # of the error: less is no reason for another range
+FEWEST_TO_JUDGE = 4  # samples: a range that only fits fewer is chance
 SAME_STEP = 0.03  # relative: scales this close are not both tried
 NOTHING = 1e-30
 DIGITS = 6  # binary ones, of a ratio that is kept: what another machine's float sums change is lost in them
@@ -94,7 +95,9 @@ def measure(
     if alternatives is None:
         return found
     tried = {root: _different(alternatives(root), scales.quants[root]) for root in found.important(LOUD)[:TRIED]}
-    samples = _spread(feeds, affordable_samples(graph, sum(map(len, tried.values())), most=FIRST))
+    samples = _spread(feeds, affordable_samples(graph, sum(map(len, tried.values())), most=SAMPLES))
+    if len(samples) < FEWEST_TO_JUDGE:
+        return found
     return probe.with_better_ranges(found, samples, tried)
 
 
@@ -129,7 +132,7 @@ class _Probe:
         return Sensitivity(tuple(name for name, _ in rows), noise, weights, tuple(wanted[index][name] for name, index in rows))
 
     def with_better_ranges(self, found: Sensitivity, samples: Sequence[Mapping[str, Array]], tried: Mapping[str, Mapping[str, Quant]]) -> Sensitivity:
-        """`found` with the range method that errs least in each group that was tried."""
+        """`found` with the range method that errs least in each group that was tried, if it is better in either half of the samples."""
         wanted, rows = self._wanted(samples)
         methods, groups = {}, dict(found.groups)
         for done, (root, quants) in enumerate(tried.items(), start=1):
@@ -137,9 +140,10 @@ class _Probe:
             best = BETTER
             for method, quant in quants.items():
                 errors = _ratios([self.switched(feed, root, quant) for feed in samples], wanted, rows)
-                relative = float(np.mean((errors + NOTHING) / (used + NOTHING)))
-                if relative < best:
-                    best, methods[root], groups[root] = relative, method, found.groups[root] * relative
+                relative = (errors + NOTHING) / (used + NOTHING)
+                halves = [float(np.mean(relative[[index % 2 == half for _, index in rows]])) for half in (0, 1)]
+                if max(halves) < best:
+                    best, methods[root], groups[root] = max(halves), method, found.groups[root] * float(np.mean(relative))
             if self.progress:
                 self.progress("ranges", done, len(tried))
         return replace(found, groups=groups, methods=methods)
