@@ -109,8 +109,8 @@ def choose_scales(
 
 
 def alternatives(graph: Graph, names: Sequence[str], calibration: Calibration, options: QuantizeOptions, *, used: Quant) -> dict[str, Quant]:
-    """The quantization of a group's tensors by every range method that serves all values seen nearly as well as the default one (the few samples
-    that outputs are measured with may lack what a range cuts off); none where more than its values decide the one in use (a mask, say)."""
+    """The quantization of a group's tensors by every range method that clips no more than the default one, or serves all values seen nearly as well:
+    the few samples that outputs are measured with may lack what a range cuts off. None where more than values decide the one in use (a mask, say)."""
     moved = observed_ranges(graph, calibration)
     covered = {record.name: _covered(graph, names, calibration, moved, options, record.name) for record in METHODS}
     default = covered[options.default_method]
@@ -118,7 +118,8 @@ def alternatives(graph: Graph, names: Sequence[str], calibration: Calibration, o
         return {}
     fit = Fit.of(_histogram(graph, names, calibration), _next_function(graph, names))
     most = FAITHFUL * fit.error(default)
-    return {method: _quant(graph, names, each) for method, each in covered.items() if fit.error(each) <= most}
+    kept = {method: each for method, each in covered.items() if default.within(each.low, each.high) == default or fit.error(each) <= most}
+    return {method: _quant(graph, names, each) for method, each in kept.items()}
 
 
 def _range_of(quant: Quant) -> Range:
