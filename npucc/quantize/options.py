@@ -60,7 +60,6 @@ class QuantizeOptions:
     bias_samples: int = field(
         default=32, metadata={"meaning": "correct biases with so many samples run through the integer graph, at least 8 where they are slow; 0: not"}
     )
-    concat_ratio: float = field(default=4.0, metadata={"meaning": "rescale a Concat's input whose range is so many times narrower than the result's"})
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -88,8 +87,6 @@ class QuantizeOptions:
             raise QuantizeError(f"round_samples is {self.round_samples}", hint="at least one sample is needed")
         if self.bias_samples < 0:
             raise QuantizeError(f"bias_samples is {self.bias_samples}", hint="expected 0 (no correction) or more")
-        if not self.concat_ratio >= 1:
-            raise QuantizeError(f"concat_ratio is {self.concat_ratio:g}", hint="expected at least 1; inf never rescales")
 
     @property
     def default_method(self) -> str:

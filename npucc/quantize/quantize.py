@@ -31,7 +31,7 @@ from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
 from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.rounding import collect
-from npucc.quantize.scales import EACH_DEFAULT, Scales, alternatives, choose_scales, is_index, known_beforehand, observed_ranges
+from npucc.quantize.scales import EACH_DEFAULT, Scales, alternatives, choose_scales, is_index, known_beforehand
 from npucc.quantize.sensitivity import SAMPLES, measure
 from npucc.quantize.share import Groups, share_scales
 
@@ -59,7 +59,7 @@ class TensorRange:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeReport:
-    """`rescaled`: tensors that a Concat reads on another scale than the rest of the graph does;
+    """`rescaled`: whole numbers that a Concat joins with reals;
     `mixed`: which got 16 bits by measurement, and what for; `quantized_anew`: integers of an already quantized model that could not be kept."""
 
     samples: int
@@ -113,7 +113,7 @@ def quantize(
             ordered, samples = _equalized(ordered, feeds, options, progress)
         keep = max(options.bias_samples, options.round_samples, SAMPLES)
         calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
-    shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), ratio=options.concat_ratio)
+    shared, groups, rescaled = share_scales(ordered)
     network = _Network(shared, groups, calibration, options)
     mixed = Mixed()
     if options.scheme == "auto" and feeds is not None and needs_samples:

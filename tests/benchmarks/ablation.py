@@ -37,7 +37,6 @@ TECHNIQUES = {
     "second-order rounding": ("rounding=second_order", "rounding=nearest"),
     "biases from channel means": ("bias_correction=yes", "bias_correction=no"),
     "biases from integer runs": ("bias_samples=32", "bias_samples=0"),
-    "rescaled concatenations": ("concat_ratio=4", "concat_ratio=inf"),
     "16 bits by measurement": ("scheme=auto", "scheme=int8"),
 }
 BASIC = ("scales per channel",)  # "none" has it too: others build on it, and every tool has it

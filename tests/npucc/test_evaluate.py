@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_errors_per_layer_find_the_bad_layer() -> None:
     graph, feeds = classifier(), classifier_feeds(4)
-    integer = quantize(graph, feeds, options=QuantizeOptions(scheme="int8", concat_ratio=4)).graph
+    integer = quantize(graph, feeds, options=QuantizeOptions(scheme="int8")).graph
     spoiled = spoil(integer, "depthwise", 24.0)
     rows = {row.tensor: row for row in layer_errors(spoiled, float_runner(graph), feeds[:2])}
     assert list(rows) == [node.outputs[0] for node in spoiled]
@@ -123,7 +123,6 @@ def test_errors_per_layer_find_the_bad_layer() -> None:
     assert accumulated["swish"] < 20
     assert rows["sum"].single_db > 30
     assert accumulated["sum"] < rows["sum"].single_db
-    assert rows["swish/rescaled"].single_db > 20
     assert rows["stem"].nodes == ("onnx/stem",)
     json.dumps([row.as_dict() for row in rows.values()])
 

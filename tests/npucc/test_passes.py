@@ -477,6 +477,47 @@ def test_a_matrix_product_between_reshapes() -> None:
     assert ops_of(graph_of(nodes, constants, shape=(2, 3, 8))) == ["matmul"]
 
 
+def parts(*forms: NodeProto, order: str = "q k v") -> list[NodeProto]:
+    """A product whose result is cut in three, and something that reads each third apart."""
+    q, k, v = order.split()
+    return [node("MatMul", "x w", "p"), node("Add", "p b", "c"), *forms, node("MatMul", f"{q} {k}", "s"), node("MatMul", f"s {v}", "y")]
+
+
+HEADS = {"w": normal(16, 96), "b": normal(96), "thirds": integers([32, 32, 32]), "five": integers([1, 4, 3, 8, 4]), "one": integers([1, 1, 1])}
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        [node("Split", "c thirds", "q kt v", axis=2), node("Transpose", "kt", "k", perm=[0, 2, 1])],
+        [
+            node("Reshape", "c five", "r"), node("Transpose", "r", "t", perm=[2, 0, 3, 1, 4]), node("Split", "t one", "q kt v", axis=0),
+            node("Transpose", "kt", "k", perm=[0, 1, 2, 4, 3]),
+        ],
+    ],
+    ids=["split", "reshape and transpose"],
+)  # fmt: skip
+def test_a_product_is_cut_where_its_result_is(forms: list[NodeProto]) -> None:
+    graph = graph_of(parts(*forms), HEADS, shape=(1, 4, 16))
+    assert "slice" not in ops_of(graph)
+    assert [graph.tensors[part.inputs[1]].shape for part in graph if part.op == "matmul" and graph.tensors[part.inputs[1]].is_constant] == [(16, 32)] * 3
+
+
+def test_a_convolution_is_cut_backwards_too() -> None:
+    constants = {"w": normal(32, 4, 3, 3), "start": integers([-1]), "end": integers([-17]), "axis": integers([1]), "step": integers([-1]), "zero": integers([0]), "half": integers([16])}
+    cuts = [node("Slice", "c start end axis step", "q"), node("Slice", "c zero half axis", "v"), node("Sub", "q v", "y")]
+    assert ops_of(graph_of([node("Conv", "x w", "c", pads=[1] * 4), *cuts], constants)) == ["conv", "conv", "sub"]
+
+
+def test_a_product_stays_whole_where_something_reads_all_of_it_or_its_parts_are_small() -> None:
+    split = node("Split", "c thirds", "q k v", axis=2)
+    together = [node("MatMul", "x w", "c"), split, node("Mul", "q k", "m"), node("Mul", "m v", "y")]
+    assert ops_of(graph_of([*together, node("Neg", "c", "z")], HEADS, shape=(1, 4, 16), outputs=("y", "z"))).count("matmul") == 1
+    small = {"w": normal(16, 12), "thirds": integers([4, 4, 4])}
+    assert ops_of(graph_of(together, small, shape=(1, 4, 16))).count("matmul") == 1
+    assert "3 products of 4, 4, 4 channels take longer than one of 12" in reasons(together, small, shape=(1, 4, 16)).values()
+
+
 def test_an_operand_needs_no_expand() -> None:
     nodes = [
         node("ReduceMax", "x", "m", axes=[3]),
