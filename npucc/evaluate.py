@@ -232,19 +232,20 @@ def evaluate(npu: Run, original: Run, samples: Iterable[Sample], *, progress: Pr
 
 def layer_errors(
     graph: Graph, float_tensors: Run, feeds: Iterable[Mapping[str, Array]], *, stored: Run | None = None, requantize: str = "fp32.rne",
-    progress: Progress | None = None,
+    equalized: Iterable[Mapping[str, Any]] = (), progress: Progress | None = None,
 ) -> tuple[LayerError, ...]:  # fmt: skip
     """Both errors of every node of an integer graph, in graph order, over the feeds.
 
     `float_tensors(feed)` gives the float value of every tensor of the graph by name (see `float_runner`); `stored(feed)` the stored integers
-    of the integer network (default: the reference, in the target's mode `requantize`). Takes memory for all tensors of one sample.
+    of the integer network (default: the reference, in the target's mode `requantize`); `equalized` which tensors of the integer
+    network are scaled by channel (see QuantizeReport): the float ones are scaled alike. Takes memory for all tensors of one sample.
     """
     stored = stored or (lambda feed: reference.run(graph, feed, requantize=requantize))
     accumulated = {node.name: ErrorSum() for node in graph}
     single = {node.name: ErrorSum() for node in graph}
     ranges = {node.name: RangeSum(graph.quant(node.outputs[0])) for node in graph}
     for count, feed in enumerate(feeds, start=1):
-        exact, found = _with_rescaled(graph, float_tensors(feed)), stored(feed)
+        exact, found = _with_rescaled(graph, _scaled(float_tensors(feed), equalized)), stored(feed)
         for node in graph:
             ranges[node.name].add(exact[node.outputs[0]])
             _add_node(graph, node, exact, found, accumulated[node.name], single[node.name], requantize)
@@ -266,6 +267,15 @@ def _add_node(graph: Graph, node: Node, exact: Outputs, found: Outputs, accumula
     inputs = {name: reference.to_stored(graph.tensors[name], exact[name]) for name in node.inputs if name and not graph.tensors[name].is_constant}
     alone = reference.run_node(graph, node, inputs, requantize=requantize)[result.name]
     single.add(reference.to_real(result, alone), wanted)
+
+
+def _scaled(exact: Outputs, equalized: Iterable[Mapping[str, Any]]) -> dict[str, Array]:
+    """The float values, with the channels that the quantizer has scaled."""
+    values = dict(exact)
+    for each in equalized:
+        value, axis, factor = values[each["tensor"]], each["axis"], np.exp2(np.asarray(each["powers"], np.float32))
+        values[each["tensor"]] = value * factor.reshape([-1 if i == axis else 1 for i in range(value.ndim)])
+    return values
 
 
 def _with_rescaled(graph: Graph, exact: Outputs) -> dict[str, Array]:

@@ -108,7 +108,8 @@ def _layers(package: Package, reference: Path, dataset: Dataset, samples: int, p
         return ()
     original = float_graph(reference, {name: graph.tensors[name].shape for name in graph.inputs})
     runner, mode = evaluation.float_runner(original), package.program.target.requantize
-    return evaluation.layer_errors(graph, runner, itertools.islice(dataset, samples), requantize=mode, progress=progress)
+    equalized = (package.quantized or {}).get("equalized", ())
+    return evaluation.layer_errors(graph, runner, itertools.islice(dataset, samples), requantize=mode, equalized=equalized, progress=progress)
 
 
 def reference_runner(path: Path, package: Package) -> Run:
@@ -162,7 +163,10 @@ def report(result: Evaluation, package: Package, *, worst: int = 10, every_layer
 
 def diagnosis(layers: Sequence[LayerError], package: Package) -> list[RenderableType]:
     """Every layer, the one that errs most by itself first; where accumulated error is far below single, the layers before it are to blame."""
-    remedies = {row["name"]: row.get("remedy", "") for row in (package.quantized or {}).get("tensors", [])}
+    decided = package.quantized or {}
+    remedies = {row["name"]: row.get("remedy", "") for row in decided.get("tensors", [])}
+    for each in decided.get("equalized", []):
+        remedies[each["tensor"]] = ", ".join(filter(None, ("channels equalized", remedies.get(each["tensor"], ""))))
     by_accumulated = sorted(layers, key=lambda layer: math.inf if layer.accumulated_db is None else layer.accumulated_db)
     place = {layer.name: position for position, layer in enumerate(by_accumulated, start=1)}
     rows = [

@@ -103,12 +103,13 @@ def _same_place(before: Sequence[int], after: Sequence[int], cut: int) -> tuple[
     return None
 
 
-def _cuts_only(reader: Node, shape: tuple[int, ...], axis: int) -> bool:
-    """Whether the reader is a slice that leaves all other dimensions whole."""
+def _cuts_only(reader: Node, shape: tuple[int, ...], cut: int) -> bool:
+    """Whether the reader is a slice that leaves all dimensions but one whole."""
     a = reader.attributes
     if not isinstance(a, ops.Slice):
         return False
-    return all(i == axis or (start, size, step) == (0, shape[i], 1) for i, (start, size, step) in enumerate(zip(a.starts, a.sizes, a.steps, strict=True)))
+    cuts = list(zip(a.starts, a.sizes, a.steps, strict=True))
+    return all(axis == cut or cuts[axis] == (0, size, 1) for axis, size in enumerate(shape))
 
 
 def _kept(node: Node, axis: int) -> slice:

@@ -44,19 +44,35 @@ class Chain:
         return tuple(name for name, _ in self.places)
 
 
-def equalize(graph: Graph, feeds: Sequence[Mapping[str, Array]], *, progress: Progress | None = None) -> Graph:
-    """The graph with scaled channels in the chains where that pays, by an estimate of the rounding errors of values and weights."""
+@dataclass(frozen=True, slots=True)
+class ScaledChannels:
+    """A tensor whose channel c, along dimension `axis`, is 2^powers[c] times as large as in the model."""
+
+    tensor: str
+    axis: int
+    powers: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"tensor": self.tensor, "axis": self.axis, "powers": list(self.powers)}
+
+
+def equalize(
+    graph: Graph, feeds: Sequence[Mapping[str, Array]], *, progress: Progress | None = None
+) -> tuple[Graph, tuple[ScaledChannels, ...]]:
+    """The graph with scaled channels in the chains where that pays, by an estimate of the rounding errors; and which those are."""
     chains = find_chains(graph)
     if not chains or not feeds:
-        return graph
+        return graph, ()
+    found: list[ScaledChannels] = []
     seen = _observe(graph, chains, feeds)
     for index, chain in enumerate(chains):
         powers = _best_powers(graph, chain, seen)
         if powers is not None:
             graph, seen = scaled(graph, chain, powers), seen.scaled(chain, np.exp2(powers))
+            found += [ScaledChannels(name, axis, tuple(map(int, powers))) for name, axis in chain.places]
         if progress:
             progress("equalize", index + 1, len(chains))
-    return graph
+    return graph, tuple(found)
 
 
 # ---- which channels can be scaled

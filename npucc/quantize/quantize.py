@@ -24,7 +24,7 @@ from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, check
 from npucc.quantize.constants import source_of
 from npucc.quantize.correct import bias_samples, correct_biases
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
-from npucc.quantize.equalize import equalize
+from npucc.quantize.equalize import ScaledChannels, equalize
 from npucc.quantize.given import not_kept, spread
 from npucc.quantize.mixed import FREE, Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
@@ -60,7 +60,8 @@ class TensorRange:
 @dataclass(frozen=True, slots=True)
 class QuantizeReport:
     """`rescaled`: whole numbers that a Concat joins with reals;
-    `mixed`: which got 16 bits by measurement, and what for; `quantized_anew`: integers of an already quantized model that could not be kept."""
+    `mixed`: which got 16 bits by measurement, and what for; `quantized_anew`: integers of an already quantized model that could not be kept;
+    `equalized`: tensors that are scaled by channel, and back in the weights that read them."""
 
     samples: int
     method: str
@@ -68,12 +69,13 @@ class QuantizeReport:
     rescaled: tuple[str, ...]
     mixed: Mixed = field(default_factory=Mixed)
     quantized_anew: tuple[str, ...] = ()
+    equalized: tuple[ScaledChannels, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         tensors = [each.as_dict() for each in self.tensors]
         return {
             "samples": self.samples, "method": self.method, "rescaled": list(self.rescaled), "mixed": self.mixed.as_dict(), "tensors": tensors,
-            "quantized_anew": list(self.quantized_anew),
+            "quantized_anew": list(self.quantized_anew), "equalized": [each.as_dict() for each in self.equalized],
         }  # fmt: skip
 
 
@@ -107,10 +109,11 @@ def quantize(
     ordered = spread(_in_operand_order(graph))
     needs_samples = bool(_unknown(ordered)) or (feeds is not None and bool(channel_axes(ordered)))
     calibration = Calibration({}, {}, 0)
+    equalized: tuple[ScaledChannels, ...] = ()
     if needs_samples:
         samples = _made_up(graph) if feeds is None else feeds
         if options.equalize and not options.per_tensor and feeds is not None:
-            ordered, samples = _equalized(ordered, feeds, options, progress)
+            ordered, equalized, samples = _equalized(ordered, feeds, options, progress)
         keep = max(options.bias_samples, options.round_samples, SAMPLES)
         calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
     shared, groups, rescaled = share_scales(ordered)
@@ -133,7 +136,7 @@ def quantize(
     activations = (name for name, tensor in rounded.graph.tensors.items() if not tensor.is_constant)
     anew = not_kept(rounded.graph, {name: rounded.scales.of(rounded.graph, name) for name in activations})
     rows = tuple(_rows(rounded, options, mixed))
-    report = QuantizeReport(calibration.samples, options.method, rows, rescaled, mixed, anew)
+    report = QuantizeReport(calibration.samples, options.method, rows, rescaled, mixed, anew, equalized)
     return Quantized(integer, report, feeds is None and needs_samples)
 
 
@@ -144,11 +147,11 @@ def _unknown(graph: Graph) -> list[str]:
 
 def _equalized(
     graph: Graph, feeds: Iterable[Mapping[str, Any]], options: QuantizeOptions, progress: Progress | None
-) -> tuple[Graph, Iterable[Mapping[str, Any]]]:
-    """The equalized graph, and the feeds, still whole."""
+) -> tuple[Graph, tuple[ScaledChannels, ...], Iterable[Mapping[str, Any]]]:
+    """The equalized graph, what was scaled in it, and the feeds, still whole."""
     rest = iter(feeds)
     first = list(islice(rest, min(EQUALIZE_SAMPLES, options.samples)))
-    return equalize(graph, list(checked(graph, first)), progress=progress), feeds if rest is not feeds else chain(first, rest)
+    return *equalize(graph, list(checked(graph, first)), progress=progress), feeds if rest is not feeds else chain(first, rest)
 
 
 @dataclass(frozen=True, slots=True)

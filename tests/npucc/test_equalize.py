@@ -67,7 +67,7 @@ PASSES = {
 @pytest.mark.parametrize("name", PASSES)
 def test_the_float_network_stays_the_same_to_the_bit(name: str) -> None:
     graph = between(PASSES[name])
-    equalized = equalize(graph, feeds())
+    equalized, _ = equalize(graph, feeds())
     channels = [np.abs(each.tensors["first"].data).max(axis=(1, 2, 3)) for each in (graph, equalized)]  # type: ignore[arg-type]
     assert channels[1].max() / channels[1].min() < channels[0].max() / channels[0].min() / 8
     before, after = (exact_session(to_onnx(each)) for each in (graph, equalized))

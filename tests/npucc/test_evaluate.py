@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from npucc import reference
+from npucc import compiler, reference
 from npucc.errors import DataError
 from npucc.evaluate import LARGEST_DB, ErrorSum, compare, evaluate, float_runner, layer_errors, score_rows
 from npucc.feeds import Sample
 from npucc.graph import Editor, Graph
 from npucc.quantize import QuantizeOptions, quantize
+from tests.benchmarks.trained_like import images, resnet
 
 from .float_graphs import classifier, classifier_feeds
 
@@ -125,6 +126,16 @@ def test_errors_per_layer_find_the_bad_layer() -> None:
     assert accumulated["sum"] < rows["sum"].single_db
     assert rows["stem"].nodes == ("onnx/stem",)
     json.dumps([row.as_dict() for row in rows.values()])
+
+
+def test_layers_with_equalized_channels_are_compared_with_what_they_should_be() -> None:
+    graph, feeds = compiler.float_graph(resnet((1,), 8, size=32, classes=10), {}), images(6, 32)
+    quantized = quantize(graph, feeds, options=QuantizeOptions(scheme="int8"))
+    scaled = [each.as_dict() for each in quantized.report.equalized]
+    assert scaled
+    rows = layer_errors(quantized.graph, float_runner(graph), feeds[:2], equalized=scaled)
+    assert min(row.single_db for row in rows) > 25
+    assert min(row.accumulated_db or 0.0 for row in rows) > 15
 
 
 def test_values_outside_of_what_is_covered_are_counted() -> None:
