@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -94,23 +95,41 @@ def test_a_dense_network_is_stored_as_it_is(demo_package: npucc.Package) -> None
     assert not packed_tiles(demo_package.program, "ld")
 
 
-def test_zeros_of_an_imported_model_are_found_and_used() -> None:
-    """Two convolutions that come 2:4 pruned: the quantizer leaves the zeros alone, the target skips them."""
-    random = np.random.default_rng(11)
+def pruned_model(kind: str, random: np.random.Generator) -> onnx.ModelProto:
+    """Two 3×3 convolutions of 32 channels with ReLU that come with zeros: 2:4, whole blocks of 32×32, or anywhere."""
     constants, nodes, source = [], [], "x"
     for index in range(2):
-        weights = random.normal(size=(36, 4, 16))
-        np.put_along_axis(weights, np.argsort(np.abs(weights), axis=1)[:, :2], 0, axis=1)
-        laid = weights.reshape(3, 3, 16, 16).transpose(3, 2, 0, 1).astype(np.float32)
+        weights = random.normal(size=(72, 4, 32))
+        if kind == "nm":
+            np.put_along_axis(weights, np.argsort(np.abs(weights), axis=1)[:, :2], 0, axis=1)
+        elif kind == "block":
+            weights.reshape(9, 32, 32)[[1, 2, 4, 5, 7, 8]] = 0
+        else:
+            weights[np.abs(weights) < 1] = 0
+        laid = weights.reshape(3, 3, 32, 32).transpose(3, 2, 0, 1).astype(np.float32)
         constants.append(numpy_helper.from_array(np.ascontiguousarray(laid), f"w{index}"))
         nodes.append(helper.make_node("Conv", [source, f"w{index}"], [f"c{index}"], pads=[1] * 4))
         nodes.append(helper.make_node("Relu", [f"c{index}"], [f"r{index}"]))
         source = f"r{index}"
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, 12, 12]) for name in ("x", source)]
-    model = helper.make_model(helper.make_graph(nodes, "pruned", ports[:1], ports[1:], constants), opset_imports=[helper.make_opsetid("", 17)])
-    feeds = [{"x": random.normal(size=(1, 16, 12, 12)).astype(np.float32)} for _ in range(16)]
-    package, dense = (npucc.compile(model, target, calibration=feeds) for target in ("sparse-2to4", "edge"))
-    assert {tile.packing.text() for tile in packed_tiles(package.program, "conv") if tile.packing} == {"nm,2,4"}
-    assert package.report.matrix_cycles < 0.7 * dense.report.matrix_cycles
-    assert package.report.skipped_macs == package.report.macs
-    np.testing.assert_array_equal(package.run(feeds[0]).raw[source], dense.run(feeds[0]).raw[source])
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 32, 12, 12]) for name in ("x", source)]
+    return helper.make_model(helper.make_graph(nodes, "pruned", ports[:1], ports[1:], constants), opset_imports=[helper.make_opsetid("", 17)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "least"), [("nm", "sparse-2to4", 1.5), ("block", "sparse-2to4", 2.0), ("mask", "sparse-dynamic", 1.5)]
+)
+def test_zeros_of_an_imported_model_are_found_and_used(kind: str, target: str, least: float) -> None:
+    """The quantizer leaves the zeros alone, the target skips them; the same program on a chip that can't gives the same bytes later."""
+    random = np.random.default_rng(11)
+    model, feeds = pruned_model(kind, random), [{"x": random.normal(size=(1, 32, 12, 12)).astype(np.float32)} for _ in range(8)]
+    package = npucc.compile(model, target, calibration=feeds, quant="int8")
+    assert {tile.packing.format for tile in packed_tiles(package.program, "conv") if tile.packing} == {kind}
+    program, constants = package.program, package.contents.constants
+    skipping, plain = (Machine(replace(program, target=replace(program.target, skip=skip)), constants) for skip in (program.target.skip, "none"))
+    run, dense = skipping.run(feeds[0]), plain.run(feeds[0])
+    assert least * run.report.matrix_cycles < dense.report.matrix_cycles
+    assert run.report.dram_read_bytes == dense.report.dram_read_bytes
+    expected = reference.run(package.graph, feeds[0])
+    for name, stored in run.raw.items():
+        np.testing.assert_array_equal(stored, expected[name])
+        np.testing.assert_array_equal(stored, dense.raw[name])
