@@ -1,11 +1,13 @@
 """Convolution nodes, plain, grouped, depthwise and transposed, as plain correlations.
 
-The one big idea: a transposed convolution is stride² ordinary ones, each with the kernel taps that its pixels see; a grouped
+The one big idea: a transposed convolution is stride² ordinary ones, each with the kernel taps that its pixels see (one for all that see the
+same inputs); a grouped
 one is one per large group. What is left is one kind of problem, which `convolution_tiles` cuts into tiles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -61,11 +63,29 @@ def lower_conv_transpose(emitter: Emitter, group: Group) -> None:
             pads=(kernel.shape[0] - 1 - rows[1], kernel.shape[1] - 1 - columns[1]),
             groups=attributes.groups,
             size=(-(-(extent[0] - phases[0]) // attributes.strides[0]), -(-(extent[1] - phases[1]) // attributes.strides[1])),
-            starts=(phases[0], phases[1]),
+            starts=((phases[0], phases[1]),),
             steps=attributes.strides,
         )
         problems += split_groups(problem)
-    lower_convolutions(emitter, group, problems)
+    lower_convolutions(emitter, group, merge_phases(problems))
+
+
+def merge_phases(problems: Sequence[Convolution]) -> list[Convolution]:
+    """Phases that read the same windows become one convolution with the output channels of all: inputs pass the array once."""
+    together: dict[tuple[object, ...], list[Convolution]] = {}
+    for number, problem in enumerate(problems):
+        alone = number if problem.groups > 1 else -1
+        together.setdefault((problem.kernel, problem.pads, problem.size, problem.x, problem.first_output, alone), []).append(problem)
+    return [
+        replace(
+            parts[0],
+            weights=np.concatenate([part.weights for part in parts], axis=3),
+            bias=np.concatenate([part.bias for part in parts]),
+            factors=np.concatenate([part.factors for part in parts], axis=1),
+            starts=tuple(start for part in parts for start in part.starts),
+        )
+        for parts in together.values()
+    ]
 
 
 def _phase(phase: int, pad: int, stride: int, kernel: int) -> tuple[list[int], int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,7 +27,8 @@ from runtime.costs import Windows
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """One correlation over an NCHW view. Results go to rows start + i·step (columns alike) of the layer's result."""
+    """One correlation over an NCHW view. Results go to rows start + i·step (columns alike) of the layer's result; with several `starts`, the
+    output channels are those of the first start, then those of the next, all computed from the same windows."""
 
     x: View
     zero: int
@@ -38,13 +40,17 @@ class Convolution:
     pads: tuple[int, int]  # top, left (below and right: whatever the result size asks for)
     groups: int
     size: tuple[int, int]  # rows and columns computed
-    starts: tuple[int, int] = (0, 0)
+    starts: tuple[tuple[int, int], ...] = ((0, 0),)
     steps: tuple[int, int] = (1, 1)
     first_output: int = 0  # of the layer's output channels
 
     @property
     def outputs(self) -> int:
         return int(self.weights.shape[3])
+
+    @property
+    def outputs_per_start(self) -> int:
+        return self.outputs // len(self.starts)
 
     @property
     def channels(self) -> int:
@@ -169,10 +175,9 @@ class _Lowering:
             "e": self.chain.bytes_per_slot(box) + 64 * len(self.chain.operands()),
         }
 
-    @staticmethod
-    def _box(plan: Plan) -> Box:
-        """The block of the result that the largest tile makes, moved to the origin."""
-        return Box((0,) * 4, (1, plan.outputs, plan.rows, plan.columns), IMAGE_ORDER)
+    def _box(self, plan: Plan) -> Box:
+        """The largest block of the result that a tile makes, moved to the origin."""
+        return Box((0,) * 4, (1, min(plan.outputs, self.problem.outputs_per_start), plan.rows, plan.columns), IMAGE_ORDER)
 
     def slots(self, plan: Plan) -> dict[str, int]:
         """One slot where a buffer is filled once, else two that take turns."""
@@ -266,25 +271,38 @@ class _Lowering:
             yield from ((n, p) for p in pixels for n in outputs)
 
     def emit_tile(self, plan: Plan, outputs: tuple[int, int], pixels: tuple[int, int, int, int, int]) -> None:
-        emitter, problem = self.emitter, self.problem
-        batch, row, rows, column, columns = pixels
         start, count = outputs
-        accumulator = Tile.dense("acc", self.acc_ring.next(), "s32", (rows, columns, count))
+        accumulator = Tile.dense("acc", self.acc_ring.next(), "s32", (pixels[2], pixels[4], count))
         parameters = self._parameters(start, count)
-        chunks = [(start, count)] if self.tied else windows(problem.channels, plan.channels)
+        chunks = [(start, count)] if self.tied else windows(self.problem.channels, plan.channels)
         for chunk in chunks:
             self._emit_matrix(accumulator, parameters, outputs, pixels, chunk)
-        first = problem.first_output + start
+        for low, high in self._by_start(start, start + count):
+            self._emit_result(accumulator, parameters, pixels, start, (low, high))
+
+    def _by_start(self, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """The output channels [low, high), cut where others go to other rows and columns."""
+        cuts = [low, *(cut for cut in range(0, high, self.problem.outputs_per_start) if cut > low), high]
+        return pairwise(cuts)
+
+    def _emit_result(
+        self, accumulator: Tile, parameters: Tile, pixels: tuple[int, int, int, int, int], start: int, outputs: tuple[int, int]
+    ) -> None:
+        """Output channels [low, high) of the accumulators, which begin with channel `start`: requantized, finished and stored."""
+        emitter, problem, (batch, row, rows, column, columns), (low, high) = self.emitter, self.problem, pixels, outputs
+        (top, left), first = problem.starts[low // problem.outputs_per_start], problem.first_output + low % problem.outputs_per_start
         box = Box(
-            (batch, first, problem.starts[0] + row * problem.steps[0], problem.starts[1] + column * problem.steps[1]),
-            (1, count, rows, columns), IMAGE_ORDER, (1, 1, *problem.steps),
+            (batch, first, top + row * problem.steps[0], left + column * problem.steps[1]), (1, high - low, rows, columns), IMAGE_ORDER,
+            (1, 1, *problem.steps),
         )  # fmt: skip
         window = box.of(self.view, self.shape)
         in_place = emitter.result_tile(window, None) if emitter.tile(window).space == "spm" else None
         working = in_place if in_place is not None and not self.chain.nodes else spm_tile(self.y_ring.next(), self.result.dtype, window.shape)
         mode = emitter.target.requantize
-        sums = Tile.dense("acc", accumulator.address, "s32", (rows * columns, count)) if working.is_dense else accumulator
-        emitter.issue("requant", flat_pixels(working), sums, *factor_tiles(parameters, mode), mode=mode, zero=self.result.zero, clamp=self.bounds)
+        sums, *factors = (channels_of(tile, low - start, high - start) for tile in (accumulator, *factor_tiles(parameters, mode)))
+        if working.is_dense:
+            sums = replace(sums, shape=(rows * columns, high - low), strides=accumulator.strides[1:])
+        emitter.issue("requant", flat_pixels(working), sums, *factors, mode=mode, zero=self.result.zero, clamp=self.bounds)
         finished = self.chain.apply(box, working, self.y_ring, in_place) if self.chain.nodes else working
         emitter.store(window, finished)
 
@@ -355,6 +373,11 @@ class _Lowering:
 
 
 IMAGE_ORDER = (0, 2, 3, 1)
+
+
+def channels_of(tile: Tile, low: int, high: int) -> Tile:
+    """Elements [low, high) of a tile's last dimension."""
+    return replace(tile, address=tile.address + low * tile.strides[-1], shape=(*tile.shape[:-1], high - low))
 
 
 def flat_pixels(tile: Tile) -> Tile:

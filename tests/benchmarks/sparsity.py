@@ -4,7 +4,8 @@
 
 The one big idea: only the time is measured here (what accuracy a pattern costs: `tests.benchmarks.pruning`), so the least weights of the integer
 network are zeroed, without any repair. Without a model: six 3×3 convolutions of 256 channels with ReLU on 28×28 pixels, where
-multiply-accumulates are nearly all the work. Every line is one inference on made-up data. "Array used": the products that were done over
+multiply-accumulates are nearly all the work. Every line is one inference, of DATA's first sample or of made-up data
+(zeros of inputs count only where they are real). "Array used": the products that were done over
 those that the array could have done while it worked; "was": the same products on an array that skips nothing.
 """
 
@@ -21,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import npucc
 from isa.target import Target, load_target
-from npucc.feeds import synthetic_feeds
+from npucc.feeds import open_dataset, synthetic_feeds
 from npucc.graph import Graph, make_graph
 from npucc.lowering import lower
 from npucc.prune import PruneOptions
@@ -77,7 +78,7 @@ def main() -> None:
         if arguments.model is None:
             onnx.save(stack(), model)
         package = npucc.compile(model, calibration=arguments.calibration)
-    feed = next(synthetic_feeds(package.inputs))
+    feed = next(iter(open_dataset(arguments.calibration, package.inputs) if arguments.calibration else synthetic_feeds(package.inputs)))
     first: tuple[int, float] | None = None
     print(f"{'weights':18s}{'target':16s}{'cycles':>12s}{'':8s}{'matrix engine':>14s}{'energy':>12s}{'':7s}{'DRAM read':>12s}  array used, was")
     for text in arguments.pattern or PATTERNS:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from isa.program import unroll
 from isa.target import Target, load_target
 from npucc import reference
 from npucc.errors import CompileError
@@ -61,3 +62,11 @@ def test_fusion_and_order_change_no_byte(name: str) -> None:
         result = machine.run(feeds, order="random", seed=seed).raw
         for tensor, stored in expected.items():
             np.testing.assert_array_equal(result[tensor], stored, err_msg=f"{tensor}, order {seed}")
+
+
+def test_phases_of_a_transposed_convolution_that_see_the_same_inputs_pass_the_array_together() -> None:
+    """Kernel and step 2×2: four results per input, 28 output channels of one product, then one requantization for each of the four."""
+    graph = GRAPHS["transposed"](Net(3))
+    layer = next(layer for layer in lower(graph, EDGE, shares=(0.0,)).program.layers if layer.macs == 5 * 7 * 4 * 4 * 6)
+    names = [line.name for line, _ in unroll(layer.body)]
+    assert (names.count("conv"), names.count("requant")) == (1, 4)
