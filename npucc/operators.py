@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx
 
-from npucc.frontend import functions, importer, operators
+from npucc.frontend import control, functions, importer, operators
 from npucc.frontend.constants import BOUNDED, NOT_CONSTANT
 from npucc.frontend.hosting import NO_TENSORS
 from npucc.frontend.load import load_model
@@ -82,10 +82,10 @@ def table() -> tuple[Support, ...]:
     for (domain, name), record in operators.OPERATORS.items():
         title = f"{domain}.{name}" if domain else name
         rows[title] = Support(title, ENGINES.get(name, GROUPS.get(groups[id(record)], VECTOR)), record.note)
-    for each in quantized.EXPANSIONS:
+    for each in quantized.WRITTEN_OUT:
         title = f"{each.domain}.{each.name}" if each.domain else each.name
         rows[title] = Support(title, rows[each.operator].place, f"as {each.operator}; {each.note}")
-    for name, note in functions.EXPANDED.items():
+    for name, note in (*functions.EXPANDED.items(), *control.WRITTEN_OUT.items()):
         rows[name] = Support(name, ENGINES.get(name, VECTOR), note)
     for name, schema in known.items():
         rows.setdefault(name, Support(name, FOLDED, importer.FOLDED[name]) if name in importer.FOLDED else Support(name, HOST, _why_host(schema)))

@@ -6,7 +6,7 @@ types are its business. Only the names are made unique here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx
 import onnx.inliner
@@ -33,11 +33,11 @@ def body_of(proto: NodeProto, inputs: Mapping[str, TypeProto], opsets: Sequence[
         return []
     if [node.op_type for node in nodes] == [proto.op_type]:
         return []
-    kept = {*inputs, *proto.output, ""}
+    kept, prefix = {*inputs, *proto.output, ""}, f"{proto.name}/"
     for number, node in enumerate(nodes):
         widen_floats(node)
         node.name = f"{number}:{node.op_type}"
-        _rename(node, kept, f"{proto.name}/")
+        rename(node, lambda name: name if name in kept else prefix + name, prefix)
     return nodes
 
 
@@ -67,17 +67,17 @@ def _by_schema(proto: NodeProto, inputs: Mapping[str, TypeProto], opsets: Sequen
     return list(function.node)
 
 
-def _rename(node: NodeProto, kept: set[str], prefix: str) -> None:
-    """Put the prefix before every name but the kept ones, in subgraphs too."""
+def rename(node: NodeProto, called: Callable[[str], str], prefix: str) -> None:
+    """Call the tensors that a node and its subgraphs name as `called` says, and put the prefix before the names of nodes."""
     node.name = prefix + (node.name or node.op_type)
     for names in (node.input, node.output):
-        renamed = [name if name in kept else prefix + name for name in names]
+        renamed = [called(name) for name in names]
         del names[:]
         names.extend(renamed)
     for attribute in node.attribute:
         graphs = (attribute.g,) if attribute.type == AttributeProto.GRAPH else attribute.graphs
         for graph in graphs:
             for value in (*graph.input, *graph.output, *graph.initializer):
-                value.name = value.name if value.name in kept else prefix + value.name
+                value.name = called(value.name)
             for inner in graph.node:
-                _rename(inner, kept, prefix)
+                rename(inner, called, prefix)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from npucc.errors import GraphError, ImportModelError
+from npucc.frontend import control
 from npucc.frontend.constants import NOT_CONSTANT, Constants
 from npucc.frontend.functions import body_of
 from npucc.frontend.hosting import NO_TENSORS, Hosting, MustBeHosted, title
@@ -197,16 +198,14 @@ class _Importer:
     def _take_branch(self, node: NodeProto) -> None:
         """An If whose condition is a constant: the nodes of the branch that it picks."""
         wanted = "then_branch" if bool(np.all(self.constants.value(node.input[0]))) else "else_branch"
-        branch: GraphProto = next(attribute.g for attribute in node.attribute if attribute.name == wanted)
-        self.constants.store(branch.initializer)
-        for number, inner in enumerate(branch.node):
-            inner.name = inner.name or f"{node.name}/{number}"
+        nodes, results = control.branch(node, wanted, self.constants)
+        for inner in nodes:
             self._take(inner)
-        for outer, value in zip(node.output, branch.output, strict=False):
-            if value.name in self.constants:
-                self.constants.set(outer, self.constants.value(value.name))
+        for outer, name in zip(node.output, results, strict=False):
+            if name in self.constants:
+                self.constants.set(outer, self.constants.value(name))
             else:
-                self.tensors[outer], self.types[outer] = self.tensors[value.name], self.types[value.name]
+                self.tensors[outer], self.types[outer] = self.tensors[name], self.types[name]
 
     def _shape_value(self, node: NodeProto) -> np.ndarray:
         shape = self.editor.tensors[self.tensors[node.input[0]]].shape
@@ -222,16 +221,32 @@ class _Importer:
         try:
             self._import_as_canonical(proto)
         except ImportModelError as error:
-            body = body_of(proto, self._known_types(proto), self.opsets)
-            if self._take_body(proto, body, host=False):
+            if any(self._take_body(proto, body, host=False) for body in self._bodies(proto)):
                 return
             if self.hosting is None:
                 raise
             try:
                 self._to_host(proto, error.message)
             except ImportModelError:
-                if not self._take_body(proto, body, host=True):
+                if not any(self._take_body(proto, body, host=True) for body in self._bodies(proto)):
                     raise
+
+    def _bodies(self, proto: NodeProto) -> Iterator[Iterable[NodeProto]]:
+        """The nodes that a node may be written out as, in the order of preference. The last are tried only if the first can't be imported."""
+        if proto.op_type == "If":
+            yield from self._branches(proto)
+        elif proto.op_type == "Loop":
+            yield control.steps(proto, self.constants)
+        else:
+            yield body_of(proto, self._known_types(proto), self.opsets)
+
+    def _branches(self, proto: NodeProto) -> Iterator[list[NodeProto]]:
+        """Both branches of an If; or one, where the other can't be run on inputs of these shapes, and so is never taken."""
+        branches = [control.branch(proto, name, self.constants) for name in ("then_branch", "else_branch")]
+        yield [*branches[0][0], *branches[1][0], *control.both(proto, [results for _, results in branches], self.constants)]
+        for (nodes, results), other in zip(branches, reversed(branches), strict=True):
+            if self.hosting is not None and not self.hosting.runs(*other, self.editor, self.tensors, self.types):
+                yield [*nodes, *control.chosen(proto, results)]
 
     def _known_types(self, proto: NodeProto) -> dict[str, TypeProto]:
         """The types of a node's inputs; floats are float32."""
@@ -245,15 +260,15 @@ class _Importer:
                 known[name] = helper.make_tensor_type_proto(kind, self.editor.tensors[self.tensors[name]].shape)
         return known
 
-    def _take_body(self, proto: NodeProto, body: Sequence[NodeProto], *, host: bool) -> bool:
-        """Take the nodes of a function body in the place of a node. Whether that went well; if not, nothing has changed."""
-        if not body:
-            return False
+    def _take_body(self, proto: NodeProto, body: Iterable[NodeProto], *, host: bool) -> bool:
+        """Take the nodes of a body in the place of a node. Whether that went well (with none it did not); if not, nothing has changed."""
+        taken: list[NodeProto] = []
         before = len(self.editor.nodes), len(self.editor.tensors), len(self.tensors), len(self.types)
         outer, origin, self.origin = self.hosting, self.origin, self.origin or proto.name
         self.hosting = self.hosting if host else None
         try:
             for node in body:
+                taken.append(node)
                 self._take(node)
         except ImportModelError:
             for name in list(self.editor.nodes)[before[0] :]:
@@ -262,11 +277,11 @@ class _Importer:
                 for name in list(known)[count:]:
                     del known[name]
                     self.steps.pop(name, None)
-            self.constants.forget(name for node in body for name in node.output)
+            self.constants.forget(name for node in taken for name in node.output)
             return False
         finally:
             self.hosting, self.origin = outer, origin
-        return True
+        return bool(taken)
 
     def _import_as_canonical(self, proto: NodeProto) -> None:
         record = OPERATORS.get((proto.domain if proto.domain != "ai.onnx" else "", proto.op_type))

@@ -63,11 +63,12 @@ def reads(node: NodeProto) -> list[str]:
     names = [name for name in node.input if name]
     for attribute in node.attribute:
         for graph in (attribute.g,) if attribute.type == AttributeProto.GRAPH else attribute.graphs:
-            names += _captured(graph)
+            names += captured(graph)
     return names
 
 
-def _captured(graph: GraphProto) -> list[str]:
+def captured(graph: GraphProto) -> list[str]:
+    """The tensors that a subgraph reads from outside."""
     local = {value.name for value in (*graph.input, *graph.initializer)} | {name for node in graph.node for name in node.output}
     wanted = [name for node in graph.node for name in reads(node)] + [value.name for value in graph.output]
     return [name for name in wanted if name not in local]

@@ -261,9 +261,11 @@ def test_quantized_model(scale: np.ndarray, text: str) -> None:
 
 
 def test_control_flow_on_data() -> None:
+    """An If whose branches give results of different shapes."""
     value = helper.make_tensor_value_info("r", TensorProto.FLOAT, None)
-    branches = {f"{name}_branch": helper.make_graph([node("Relu", "x", "r")], name, [], [value]) for name in ("then", "else")}
-    proto = model([node("Cast", "x", "c", to=9), node("If", "c", "y", **branches)], {"x": (1,)}, ["y"])
+    branches = {f"{name}_branch": helper.make_graph([node(*how)], name, [], [value]) for name, how in (("then", ("Relu", "x", "r")), ("else", ("Concat", "x x", "r")))}
+    branches["else_branch"].node[0].attribute.append(helper.make_attribute("axis", 0))
+    proto = model([node("ReduceMax", "x", "m", keepdims=0), node("Cast", "m", "c", to=9), node("If", "c", "y", **branches)], {"x": (3,)}, ["y"])
     assert message(proto).endswith("hint: control flow that depends on data can't be compiled; export the model with fixed control flow")
 
 

@@ -19,7 +19,7 @@ from npucc.errors import ImportModelError, PruneError
 from npucc.export import to_onnx
 from npucc.frontend import import_model
 from npucc.quantize import quantize
-from tests.npucc.onnx_models import model, node, reals
+from tests.npucc.onnx_models import assert_agrees, model, node, reals
 
 ZERO = np.uint8(120)
 TYPES = {"s8": QuantType.QInt8, "u8": QuantType.QUInt8, "s16": QuantType.QInt16}
@@ -316,3 +316,16 @@ def test_pruning_wants_the_float_model(tmp_path: Path) -> None:
     proto = quantized(tmp_path, "QDQ", "u8", "s8")
     with pytest.raises(PruneError, match="the model is quantized already"):
         npucc.compile(proto, calibration=SAMPLES, prune="channels=30%")
+
+
+@pytest.mark.parametrize("per_column", [False, True])
+def test_a_dynamically_quantized_lstm_is_an_lstm_with_the_weights_of_its_integers(per_column: bool) -> None:
+    directions, inputs, hidden = 2, 6, 4
+    rng = np.random.default_rng(0)
+    constants: dict[str, Any] = {"b": rng.normal(size=(directions, 8 * hidden)).astype(np.float32) * 0.3}
+    for name, rows in (("w", inputs), ("r", hidden)):
+        constants[name] = rng.integers(-128, 128, (directions, rows, 4 * hidden)).astype(np.int8)
+        shape = (directions, 4 * hidden) if per_column else (directions,)
+        constants[f"{name}s"], constants[f"{name}z"] = rng.uniform(0.002, 0.004, shape).astype(np.float32), np.zeros(shape, np.int8)
+    cell = node("DynamicQuantizeLSTM", "x w r b - - - - ws wz rs rz", "y h", domain="com.microsoft", hidden_size=hidden, direction="bidirectional")
+    assert_agrees(model([cell], {"x": (5, 1, inputs)}, ["y", "h"], constants), tolerance=0.03)  # onnxruntime rounds activations to 8 bits

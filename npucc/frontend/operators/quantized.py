@@ -177,6 +177,40 @@ class _Writer:
         yield self.make("DequantizeLinear", [values, scale, zero], output, axis=axis)
 
 
+@dataclass(frozen=True, slots=True)
+class DynamicLstm:
+    """DynamicQuantizeLSTM as LSTM: its weights, [directions, inputs, 4·hidden] with a scale and zero point per direction or column, made real and turned."""
+
+    name: str = "DynamicQuantizeLSTM"
+    operator: str = "LSTM"
+    domain: str = MICROSOFT
+    whole: bool = False
+    note: str = "calibrated scale"
+
+    def nodes(self, node: NodeProto) -> list[NodeProto]:
+        """The node written out. All parts have its name."""
+        inputs = [*node.input, *[""] * (12 - len(node.input))]
+        stem = next(filter(None, node.output))
+        row = f"{stem}/row"
+        nodes = [helper.make_node("Constant", [], [row], name=row, value_ints=[0, 1, -1])]
+        for index, scale in ((1, 8), (2, 10)):
+            part = f"{stem}/operand{index}"
+            values, zero, zeros, factor, above, reals = (f"{part}/{name}" for name in ("values", "zero", "zeros", "factor", "above", "real"))
+            for operator, reads, made, attributes in (
+                ("Cast", [inputs[index]], values, {"to": TensorProto.FLOAT}),
+                ("Cast", [inputs[scale + 1]], zero, {"to": TensorProto.FLOAT}),
+                ("Reshape", [zero, row], zeros, {}),
+                ("Reshape", [inputs[scale], row], factor, {}),
+                ("Sub", [values, zeros], above, {}),
+                ("Mul", [above, factor], reals, {}),
+                ("Transpose", [reals], part, {"perm": [0, 2, 1]}),
+            ):
+                nodes.append(helper.make_node(operator, reads, [made], name=made, **attributes))
+        lstm = helper.make_node("LSTM", [inputs[0], f"{stem}/operand1", f"{stem}/operand2", *inputs[3:8]], list(node.output), name=node.name)
+        lstm.attribute.extend(node.attribute)
+        return [*nodes, lstm]
+
+
 _PAIR: tuple[Operand, ...] = ((0, 1, 2), (3, 4, 5))
 _ONE: tuple[Operand, ...] = ((0, 1, 2),)
 _STATIC = "constant scales and zero points"
@@ -197,7 +231,8 @@ EXPANSIONS: tuple[Expansion, ...] = (
     Expansion("QLinearConcat", "Concat", (), (0, 1), repeated=True, note=_STATIC),
     Expansion("QLinearWhere", "Where", ((1, 2, 3), (4, 5, 6)), (7, 8), plain=(0,), note=_STATIC),
 )
-BY_NAME = {(record.domain, record.name): record for record in EXPANSIONS}
+WRITTEN_OUT: tuple[Expansion | DynamicLstm, ...] = (*EXPANSIONS, DynamicLstm())
+BY_NAME = {(record.domain, record.name): record for record in WRITTEN_OUT}
 
 TABLE: tuple[Importer, ...] = (
     *(
