@@ -161,9 +161,12 @@ class _Writer:
         return self.constant(tensor, is_activation=not is_weight)
 
     def constant(self, tensor: Tensor, *, is_activation: bool, into: str = "") -> str:
-        """The float value of a constant: integers and their DequantizeLinear; float (and bool) ones as they are."""
+        """The float value of a constant: integers and their DequantizeLinear; float (and bool) ones as they are.
+
+        Weights are written anew for each node that reads them: onnxruntime rewrites them where they are read, and only once.
+        """
         key = (tensor.name, is_activation)
-        if key not in self.constants:
+        if key not in self.constants or not is_activation:
             assert tensor.data is not None
             if tensor.quant is None or tensor.dtype == "bool":
                 dtype = "bool" if tensor.dtype == "bool" else str(tensor.data.dtype)

@@ -31,7 +31,8 @@ def branch(node: NodeProto, name: str, constants: Constants) -> tuple[list[NodeP
 
 def chosen(node: NodeProto, results: Sequence[str]) -> list[NodeProto]:
     """Nodes that give an If the results of one branch."""
-    return [helper.make_node("Identity", [result], [output], name=f"{node.name}/{output}") for output, result in zip(node.output, results, strict=True)]
+    pairs = zip(node.output, results, strict=True)
+    return [helper.make_node("Identity", [result], [output], name=f"{node.name}/{output}") for output, result in pairs]
 
 
 def both(node: NodeProto, results: Sequence[Sequence[str]], constants: Constants) -> list[NodeProto]:
@@ -87,7 +88,8 @@ def _results(node: NodeProto, state: Sequence[str], series: Sequence[Sequence[st
 
 
 def _subgraph(node: NodeProto, name: str) -> GraphProto:
-    return next(attribute.g for attribute in node.attribute if attribute.name == name)
+    graph: GraphProto = next(attribute.g for attribute in node.attribute if attribute.name == name)
+    return graph
 
 
 def _inlined(graph: GraphProto, prefix: str, bound: Mapping[str, str], constants: Constants) -> tuple[list[NodeProto], list[str]]:

@@ -86,15 +86,18 @@ class Hosting:
         ranked = _ranked_outputs(model)  # onnxruntime gives the shape [] to a scalar and to a tensor of unknown rank
         return {value.name: _parse_type(value.type, value.shape if value.shape or value.name in ranked else None) for value in session.get_outputs()}
 
-    def runs(self, nodes: Sequence[NodeProto], results: Sequence[str], editor: Editor, tensors: Mapping[str, str], types: Mapping[str, int]) -> bool:
+    def runs(
+        self, nodes: Sequence[NodeProto], results: Sequence[str], editor: Editor, tensors: Mapping[str, str], types: Mapping[str, int]
+    ) -> bool:
         """Whether onnxruntime runs these nodes, on zeros of the shapes that they read."""
         made = {name for node in nodes for name in node.output}
         read = dict.fromkeys(name for node in nodes for name in reads(node) if name not in made and name not in self.constants)
         if any(name in self.open for name in read):
             return True
-        known = {name: _tensor_type(types[name], editor.tensors[tensors[name]].shape) for name in read}
+        sizes = {name: editor.tensors[tensors[name]].shape for name in read}
+        known = {name: _tensor_type(types[name], sizes[name]) for name in read}
         model = self.model(nodes, known, [ValueInfoProto(name=name) for name in results if name in made])
-        feeds = {name: np.zeros(editor.tensors[tensors[name]].shape, helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)) for name, kind in known.items()}
+        feeds = {name: np.zeros(sizes[name], helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)) for name, kind in known.items()}
         try:
             _quiet_session(model).run(None, feeds)
         except Exception:  # noqa: BLE001  onnxruntime raises many kinds

@@ -36,7 +36,8 @@ def choice(then: GraphProto, other: GraphProto) -> onnx.ModelProto:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_if_that_depends_on_data_computes_both_branches(sign: int) -> None:
     """Both call their tensors and weights the same, and read one from outside."""
-    parts = [subgraph([node("Mul", "x w", "t"), node(name, "t", "r")], {}, ["r"], {"w": normal(6, seed=seed)}) for seed, name in enumerate(("Abs", "Neg"))]
+    named = enumerate(("Abs", "Neg"))
+    parts = [subgraph([node("Mul", "x w", "t"), node(name, "t", "r")], {}, ["r"], {"w": normal(6, seed=seed)}) for seed, name in named]
     assert_agrees(choice(parts[0], parts[1]), feeds={"x": (sign * np.arange(6)).astype(np.float32)})
 
 
@@ -53,8 +54,8 @@ def test_a_loop_of_known_length_is_written_out(counted: bool) -> None:
     """A recurrence over the rows of x, as TensorFlow writes it; its length is the trip count or comes from the condition."""
     body = subgraph(
         [
-            node("Gather", "x i", "row"), node("MatMul", "h w", "p"), node("Add", "row p", "q"), node("Tanh", "q", "new"), node("Neg", "new", "shown"),
-            node("Add", "i one", "next"), node("Less", "next count", "go"),
+            node("Gather", "x i", "row"), node("MatMul", "h w", "p"), node("Add", "row p", "q"), node("Tanh", "q", "new"),
+            node("Neg", "new", "shown"), node("Add", "i one", "next"), node("Less", "next count", "go"),
         ],
         {"n": (INTEGER, []), "before": (BOOL, []), "i": (INTEGER, []), "h": (FLOAT, [3])},
         ["go", "next", "new", "shown"],

@@ -136,6 +136,13 @@ def test_a_tensor_with_many_readers_stays_in_integers() -> None:
     assert (differing, largest) == (0, 0)
 
 
+def test_weights_that_two_convolutions_share() -> None:
+    net = Net(3)
+    weights, a, b = net.weights((8, 6, 3, 3), 0), net.input(1, 6, 9, 9), net.input(1, 6, 7, 5)
+    graph = net.graph(net.op("conv", [a, weights], ops.Conv()), net.op("conv", [b, weights], ops.Conv()))
+    assert mismatches(graph, to_onnx(graph))[0] == mismatches(graph, to_onnx(graph, exact=False))[0] == 0
+
+
 def test_signed_activations_agree_where_onnxruntime_is_told_to_keep_them() -> None:
     graph = GRAPHS["convolutions"](Net(2))
     model = to_onnx(graph, unsigned=False)

@@ -263,8 +263,8 @@ def test_quantized_model(scale: np.ndarray, text: str) -> None:
 def test_control_flow_on_data() -> None:
     """An If whose branches give results of different shapes."""
     value = helper.make_tensor_value_info("r", TensorProto.FLOAT, None)
-    branches = {f"{name}_branch": helper.make_graph([node(*how)], name, [], [value]) for name, how in (("then", ("Relu", "x", "r")), ("else", ("Concat", "x x", "r")))}
-    branches["else_branch"].node[0].attribute.append(helper.make_attribute("axis", 0))
+    parts = {"then": node("Relu", "x", "r"), "else": node("Concat", "x x", "r", axis=0)}
+    branches = {f"{name}_branch": helper.make_graph([part], name, [], [value]) for name, part in parts.items()}
     proto = model([node("ReduceMax", "x", "m", keepdims=0), node("Cast", "m", "c", to=9), node("If", "c", "y", **branches)], {"x": (3,)}, ["y"])
     assert message(proto).endswith("hint: control flow that depends on data can't be compiled; export the model with fixed control flow")
 

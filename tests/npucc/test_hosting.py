@@ -76,7 +76,8 @@ def between() -> onnx.ModelProto:
 def branch() -> onnx.ModelProto:
     """Control flow that depends on data, whose branches read tensors from outside."""
     outer = h.make_tensor_value_info("b", T.FLOAT, [4, 8])
-    then = h.make_graph([h.make_node("Unique", ["t"], ["u"], "unique"), h.make_node("ReduceMax", ["u"], ["w"], "most", keepdims=0), h.make_node("Mul", ["t", "w"], ["b"], "mul")], "then", [], [outer])
+    inside = [h.make_node("Unique", ["t"], ["u"], "unique"), h.make_node("ReduceMax", ["u"], ["w"], "most", keepdims=0)]
+    then = h.make_graph([*inside, h.make_node("Mul", ["t", "w"], ["b"], "mul")], "then", [], [outer])
     other = h.make_graph([h.make_node("Add", ["t", "x"], ["b"], "inner")], "else", [], [outer])
     nodes = [
         h.make_node("Tanh", ["x"], ["t"], "tanh"), h.make_node("ReduceMax", ["t"], ["m"], "max", keepdims=0),

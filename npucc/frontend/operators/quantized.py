@@ -179,7 +179,10 @@ class _Writer:
 
 @dataclass(frozen=True, slots=True)
 class DynamicLstm:
-    """DynamicQuantizeLSTM as LSTM: its weights, [directions, inputs, 4·hidden] with a scale and zero point per direction or column, made real and turned."""
+    """DynamicQuantizeLSTM as LSTM. Its weights, [directions, inputs, 4·hidden], are made real and turned.
+
+    They have a scale and a zero point per direction, or per direction and column.
+    """
 
     name: str = "DynamicQuantizeLSTM"
     operator: str = "LSTM"
