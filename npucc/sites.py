@@ -83,9 +83,15 @@ class Site:
     def columns(self, value: Array, rows: int, seed: int) -> Array:
         """[groups, at most `rows`, depth + 1] float32: the input as the sums see it, at places that depend on the seed only."""
         found = value.reshape(1, -1, self.depth) if self.node.op == "matmul" else self._patches(value, rows, seed)
-        if found.shape[1] > rows:
-            found = found[:, np.sort(np.random.default_rng(seed).choice(found.shape[1], rows, replace=False))]
+        if self.node.op == "matmul":
+            found = found[:, _places(found.shape[1], rows, seed)]
         return np.concatenate([found, np.ones((*found.shape[:2], 1), found.dtype)], axis=2)
+
+    def answers(self, value: Array, rows: int, seed: int) -> Array:
+        """[groups, at most `rows`, outputs]: a tensor of the result's shape, at the same places as `columns`."""
+        flat = value.reshape(-1, self.outputs) if self.node.op == "matmul" else np.moveaxis(value, 1, -1).reshape(-1, value.shape[1])
+        chosen = flat[_places(len(flat), rows, seed)]
+        return np.asarray(chosen.reshape(len(chosen), self.groups, self.outputs).transpose(1, 0, 2))
 
     def _patches(self, value: Array, rows: int, seed: int) -> Array:
         a = self.node.attributes
@@ -96,12 +102,15 @@ class Site:
         windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
         windows = windows[:, :, :: a.strides[0], :: a.strides[1], :: a.dilations[0], :: a.dilations[1]]
         batch, channels, height, width = windows.shape[:4]
-        places = np.arange(batch * height * width)
-        if len(places) > rows:
-            places = np.sort(np.random.default_rng(seed).choice(places, rows, replace=False))
+        places = _places(batch * height * width, rows, seed)
         n, i, j = np.unravel_index(places, (batch, height, width))
         chosen = windows[n, :, i, j]  # [rows, C, kh, kw]
         return np.ascontiguousarray(chosen.reshape(len(places), self.groups, channels // self.groups * self.taps).transpose(1, 0, 2))
+
+
+def _places(count: int, rows: int, seed: int) -> Array:
+    """At most `rows` of so many places, in order."""
+    return np.arange(count) if count <= rows else np.sort(np.random.default_rng(seed).choice(count, rows, replace=False))
 
 
 def _value(graph: Graph, values: Mapping[str, Array] | None, name: str) -> Array | None:

@@ -118,28 +118,37 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One layer (or several with the same weights) in the graph as it is `now` and in the `dense` one; `kept`: bool of the dense outputs."""
+    """One layer (or several with the same weights) in the graph as it is `now` and in the `dense` one; `kept`: bool of the dense outputs.
+
+    `joined`: the tensors that a residual connection adds to its answers, in the two graphs; "" without.
+    """
 
     now: tuple[Site, ...]
     dense: tuple[Site, ...]
     kept: Array
+    joined: tuple[str, str]
 
 
 def pair_moments(now: Graph, dense: Graph, streams: tuple[Stream, Stream], pair: Pair, *, rows: int) -> tuple[Moments, Moments]:
-    """Moments with X from the graph `now` and Y from the `dense` one.
+    """Moments with X from the graph `now` and Y from the `dense` one, more by what the other side of a residual sum lacks.
 
     Those of the even samples and those of the odd ones, so that one half can judge what the other proposes.
     """
-    matrix = pair.dense[0].matrix(dense)
+    matrix = pair.dense[0].matrix(dense).astype(np.float32)
     sees = [
-        stream.read(graph, sites[0].node.name, [site.input for site in sites])
-        for stream, graph, sites in zip(streams, (now, dense), (pair.now, pair.dense), strict=True)
+        stream.read(graph, sites[0].node.name, [*(site.input for site in sites), *([joined] if joined else [])])
+        for stream, graph, sites, joined in zip(streams, (now, dense), (pair.now, pair.dense), pair.joined, strict=True)
     ]
     sums = (_Sums(pair.now[0]), _Sums(pair.now[0]))
     for seed, (here, there) in enumerate(zip(*sees, strict=True)):
         for site, whole in zip(pair.now, pair.dense, strict=True):
-            x = site.columns(here[site.input], rows, seed)
-            sums[seed % 2].add(x, _answers(whole.columns(there[whole.input], rows, seed), matrix, pair.kept, site.groups))
+            answers = whole.columns(there[whole.input], rows, seed) @ matrix
+            if pair.joined[1]:
+                answers = answers + whole.answers(there[pair.joined[1]], rows, seed)
+            answers = _only(answers, pair.kept, site.groups)
+            if pair.joined[0]:
+                answers = answers - site.answers(here[pair.joined[0]], rows, seed)
+            sums[seed % 2].add(site.columns(here[site.input], rows, seed), answers)
     return sums[0].finish(), sums[1].finish()
 
 
@@ -169,9 +178,8 @@ class _Sums:
         return Moments(self.gram, self.cross, self.squares)
 
 
-def _answers(columns: Array, matrix: Array, kept: Array, groups: int) -> Array:
-    """[groups, rows, outputs]: what the dense layer answers, at the outputs that stay."""
-    answers = columns @ matrix.astype(np.float32)
+def _only(answers: Array, kept: Array, groups: int) -> Array:
+    """[groups, rows, outputs]: those of the dense layer at the outputs that stay."""
     if kept.all():
         return np.asarray(answers)
     rows = answers.shape[1]

@@ -1,7 +1,8 @@
 """Layer after layer: let it answer in the pruned network what it answered in the dense one.
 
 The one big idea: a layer is fitted on the inputs that it now gets, those of the pruned and already mended layers before it, to the answers of
-the dense layer. So each layer also takes back what is left of the errors before it. Half of the samples propose, the other half judge.
+the dense layer. So each layer also takes back what is left of the errors before it; in front of a residual sum also those of the other side,
+which else would stay to the end. Half of the samples propose, the other half judge.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from npucc.graph import Graph
+from npucc.graph import Graph, Node
 from npucc.prune.moments import Moments, Pair, Stream, pair_moments, with_constants
 from npucc.prune.patterns import NeighbourPattern, Pattern
 from npucc.prune.solve import refit, sweep, thin_out
@@ -82,7 +83,25 @@ def _pairs(now: Graph, dense: Graph, plan: Plan) -> dict[str, Pair]:
     together: dict[str, list[str]] = {}
     for name, site in here.items():
         together.setdefault(site.weights, []).append(name)
-    return {names[0]: Pair(tuple(here[n] for n in names), tuple(there[n] for n in names), plan.kept[names[0]]) for names in together.values()}
+    pairs = {}
+    for first, *more in together.values():
+        joined = (joined_to(now, here[first].node), joined_to(dense, there[first].node))
+        sites = (tuple(each[name] for name in (first, *more)) for each in (here, there))
+        pairs[first] = Pair(*sites, plan.kept[first], ("", "") if more or not all(joined) else joined)
+    return pairs
+
+
+def joined_to(graph: Graph, node: Node) -> str:
+    """The tensor of the same shape, known before the layer, that the only reader of a layer's answers adds to them; "" if there is none."""
+    result = node.outputs[0]
+    users = graph.users(result)
+    if len(users) != 1 or users[0].op != "add" or result in graph.outputs or getattr(node.attributes, "clamp", None) is not None:
+        return ""
+    other = next((name for name in users[0].inputs if name != result), result)
+    producer, order = graph.producer(other), list(graph.nodes)
+    early = producer is None or order.index(producer.name) < order.index(node.name)
+    same = other != result and graph.tensors[other].shape == graph.tensors[result].shape
+    return other if early and same and not graph.tensors[other].is_constant else ""
 
 
 def _mask(start: Array, chosen: Array) -> Array:

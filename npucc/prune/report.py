@@ -23,7 +23,8 @@ class FamilyRow:
 @dataclass(frozen=True, slots=True)
 class LayerRow:
     """One matrix operator: its pattern, if it got one; weights that stay of those that were there; the relative error of its answers (to those
-    of the dense network, at the outputs that stay) before and after the repair, the layers before it repaired; None where nothing was measured.
+    of the dense network at the outputs that stay, and what a residual connection now lacks) before and after the repair, the layers before it
+    repaired; None where nothing was measured.
 
     `error_alone`: of the network's outputs, with this layer's pattern alone, where layers were chosen by it.
     """
