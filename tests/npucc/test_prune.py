@@ -273,6 +273,7 @@ def little() -> ModelProto:
     random = np.random.default_rng(2)
     sizes = {"a": (16, 4, 3, 3), "b": (24, 16, 3, 3), "c": (16, 24, 3, 3), "d": (16, 5)}
     values = {name: random.normal(0, np.prod(size[1:]) ** -0.5, size).astype(np.float32) for name, size in sizes.items()}
+    values["d"] -= values["d"].mean(axis=0)  # so that no class wins by what all samples have in common
     inputs = {"a": "x", "b": "a_relu", "c": "b_relu"}
     convs = [node("Conv", f"{source} {name}", f"{name}_out", name=name, pads=[1, 1, 1, 1]) for name, source in inputs.items()]
     relus = [node("Relu", f"{name}_out", f"{name}_relu") for name in "ab"]
@@ -387,9 +388,9 @@ def test_a_cycle_budget_out_of_reach() -> None:
 
 
 def test_a_drop_budget_holds_on_the_samples() -> None:
-    report = prune(net(0)[1], normal_feeds(12), target=TINY, options=PruneOptions.parse("cycles=0.3,drop=0,rows=256")).report
+    report = prune(float_graph(little(), {}), little_feeds(16), target=TINY, options=PruneOptions.parse("cycles=0.4,drop=0,rows=256")).report
     assert (report.stopped, report.disagreement) == ("drop", 0)
-    assert report.cycles_kept > 0.3 * report.cycles
+    assert report.cycles_kept > 0.4 * report.cycles
 
 
 def test_a_drop_budget_chooses_layers() -> None:
