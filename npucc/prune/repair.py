@@ -86,8 +86,8 @@ def _pairs(now: Graph, dense: Graph, plan: Plan) -> dict[str, Pair]:
     pairs = {}
     for first, *more in together.values():
         joined = (joined_to(now, here[first].node), joined_to(dense, there[first].node))
-        sites = (tuple(each[name] for name in (first, *more)) for each in (here, there))
-        pairs[first] = Pair(*sites, plan.kept[first], ("", "") if more or not all(joined) else joined)
+        sites, whole = (tuple(each[name] for name in (first, *more)) for each in (here, there))
+        pairs[first] = Pair(sites, whole, plan.kept[first], ("", "") if more or not all(joined) else joined)
     return pairs
 
 
