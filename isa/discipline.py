@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isa.finding import Finding, finding
+from isa.geometry import Footprint, overlaps
 from isa.order import Access, Step, dynamic_steps
 from isa.program import DTYPES, QUEUES, Instruction, Program, Tile, address_at
 from isa.tokens import print_address, print_place
@@ -53,7 +54,7 @@ class _Walk:
         sizes = {"dram": program.dram_bytes, "spm": program.target.spm_bytes, "acc": program.target.acc_bytes}
         self.owners = {space: np.zeros(size, np.int32) for space, size in sizes.items()}  # number of the value that each byte belongs to
         self.values = [_Value(None, (), 0)]  # number 0: nobody's
-        self.blocks: dict[tuple[int, int], Instruction] = {}  # constants as they are loaded
+        self.blocks: dict[tuple[int, int, Footprint], Instruction] = {}  # constants as they are loaded: from, to, the bytes between
         self.found: list[Finding] = []
         self.reported: set[tuple[str, int]] = set()
         for record in program.inputs:
@@ -66,7 +67,7 @@ class _Walk:
             address = address_at(access.tile, iterations) if access.tile.steps else access.tile.address
             if access.reads and self.holds_constants(access.tile, address):
                 constant = True
-                block = (address + access.footprint.low, address + access.footprint.high)
+                block = (address + access.footprint.low, address + access.footprint.high, access.footprint)
                 self.blocks.setdefault(block, step.instruction)
             elif access.reads:
                 self.read(access, address, step.instruction)
@@ -134,15 +135,18 @@ def _bytes_of(owners: Numbers, tile: Tile, address: int) -> Numbers:
     return np.lib.stride_tricks.as_strided(owners[address:], (*shape, DTYPES[tile.dtype]), strides)
 
 
-def _block_remarks(program: Program, blocks: dict[tuple[int, int], Instruction]) -> Iterator[tuple[str, Instruction]]:
-    """Blocks of constants that overlap in part, and constants between blocks that nobody loads."""
-    end, last = program.constants_address, None
-    for (low, high), instruction in sorted(blocks.items(), key=lambda item: item[0]):
-        if low < end:
+def _block_remarks(program: Program, blocks: dict[tuple[int, int, Footprint], Instruction]) -> Iterator[tuple[str, Instruction]]:
+    """Blocks of constants that share some of their bytes, and constants between blocks that nobody loads."""
+    end, widest, last = program.constants_address, None, None  # up to where, the block that reaches so far, the line before
+    for (low, high, bytes_of_block), instruction in sorted(blocks.items(), key=lambda item: item[0][:2]):
+        first = low - bytes_of_block.low
+        if low < end and (widest is None or overlaps(*widest, bytes_of_block, first)):
             yield f"{instruction.name} loads constants from {print_address(low)}, in the middle of a block that another line loads", instruction
         if low >= end + PADDING:
             yield f"nobody loads the constants from {print_address(end)} to {print_address(low)}, just before those that this line loads", instruction
-        end, last = max(end, high), instruction
+        if high >= end:
+            end, widest = high, (bytes_of_block, first)
+        last = instruction
     stop = program.constants_address + program.constants_bytes
     if last is not None and stop >= end + PADDING:
         yield f"nobody loads the constants from {print_address(end)} to {print_address(stop)}, just after those that this line loads", last

@@ -70,7 +70,7 @@ def _pointer_to(element: Any) -> Any:
 
 
 _bytes, _codes = _pointer_to(types.uint8), _pointer_to(types.int8)
-_sums, _reals = _pointer_to(types.int32), _pointer_to(types.float32)
+_shorts, _sums, _reals = _pointer_to(types.uint16), _pointer_to(types.int32), _pointer_to(types.float32)
 
 # ---- generated code: registers of sixteen sums --------------------------------------------------------------------------
 
@@ -475,20 +475,27 @@ def start_sums(bias: int, y: int, y_row: int, y_column: int, h: int, w: int, n: 
 # ---- the vector engine -------------------------------------------------------------------------------------------------
 
 
-@_compiled(*[Address] * 10, Real, Real, Real)
+@_compiled(*[Address] * 11, Real, Real, Real)
 def requantize(
-    a: int, a_group: int, a_row: int, y: int, y_group: int, y_row: int, groups: int, rows: int, n: int, scales: int, zero: float, low: float,
-    high: float,
+    a: int, a_group: int, a_row: int, y: int, y_group: int, y_row: int, size: int, groups: int, rows: int, n: int, scales: int, zero: float,
+    low: float, high: float,
 ) -> None:  # fmt: skip
-    """y[groups, rows, n] = clamp(rint(float32(a) * scale of n) + zero), int32 to int8."""
+    """y[groups, rows, n] = clamp(rint(float32(a) * scale of n) + zero), int32 to integers of `size` bytes, one or two."""
     scale = carray(_reals(scales), n)
     for group in range(groups):
         for row in range(rows):
             source = carray(_sums(a + group * a_group + row * a_row), n)
-            target = carray(_codes(y + group * y_group + row * y_row), n)
-            for c in range(n):
-                value = np.rint(np.float32(source[c]) * scale[c]) + zero
-                target[c] = np.int8(np.int32(min(max(value, low), high)))
+            place = y + group * y_group + row * y_row
+            if size == 1:
+                target = carray(_codes(place), n)
+                for c in range(n):
+                    value = np.rint(np.float32(source[c]) * scale[c]) + zero
+                    target[c] = np.int8(np.int32(min(max(value, low), high)))
+            else:
+                wide = carray(_shorts(place), n)
+                for c in range(n):
+                    value = np.rint(np.float32(source[c]) * scale[c]) + zero
+                    wide[c] = np.uint16(np.int32(min(max(value, low), high)))
 
 
 @_compiled(*[Address] * 15)
@@ -510,6 +517,29 @@ def look_up(
                 for c in range(n):
                     upper, lower = carray(_bytes(second + c * high_step), 1)[0], carray(_bytes(first + c * low_step), 1)[0]
                     target[c] = entries[np.intp(upper) << 8 | np.intp(lower)]
+
+
+@_compiled(*[Address] * 13)
+def look_up_wide(
+    table: int, x: int, x_group: int, x_row: int, x_step: int, x_size: int, y: int, y_group: int, y_row: int, y_size: int, groups: int,
+    rows: int, n: int,
+) -> None:  # fmt: skip
+    """y[groups, rows, n] = table[x], of one or two bytes each, not one byte both."""
+    for group in range(groups):
+        for row in range(rows):
+            source, place = x + group * x_group + row * x_row, y + group * y_group + row * y_row
+            if y_size == 1:
+                entries, target = carray(_bytes(table), 1 << 16), carray(_bytes(place), n)
+                for c in range(n):
+                    target[c] = entries[np.intp(carray(_shorts(source + c * x_step), 1)[0])]
+            else:
+                wide_entries, wide = carray(_shorts(table), 1 << 16), carray(_shorts(place), n)
+                if x_size == 1:
+                    for c in range(n):
+                        wide[c] = wide_entries[np.intp(carray(_bytes(source + c * x_step), 1)[0])]
+                else:
+                    for c in range(n):
+                        wide[c] = wide_entries[np.intp(carray(_shorts(source + c * x_step), 1)[0])]
 
 
 @_compiled(*[Address] * 13, *[Real] * 6)

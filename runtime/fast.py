@@ -15,7 +15,7 @@ import numpy as np
 from runtime import compiled
 from runtime.kernels_elementwise import byte_table, expanded_table
 from runtime.kernels_window import positions
-from runtime.memory import Array
+from runtime.memory import NAMES, Array
 from runtime.requantize import bounds
 from runtime.scratch import collapse
 from runtime.site import Site
@@ -219,10 +219,10 @@ def bind_dwconv(site: Site) -> Run | None:
 
 
 def bind_requant(site: Site) -> Run | None:
-    """requant of accumulators to bytes by constant scales."""
+    """requant of accumulators by constant scales."""
     a, y = site.views["a"], site.views["y"]
     fixed = "s" not in site.views or "s" in site.constants
-    if site.attributes["mode"] != "fp32.rne" or site.sums is not None or not fixed or a.dtype != np.int32 or y.dtype != np.int8:
+    if site.attributes["mode"] != "fp32.rne" or site.sums is not None or not fixed or a.dtype != np.int32:
         return None
     n = y.shape[-1]
     scales = np.ascontiguousarray(site.constants["s"][1] if "s" in site.views else np.full(n, site.attributes["scale"], np.float32))
@@ -230,9 +230,9 @@ def bind_requant(site: Site) -> Run | None:
     if tiles is None or not _rows_of(a, y) or not np.isfinite(scales).all():
         return None
     a, y = tiles
-    low, high = bounds("s8", tuple(site.attributes["clamp"]))
+    low, high = bounds(NAMES[y.dtype], tuple(site.attributes["clamp"]))
     limits = (float(site.attributes["zero"]), float(low), float(high))
-    arguments = (address(a), *a.strides[:2], address(y), *y.strides[:2], *y.shape, address(scales), *limits)
+    arguments = (address(a), *a.strides[:2], address(y), *y.strides[:2], y.itemsize, *y.shape, address(scales), *limits)
     return _sequence([_Call(compiled.requantize, *arguments)], (a, y, scales))
 
 
@@ -252,14 +252,24 @@ def bind_by_table(site: Site) -> Run | None:
     else:
         table = byte_table(site)
     tiles = _as_rows([y, *sources])
-    if table is None or tiles is None or any(tile.itemsize != 1 for tile in tiles) or not _rows_of(y):
+    if table is None or tiles is None or any(tile.itemsize > 2 for tile in tiles) or not _rows_of(y):
         return None
     y, *operands = tiles
+    table = np.ascontiguousarray(table)
+    if any(tile.itemsize != 1 for tile in tiles):
+        return _look_up_wide(table, y, operands)
     low = operands[-1]
     high = (address(operands[0]), *operands[0].strides) if len(operands) == 2 else (0, 0, 0, 0)
-    table = np.ascontiguousarray(table)
     arguments = (address(table), *high, address(low), *low.strides, address(y), *y.strides[:2], *y.shape)
     return _sequence([_Call(compiled.look_up, *arguments)], (table, operands, y))
+
+
+def _look_up_wide(table: Array, y: Array, operands: list[Array]) -> Run | None:
+    if len(operands) > 1:
+        return None
+    x = operands[0]
+    arguments = (address(table), address(x), *x.strides, x.itemsize, address(y), *y.strides[:2], y.itemsize, *y.shape)
+    return _sequence([_Call(compiled.look_up_wide, *arguments)], (table, x, y))
 
 
 def bind_resize(site: Site) -> Run | None:

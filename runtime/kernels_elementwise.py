@@ -135,21 +135,21 @@ def _evaluator(site: Site) -> Evaluate:
 
 
 def byte_table(site: Site) -> Array | None:
-    """What an elementwise instruction gives for every byte, or pair of bytes, that its operands can hold; None where no table pays."""
+    """What an elementwise instruction gives for all that one or two bytes of operands can hold; None where no table pays."""
     y, *sources = site.views.values()
-    if any(source.dtype.itemsize != 1 for source in sources) or len(sources) > 2 or (len(sources) == 2 and y.size < TABLE_PAYS):
+    size = sum(source.dtype.itemsize for source in sources)
+    if len(sources) > 2 or size > 2 or (size == 2 and y.size < TABLE_PAYS):
         return None
     return _table(site, _evaluator(site), [source.dtype for source in sources])
 
 
 def _table(site: Site, evaluate: Evaluate, dtypes: list[np.dtype[Any]]) -> Array:
-    """The evaluator's result for every byte (or pair of bytes, the first operand in the high half), in the order of unsigned codes."""
+    """The evaluator's result for every operand of one or two bytes (or pair of bytes, the first in the high half), in the order of unsigned codes."""
     key = ("table", site.instruction.name, tuple(site.instruction.attributes), tuple(dtypes), site.views["y"].dtype)
     if key not in site.memo:
-        codes: Array = np.arange(256, dtype=np.uint8)
-        operands = [codes] if len(dtypes) == 1 else [codes.reshape(256, 1), codes]
+        first, *second = map(_codes, dtypes)
         with np.errstate(all="ignore"):
-            site.memo[key] = evaluate(*(operand.view(dtype) for operand, dtype in zip(operands, dtypes, strict=True))).reshape(-1)
+            site.memo[key] = evaluate(first.reshape(256, 1) if second else first, *second).reshape(-1)
     table: Array = site.memo[key]
     return table
 

@@ -25,6 +25,8 @@ CLEAN = {
     "a value that replaces another": LOAD
     + "add %0x200:s8[8], %0x0:s8[8] wait=ld.0\nadd %0x200:s8[8], %0x200:s8[8], %0x8:s8[8] signal=st.0\n"
     + STORE,
+    "the columns of a matrix of constants, some at a time": "ld %0x0:s8[8,16], @0x800:s8[8,16]{32,1}\n"
+    "ld %0x80:s8[8,16], @0x810:s8[8,16]{32,1} signal=vec.0\nadd %0x200:s8[8], %0x0:s8[8], %0x80:s8[8] wait=ld.0 signal=st.0\n" + STORE,
 }
 WRONG = {
     "the rest of an older value": (

@@ -129,3 +129,18 @@ def test_the_vector_engine_is_compiled(bound: dict[str, list[bool]]) -> None:
         execute("lut", {"x": a, "t": integers(rng, (256,))}, result=((9, 70), "s8"), gap=gap, constant=("t",), base=-128)
         execute("requant", {"a": sums, "s": scales}, result=((4, 5, 33), "s8"), gap=gap, constant=("s",), zero=-9, clamp=(-100, 90))
     assert bound == {"add": [True] * 2, "lut": [True] * 2, "requant": [True] * 2}
+
+
+@needs_numba
+def test_sixteen_bits_are_compiled(bound: dict[str, list[bool]]) -> None:
+    """Everything of one operand of 16 bits, or with such a result: the whole range, ties and saturation among it."""
+    rng = np.random.default_rng(0)
+    words, codes = integers(rng, (256, 256), "s16"), integers(rng, (256, 256))
+    words.flat[: 1 << 16] = np.arange(1 << 16, dtype=np.uint16).view(np.int16)
+    sums, scales = rng.integers(-(2**31), 2**31, (4, 5, 33)).astype(np.int32), (rng.random(33) * 1e-4).astype(np.float32)
+    for gap in (0, 6):
+        for source, result in ((words, "s8"), (words, "s16"), (codes, "s16")):
+            execute("cvt", {"x": source}, result=((256, 256), result), gap=gap, qx=(0.5, 3), qy=(1.0, -4))
+        execute("lut", {"x": codes, "t": integers(rng, (256,), "s16")}, result=((256, 256), "s16"), gap=gap, constant=("t",), base=-128)
+        execute("requant", {"a": sums, "s": scales}, result=((4, 5, 33), "s16"), gap=gap, constant=("s",), zero=-9, clamp=(-32768, 30000))
+    assert bound == {"cvt": [True] * 6, "lut": [True] * 2, "requant": [True] * 2}
