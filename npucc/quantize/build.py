@@ -6,6 +6,7 @@ nodes store differently becomes two.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,6 +39,7 @@ from npucc.quantize.scales import BOOLEAN, INDEX, Scales
 from npucc.sites import Site, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Solved = dict[tuple[str, bytes], Array]  # by the weights' name and the digest of their steps
 
 
 def build(
@@ -47,13 +49,15 @@ def build(
     options: QuantizeOptions,
     *,
     evidence: Mapping[str, Evidence] | None = None,
+    solved: Solved | None = None,
 ) -> Graph:
     """The integer graph. `means`: of the first operand of each matrix operator, per (tensor, axis).
 
-    `evidence`: per weights what their layers read; weights without are rounded to the nearest.
+    `evidence`: per weights what their layers read; weights without are rounded to the nearest. `solved` keeps what was rounded by evidence
+    from one call to the next.
     """
     sites = {site.weights: site for site in find_sites(graph).values()}
-    builder = _Builder(graph, scales, means, options, evidence or {}, sites, Editor(graph))
+    builder = _Builder(graph, scales, means, options, evidence or {}, sites, Editor(graph), {} if solved is None else solved)
     for name, tensor in graph.tensors.items():
         if not tensor.is_constant:
             builder.editor.tensors[name] = replace(tensor, quant=scales.of(graph, name), given=None)
@@ -75,8 +79,8 @@ class _Builder:
     evidence: Mapping[str, Evidence]
     sites: Mapping[str, Site]
     editor: Editor
+    solved: Solved
     stored: dict[tuple[str, Any, bytes], str] = field(default_factory=dict)
-    rounded: dict[tuple[str, bytes], Array] = field(default_factory=dict)
 
     def inputs(self, node: Node) -> tuple[str, ...]:
         """The node's inputs in the integer graph."""
@@ -135,14 +139,14 @@ class _Builder:
         grouped = site is not None and self.options.weight_bits == 4 and site.depth >= self.options.group
         if site is None or (evidence is None and not grouped):
             return nearest(steps)
-        key = (name, steps.tobytes())
-        if key not in self.rounded:
+        key = (name, hashlib.sha256(np.ascontiguousarray(steps).data).digest())
+        if key not in self.solved:
             columns, lattice = site.by_column(steps.astype(np.float64)), Lattice(np.ones(()), LARGEST_WEIGHT)
             if grouped:
                 lattice = grouped_lattice(columns, site, self.options.group, evidence)
             matrix = round_weights(columns, lattice, evidence) if evidence else lattice.nearest(columns)
-            self.rounded[key] = site.as_stored(matrix, steps.shape)
-        return self.rounded[key]
+            self.solved[key] = site.as_stored(matrix, steps.shape)
+        return self.solved[key]
 
     def _bias(self, node: Node) -> Array | None:
         return self._data(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None

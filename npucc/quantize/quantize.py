@@ -19,7 +19,7 @@ from npucc.errors import QuantizeError
 from npucc.feeds import Port, synthetic_feeds
 from npucc.graph import Editor, Graph, Quant
 from npucc.ops import OPS
-from npucc.quantize.build import build
+from npucc.quantize.build import Solved, build
 from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, checked, measured
 from npucc.quantize.constants import source_of
 from npucc.quantize.correct import bias_samples, correct_biases
@@ -30,7 +30,7 @@ from npucc.quantize.mixed import FREE, Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
 from npucc.quantize.price import measure_prices, total_cycles
-from npucc.quantize.rounding import collect
+from npucc.quantize.rounding import Evidence, collect
 from npucc.quantize.scales import EACH_DEFAULT, Scales, alternatives, choose_scales, is_index, known_beforehand
 from npucc.quantize.sensitivity import SAMPLES, measure
 from npucc.quantize.share import Groups, share_scales
@@ -118,18 +118,16 @@ def quantize(
         calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
     shared, groups, rescaled = share_scales(ordered)
     network = _Network(shared, groups, calibration, options)
-    mixed = Mixed()
-    if options.scheme == "auto" and feeds is not None and needs_samples:
+    mixed, learned = Mixed(), feeds is not None and needs_samples
+    if options.scheme == "auto" and learned:
         rounded, mixed = _measured(network, _priced_on(options, target), progress)
     else:
         direct = frozenset(uneven_operands(shared, groups, calibration))
         rounded = network.rounded(direct=direct)
         if options.scheme == "int16":
             rounded = network.rounded(direct=direct, more=frozenset(candidates(rounded.graph, rounded.integer, rounded.scales)))
+        rounded = network.second_order(rounded, progress) if learned else rounded
     integer = rounded.integer
-    if options.rounding == "second_order" and feeds is not None and needs_samples:
-        evidence = collect(rounded.graph, rounded.scales, calibration.first[: options.round_samples], progress=progress)
-        integer = build(rounded.graph, rounded.scales, rounded.calibration.means, options, evidence=evidence)
     if options.bias_samples:
         few = calibration.first[: bias_samples(rounded.graph, options.bias_samples)]
         integer = correct_biases(rounded.graph, integer, few, progress=progress)
@@ -168,12 +166,14 @@ class _Rounded:
 
 @dataclass(frozen=True, slots=True)
 class _Network:
-    """What all ways to store a network have in common."""
+    """What all ways to store a network have in common. `evidence`: what layers read; `solved`: weights rounded by it."""
 
     graph: Graph
     groups: Groups
     calibration: Calibration
     options: QuantizeOptions
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    solved: Solved = field(default_factory=dict)
 
     def rounded(
         self, *, direct: Set[Operand] = frozenset(), more: Set[str] = frozenset(), methods: Mapping[str, str] = EACH_DEFAULT
@@ -185,7 +185,16 @@ class _Network:
         widened = widen(self.graph, self.groups, self.calibration, direct=direct)
         graph, calibration, wide = widened.graph, widened.calibration, widened.wide | more
         scales = choose_scales(graph, self.groups, calibration, self.options, wide=wide, long=widened.long, methods=methods)
-        return _Rounded(graph, calibration, scales, build(graph, scales, calibration.means, self.options), widened.copies, methods)
+        integer = build(graph, scales, calibration.means, self.options, evidence=self.evidence, solved=self.solved)
+        return _Rounded(graph, calibration, scales, integer, widened.copies, methods)
+
+    def second_order(self, rounded: _Rounded, progress: Progress | None) -> _Rounded:
+        """The same with weights rounded on what its layers read, if the options say so. What is stored in other ways later has those weights too."""
+        if self.options.rounding != "second_order":
+            return rounded
+        self.evidence.update(collect(rounded.graph, rounded.scales, self.calibration.first[: self.options.round_samples], progress=progress))
+        integer = build(rounded.graph, rounded.scales, rounded.calibration.means, self.options, evidence=self.evidence, solved=self.solved)
+        return replace(rounded, integer=integer)
 
 
 def _priced_on(options: QuantizeOptions, target: Target | None) -> Target:
@@ -201,7 +210,7 @@ def _priced_on(options: QuantizeOptions, target: Target | None) -> Target:
 
 def _measured(network: _Network, target: Target, progress: Progress | None) -> tuple[_Rounded, Mixed]:
     """16 bits where measured error is worth measured cycles."""
-    plain, options = network.rounded(), network.options
+    plain, options = network.second_order(network.rounded(), progress), network.options
     if not candidates(plain.graph, plain.integer, plain.scales):
         return plain, Mixed()
     all_groups = byte_groups(plain.graph, plain.scales)
