@@ -119,14 +119,16 @@ class _Point:
 
 
 def choose(
-    sensitivity: Sensitivity, groups: Mapping[str, tuple[str, ...]], price: Mapping[str, float], *, budget: float, drop: float | None = None
+    sensitivity: Sensitivity, groups: Mapping[str, tuple[str, ...]], price: Mapping[str, float], *, budget: float, drop: float | None = None,
+    most: int | None = None,
 ) -> tuple[tuple[str, ...], Mixed]:
     """The roots to widen and the account of it. `price`: percent of cycles; `budget`: at most so many of them together.
 
-    `drop`: points of accuracy that may be lost; None: what is worth its price.
+    `drop`: points of accuracy that may be lost; None: what is worth its price. `most`: at most so many groups.
     """
     sensitivity = sensitivity.heard()
     path = _path(sensitivity, {root: price[root] for root in groups if root in sensitivity.groups}, budget)
+    path = path if most is None else path[: most + 1]
     if drop is None:
         best = max(path, key=lambda point: _worth(point.rest) - PERCENT * point.spent)
     else:

@@ -26,7 +26,7 @@ from npucc.quantize.correct import bias_samples, correct_biases
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import ScaledChannels, equalize
 from npucc.quantize.given import not_kept, spread
-from npucc.quantize.mixed import FREE, Mixed, byte_groups, candidates, choose
+from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
 from npucc.quantize.price import measure_prices, total_cycles
@@ -228,16 +228,32 @@ def _measured(network: _Network, target: Target, progress: Progress | None) -> t
     percent = {root: prices.percent(root) for root in groups}
     drop = options.drop if options.drop >= 0 else None
     allowed = options.budget if drop is None else math.inf
-    while True:
-        roots, mixed = choose(found, groups, percent, budget=allowed, drop=drop)
+
+    def attempt(most: int) -> tuple[tuple[str, ...], Mixed]:
+        roots, mixed = choose(found, groups, percent, budget=allowed, drop=drop, most=most)
         cycles = total_cycles(plain.integer, (name for root in roots for name in groups[root]), target) if roots else prices.cycles
-        mixed = replace(mixed, price=100 * (cycles / max(prices.cycles, 1) - 1))
-        if not roots or (drop is not None and cycles < math.inf) or mixed.price <= options.budget:
-            break
-        allowed = mixed.spent * 0.9 if mixed.spent > FREE else -math.inf  # the groups cost more together than each alone
+        return roots, replace(mixed, price=100 * (cycles / max(prices.cycles, 1) - 1))
+
+    roots, mixed = dearest_within(attempt, allowed, len(groups))
     copied = {plain.copies[root] for root in roots if root in plain.copies}
     direct = {(node.name, name) for node in network.graph if OPS[node.op].matrix for name in node.inputs if name in copied}
     return network.rounded(direct=direct, more=set(roots) - set(plain.copies), methods=found.methods), mixed
+
+
+def dearest_within(attempt: Callable[[int], tuple[tuple[str, ...], Mixed]], allowed: float, most: int) -> tuple[tuple[str, ...], Mixed]:
+    """The attempt with the most groups whose price, measured together, is allowed: groups may cost more together than each alone."""
+    best = attempt(most)
+    if best[1].price <= allowed and best[1].price < math.inf:
+        return best
+    enough, too_many, best = 0, len(best[0]), attempt(0)
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        found = attempt(middle)
+        if found[1].price <= allowed and found[1].price < math.inf:
+            enough, best = middle, found
+        else:
+            too_many = middle
+    return best
 
 
 def _refuse_unsupported(graph: Graph) -> None:

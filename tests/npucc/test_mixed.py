@@ -13,8 +13,9 @@ from npucc.export import to_onnx
 from npucc.graph import Graph
 from npucc.lowering import lower
 from npucc.quantize import QuantizeOptions, quantize
-from npucc.quantize.mixed import QUIET, choose, estimated_loss
+from npucc.quantize.mixed import QUIET, Mixed, choose, estimated_loss
 from npucc.quantize.price import measure_prices, total_cycles
+from npucc.quantize.quantize import dearest_within
 from npucc.quantize.sensitivity import Sensitivity, affordable_samples
 from runtime import Machine
 from tests.benchmarks.trained_like import images, resnet
@@ -192,3 +193,10 @@ def test_a_constant_that_is_joined_to_a_priced_tensor_is_priced_with_it() -> Non
     net.op("concat", [net.constant("k", np.full((1, 1, 4), -0.3, np.float32)), "t", "x"], "y", ops.Concat(0))
     feeds = [{"x": np.random.default_rng(seed).normal(0, 1, (1, 1, 4)).astype(np.float32)} for seed in range(4)]
     assert quantize(net.graph("y"), feeds, target=load_target("edge")).graph.outputs == ("y",)
+
+
+@pytest.mark.parametrize(("price", "taken"), [((0, 0, 0, 50, 50), 2), ((0, 5, 5, 5, 5), 4), ((0, 31, 40, 50, 60), 0), ((0, 1, 2, np.inf, np.inf), 2)])
+def test_groups_that_cost_more_together_are_taken_as_far_as_the_budget_goes(price: tuple[float, ...], taken: int) -> None:
+    roots, mixed = dearest_within(lambda most: (("a", "b", "c", "d")[:most], Mixed(price=price[most])), 30.0, 4)
+    assert len(roots) == taken
+    assert mixed.price == price[taken]
