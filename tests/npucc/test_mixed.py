@@ -132,9 +132,13 @@ def test_the_choice_keeps_the_budget_and_takes_the_cheaper_of_equals() -> None:
 
 
 def test_two_that_pay_only_together_are_taken_together() -> None:
-    noise, groups = noise_of({"a": 1e-2, "b": 1e-2}), named("a", "b")
-    assert choose(noise, groups, {"a": 18.0, "b": 18.0}, budget=100.0)[0] == ("a", "b")  # half the error: 3 dB. All of it: 20
-    assert choose(noise_of({"a": 1e-2}, weights=1e-2), groups, {"a": 18.0}, budget=100.0)[0] == ()
+    noise, groups = noise_of({"a": 1e-3, "b": 1e-3}), named("a", "b")
+    assert choose(noise, groups, {"a": 18.0, "b": 18.0}, budget=100.0)[0] == ("a", "b")  # half the error: 3 dB. All of it: 30
+    assert choose(noise_of({"a": 1e-3}, weights=1e-3), groups, {"a": 18.0}, budget=100.0)[0] == ()
+
+
+def test_a_poor_output_is_worth_more_cycles() -> None:
+    assert choose(noise_of({"a": 1e-2}, weights=1e-2), named("a"), {"a": 18.0}, budget=100.0)[0] == ("a",)  # from 17 dB to 20
 
 
 def test_what_nobody_hears_is_left_alone() -> None:
