@@ -14,8 +14,9 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,16 +60,22 @@ class Package:
 
     def to_bytes(self) -> bytes:
         """The file's bytes: the same for equal packages, always."""
+        buffer = io.BytesIO()
+        _write_zip(self._files(), buffer)
+        return buffer.getvalue()
+
+    def _files(self) -> dict[str, bytes]:
+        """All files of the package by name."""
         contents = {PROGRAM: format_program(self.program).encode("utf-8"), CONSTANTS: self.constants, **self.members}
         manifest = {key: value for key, value in self.manifest.items() if key not in DERIVED} | _derived_manifest(self.program, contents)
         contents[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode("utf-8")
-        return _zip_bytes(contents)
+        return contents
 
     def save(self, path: str | Path) -> None:
         """Write the file whole or not at all. Raises PackageError."""
-        path, blob = Path(path), self.to_bytes()
+        path, contents = Path(path), self._files()
         try:
-            _replace(path, blob)
+            _replace(path, partial(_write_zip, contents))
         except OSError as error:
             raise PackageError(
                 f"cannot write the package: {error.strerror or error}", file=str(path), hint="check the folder and its free space"
@@ -136,13 +143,11 @@ def _derived_manifest(program: Program, contents: Mapping[str, bytes]) -> dict[s
     }
 
 
-def _zip_bytes(contents: Mapping[str, bytes]) -> bytes:
+def _write_zip(contents: Mapping[str, bytes], stream: BinaryIO) -> None:
     """A zip of stored members whose bytes depend on nothing but names and contents; the manifest comes first."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for name in _in_order(contents):
             _append(archive, name, [contents[name]], len(contents[name]))
-    return buffer.getvalue()
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -165,12 +170,12 @@ def _pieces(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
             yield piece
 
 
-def _replace(path: Path, blob: bytes) -> None:
+def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write to a temporary file beside `path`, then rename; on any failure the temporary file is removed."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(blob)
+            write(stream)
             stream.flush()
             os.fsync(stream.fileno())
         mask = os.umask(0)
@@ -202,7 +207,7 @@ def _read(stream: BinaryIO, file: str, path: Path | None) -> Package:
 
 
 def _verified_contents(stream: BinaryIO, file: str, *, keep_all: bool) -> dict[str, bytes]:
-    """Names and sizes first, contents after; everything is refused that `_zip_bytes` would not have written."""
+    """Names and sizes first, contents after; everything is refused that `_write_zip` would not have written."""
     if stream.read(2) != b"PK":
         raise PackageError(
             "this is not a .npu package: it does not begin as a zip file", file=file, hint="give a file made by npucc compile or npucc asm"

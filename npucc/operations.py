@@ -16,7 +16,7 @@ import onnx
 from npucc import ops
 from npucc.graph import Graph, Node
 from npucc.ops import OPS
-from npucc.segments import attributes_of, parse
+from npucc.segments import attributes_of, outline_of
 
 Shape = tuple[int, ...]
 #: ONNX operators whose second input is multiplied with windows or rows of the first
@@ -61,7 +61,7 @@ def count(graph: Graph) -> Split:
     npu, host = Operations(), Operations()
     for node in graph:
         if OPS[node.op].host:
-            host += _of_segment(parse(attributes_of(node).model))
+            host += _of_segment(outline_of(attributes_of(node).model))
         else:
             npu += of_node(graph, node)
     return Split(npu, host)

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from npucc.graph import Graph, Node, Quant, Tensor
 from npucc.ops import OPS, Host
+from npucc.outline import outline
 from runtime.errors import RuntimeFault
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -70,6 +71,15 @@ def parse(model: bytes) -> onnx.ModelProto:
     return proto
 
 
+@lru_cache(maxsize=256)
+def outline_of(model: bytes) -> onnx.ModelProto:
+    """The same without the data of large stored tensors. Raises RuntimeFault when the bytes are no ONNX model."""
+    try:
+        return outline(model)
+    except (DecodeError, RecursionError):
+        raise RuntimeFault("a host segment holds no ONNX model", hint="the package is damaged; compile the model again") from None
+
+
 def types_of(values: Sequence[onnx.ValueInfoProto]) -> tuple[str, ...]:
     """numpy's names of the element types of a segment's inputs or outputs."""
     return tuple(str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)) for value in values)
@@ -77,12 +87,12 @@ def types_of(values: Sequence[onnx.ValueInfoProto]) -> tuple[str, ...]:
 
 def input_types(node: Node) -> tuple[str, ...]:
     """The element types that the segment wants."""
-    return types_of(parse(attributes_of(node).model).graph.input)
+    return types_of(outline_of(attributes_of(node).model).graph.input)
 
 
 def output_types(node: Node) -> tuple[str, ...]:
     """The element types that the segment returns."""
-    return types_of(parse(attributes_of(node).model).graph.output)
+    return types_of(outline_of(attributes_of(node).model).graph.output)
 
 
 def raw_quant(dtype: str) -> Quant | None:
@@ -114,9 +124,18 @@ def _is_untouched(graph: Graph, tensor: Tensor) -> bool:
 @lru_cache(maxsize=64)
 def session(model: bytes) -> onnxruntime.InferenceSession:
     """The segment in onnxruntime on the CPU. Raises RuntimeFault when onnxruntime refuses it."""
+    return open_session(model)
+
+
+def open_session(model: bytes, *, folder: str = "") -> onnxruntime.InferenceSession:
+    """A session that nobody keeps. `folder`: where the model's external data is; it is mapped, and used once, so nothing is rearranged for speed."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 4
+    if folder:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001  onnxruntime raises many kinds
@@ -125,7 +144,11 @@ def session(model: bytes) -> onnxruntime.InferenceSession:
 
 def run(model: bytes, inputs: Sequence[Array]) -> list[Array]:
     """The segment's outputs for its inputs, both in order. Raises RuntimeFault."""
-    engine = session(model)
+    return run_in(session(model), inputs)
+
+
+def run_in(engine: onnxruntime.InferenceSession, inputs: Sequence[Array]) -> list[Array]:
+    """The outputs for inputs, both in order. Raises RuntimeFault."""
     names = [value.name for value in engine.get_inputs()]
     if len(names) != len(inputs):
         raise RuntimeFault(f"a host segment takes {len(names)} inputs, but is given {len(inputs)}", hint="compile the model again")

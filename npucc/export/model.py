@@ -14,6 +14,9 @@ from onnx import helper, numpy_helper
 
 from npucc.graph import Graph, Tensor
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
+LARGE = 1 << 16  # bytes of a constant that may be kept apart
 OPSET = 17
 OPSET_INT16 = 21  # the first whose QuantizeLinear writes int16
 IR_VERSION, IR_VERSION_INT16 = 8, 10  # of models up to the opset before OPSET_INT16, and from there on
@@ -23,9 +26,12 @@ REDUCE_AXES_INPUT = 18  # from this opset on ReduceMean, ReduceMax and ReduceMin
 
 
 class Model:
-    """Values are tensor names. `taken` holds every name in use, of tensors and nodes alike."""
+    """Values are tensor names. `taken` holds every name in use, of tensors and nodes alike.
 
-    def __init__(self, opset: int, *, taken: Iterable[str] = ()) -> None:
+    `apart`: where large constants go instead of into the model, by name; for whoever hands them to onnxruntime as they are in memory."""
+
+    def __init__(self, opset: int, *, taken: Iterable[str] = (), apart: dict[str, Array] | None = None) -> None:
+        self.apart = apart
         self.opset = opset
         self.taken = set(taken)
         self.nodes: list[onnx.NodeProto] = []
@@ -61,6 +67,10 @@ class Model:
 
     def constant(self, value: Any, dtype: str, *, name: str = "") -> str:
         """An initializer. Equal ones without a name of their own are shared."""
+        if name and self.apart is not None and isinstance(value, np.ndarray) and value.nbytes >= LARGE:
+            self.apart[name] = np.ascontiguousarray(value, dtype=dtype)
+            self.constants.append(_elsewhere(name, self.apart[name]))
+            return name
         array = np.array(value, dtype=dtype, order="C")
         key = (dtype, array.shape, array.tobytes())
         if key in self._known:
@@ -89,8 +99,16 @@ class Model:
         body = helper.make_graph(self.nodes, graph.name or "graph", inputs, outputs, self.constants)
         model = helper.make_model(body, opset_imports=[helper.make_opsetid(*each) for each in self.domains.items()], producer_name="npucc")
         model.ir_version = IR_VERSION if self.opset < OPSET_INT16 else IR_VERSION_INT16
-        onnx.checker.check_model(model)
+        if not self.apart:
+            onnx.checker.check_model(model)
         return model
+
+
+def _elsewhere(name: str, value: Array) -> onnx.TensorProto:
+    """An initializer without data."""
+    tensor = onnx.TensorProto(name=name, dims=value.shape, data_type=element_type(str(value.dtype)), data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="memory")
+    return tensor
 
 
 def element_type(dtype: str) -> int:

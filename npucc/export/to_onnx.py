@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx
 
-from npucc.export.model import OPSET, OPSET_INT16, Model
+from npucc.export.model import OPSET, OPSET_INT16, Array, Model
 from npucc.export.operators import FLOAT, clip, emit, rounded
 from npucc.export.quantized import emit_quantized
 from npucc.export.segment import emit_segment, newest_opset
@@ -16,7 +16,7 @@ from npucc.graph import Graph, Node
 from npucc.ops import OPS, Binary
 
 
-def to_onnx(graph: Graph, *, unsigned: bool | None = None, exact: bool = True) -> onnx.ModelProto:
+def to_onnx(graph: Graph, *, unsigned: bool | None = None, exact: bool = True, apart: dict[str, Array] | None = None) -> onnx.ModelProto:
     """The graph as a checked ONNX model with the graph's input and output names and types.
 
     An integer graph (one with scales) becomes QDQ, and onnxruntime agrees with it to the bit given `session.x64quantprecision=1`.
@@ -26,12 +26,13 @@ def to_onnx(graph: Graph, *, unsigned: bool | None = None, exact: bool = True) -
     instead, but for ties in sums and products, where its kernels of signed and unsigned bytes differ. Left open, it is what the graph's own
     sums are: signed for a model that was imported with int8 activations, else unsigned. ONNX rounds as targets with requantize=fp32.rne do;
     the q31 modes of other targets may differ from it by a step of the result.
+    `apart`: see `npucc.export.model.Model`; only for a float graph.
     """
     if unsigned is None:
         unsigned = not any(isinstance(node.attributes, Binary) and node.attributes.offset == 0 for node in graph)
     quants = [tensor.quant for tensor in graph.tensors.values() if tensor.quant is not None]
     opset = OPSET_INT16 if any(quant.dtype == "s16" for quant in quants) else OPSET
-    model = Model(max(opset, newest_opset(graph)), taken=graph.tensors)
+    model = Model(max(opset, newest_opset(graph)), taken=graph.tensors, apart=None if quants else apart)
     if quants:
         emit_quantized(graph, model, unsigned=unsigned, exact=exact)
     else:

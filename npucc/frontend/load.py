@@ -5,6 +5,7 @@ The one big idea: nothing in the file is believed. Sizes are checked before memo
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import onnx
@@ -17,23 +18,23 @@ LARGEST_FILE = 2**31 - 1  # protobuf's own limit
 OLDEST_OPSET = 7
 
 
-def load_model(model: str | Path | ModelProto, *, any_opset: bool = False, whole: bool = False) -> tuple[ModelProto, str]:
+def load_model(model: str | Path | ModelProto, *, any_opset: bool = False) -> tuple[ModelProto, str]:
     """(a private copy of the model, the file name for messages). Raises ImportModelError.
 
     `any_opset`: nothing but onnxruntime will read its operators. External data is looked for and stays where it is (see `external_bytes`), so that
-    it is never in memory twice; `whole` reads it in.
+    it is never in memory twice.
     """
     if isinstance(model, ModelProto):
         copy = ModelProto()
         copy.CopyFrom(model)
-        _take_external_data(copy, None, "", whole=whole)
+        _take_external_data(copy, None, "")
         _check_header(copy, "", any_opset=any_opset)
         return copy, ""
     path = Path(model)
     file = str(path)
     proto = _parse(_read(path), file)
     _check_header(proto, file, any_opset=any_opset)
-    _take_external_data(proto, path.parent, file, whole=whole)
+    _take_external_data(proto, path.parent, file)
     return proto, file
 
 
@@ -105,9 +106,9 @@ def _attribute_tensors(attribute: AttributeProto) -> list[TensorProto]:
     return [tensor for graph in attribute.graphs for tensor in _tensors(graph)]
 
 
-def _take_external_data(model: ModelProto, folder: Path | None, file: str, *, whole: bool) -> None:
+def _take_external_data(model: ModelProto, folder: Path | None, file: str) -> None:
     """Stored tensors of the main graph get the place of their data written out; others get the data."""
-    stays = 0 if whole else len(model.graph.initializer)
+    stays = len(model.graph.initializer)
     for number, tensor in enumerate(_tensors(model.graph)):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
@@ -134,6 +135,33 @@ def external_bytes(tensor: TensorProto) -> bytes:
     with Path(place["location"]).open("rb") as stream:
         stream.seek(int(place["offset"]))
         return stream.read(int(place["length"]))
+
+
+def whole_bytes(model: ModelProto, file: str) -> bytes:
+    """The serialized model with the data that `load_model` left outside, tensor by tensor: messages of protobuf that follow each other add up.
+
+    Raises ImportModelError for more than one file of ONNX can hold."""
+    outside = [tensor for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    rest = ModelProto()
+    rest.CopyFrom(model)
+    del rest.graph.initializer[:]
+    rest.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.data_location != TensorProto.EXTERNAL)
+    size = rest.ByteSize() + sum(_length(tensor) for tensor in outside)
+    if size > LARGEST_FILE:
+        raise ImportModelError(
+            f"the model has {size} bytes with its external data; a host segment has at most {LARGEST_FILE}", file=file,
+            hint="compile it to integers (without quant none)",
+        )  # fmt: skip
+    stream = io.BytesIO(rest.SerializeToString(deterministic=True))
+    stream.seek(0, io.SEEK_END)
+    for tensor in outside:
+        inside = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, raw_data=external_bytes(tensor))
+        stream.write(ModelProto(graph=GraphProto(initializer=[inside])).SerializeToString())
+    return stream.getvalue()
+
+
+def _length(tensor: TensorProto) -> int:
+    return next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
 
 
 def _external_place(name: str, entries: dict[str, str], folder: Path, file: str) -> tuple[Path, int, int]:

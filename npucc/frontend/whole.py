@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from npucc.errors import ImportModelError, NotHeldError
 from npucc.feeds import Port, synthetic_feeds
 from npucc.frontend.hosting import title
-from npucc.frontend.load import load_model
+from npucc.frontend.load import load_model, whole_bytes
 from npucc.frontend.prepare import bind_inputs, numpy_name, type_name
 from npucc.graph import Editor, Graph, Node, Tensor
 from npucc.ops import Host
-from npucc.segments import RAW, raw_quant, run
+from npucc.segments import RAW, open_session, raw_quant, run, run_in
 from runtime.errors import RuntimeFault
 
 BACKEND = "there can be no package; npucc.backend runs such a model on the host directly"
@@ -33,17 +33,16 @@ def import_whole(
     model: str | Path | ModelProto, *, shapes: Mapping[str, tuple[int, ...]] | None = None, sample: Mapping[str, Any] | None = None
 ) -> Graph:
     """A graph of one host node, its tensors stored as they are. `sample`: a feed that settles the sizes of outputs. Raises ImportModelError."""
-    proto, file = load_model(model, any_opset=True, whole=True)
+    proto, file = load_model(model, any_opset=True)
     _refuse_other_types(proto.graph, file)
     inputs = bind_inputs(proto.graph, shapes or {}, file)
     tensors = [_tensor(value.name, value.shape, value.dtype, "input", file) for value in inputs]
     del proto.graph.input[:]
     proto.graph.input.extend(helper.make_tensor_value_info(value.name, value.dtype, value.shape) for value in inputs)
     proto.ir_version = max(proto.ir_version, 4)  # before that, stored tensors had to be inputs too
-    content = proto.SerializeToString(deterministic=True)
     feed = sample if sample is not None else _made_up(tensors)
     try:
-        results = run(content, [np.asarray(feed[tensor.name], tensor.dtype) for tensor in tensors])
+        results = _results(proto, file, [np.asarray(feed[tensor.name], tensor.dtype) for tensor in tensors])
     except RuntimeFault as error:
         raise ImportModelError(error.message, file=file, hint="onnxruntime must be able to run a model that is compiled with quant none") from None
     editor = Editor(name=proto.graph.name)
@@ -58,10 +57,24 @@ def import_whole(
         editor.outputs.append(value.name)
         value.CopyFrom(helper.make_tensor_value_info(value.name, kind, result.shape))
     nodes = tuple((node.name or title(node), title(node), REASON) for node in proto.graph.node)
-    attributes = Host(proto.SerializeToString(deterministic=True), nodes)
+    attributes = Host(whole_bytes(proto, file), nodes)
     sources = tuple(dict.fromkeys(name for name, _, _ in nodes))
     editor.add_node(Node(_free_name(proto.graph), "host", tuple(editor.inputs), tuple(editor.outputs), attributes, sources))
     return editor.freeze()
+
+
+def _results(proto: ModelProto, file: str, inputs: list[Array]) -> list[Array]:
+    """The outputs for one feed. Stored tensors that lie outside the model are mapped, not read. Raises RuntimeFault."""
+    outside = [tensor for tensor in proto.graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    if not outside:
+        return run(proto.SerializeToString(deterministic=True), inputs)
+    folder, mapped = Path(file).parent.resolve(), ModelProto()
+    mapped.CopyFrom(proto)
+    for tensor in mapped.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = str(Path(entry.value).relative_to(folder))
+    return run_in(open_session(mapped.SerializeToString(), folder=str(folder)), inputs)
 
 
 def _refuse_other_types(graph: GraphProto, file: str) -> None:

@@ -137,7 +137,8 @@ def _channel_means(value: Array, axis: int) -> Array:
 
 def tensor_runner(graph: Graph, wanted: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
     """A function from a feed to the wanted tensors of a float graph by name."""
-    model = to_onnx(_with_finite_scores(graph))
+    weights: dict[str, Array] = {}
+    model = to_onnx(_with_finite_scores(graph), apart=weights)
     have = {value.name for value in model.graph.output}
     computed = [name for name in wanted if name not in graph.inputs]
     for name in computed:
@@ -145,7 +146,7 @@ def tensor_runner(graph: Graph, wanted: Sequence[str]) -> Callable[[Mapping[str,
             tensor = graph.tensors[name]
             kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, tensor.shape))
-    session = float_session(model)
+    session = float_session(model, weights)
 
     def run(feed: Mapping[str, Array]) -> dict[str, Array]:
         values = session.run(computed, dict(feed)) if computed else []
@@ -166,11 +167,15 @@ def _with_finite_scores(graph: Graph) -> Graph:
     return editor.freeze()
 
 
-def float_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """The model in onnxruntime on the CPU, quiet and with few threads."""
+def float_session(model: onnx.ModelProto, weights: Mapping[str, Array], **entries: str) -> onnxruntime.InferenceSession:
+    """The model in onnxruntime on the CPU, quiet and with few threads. `weights`: its large stored tensors, which no message of protobuf copies."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 3
+    for key, value in entries.items():
+        options.add_session_config_entry(f"session.{key}", value)
+    if weights:
+        options.add_external_initializers(list(weights), [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in weights.values()])
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -13,14 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from npucc import reference
 from npucc.export import to_onnx
 from npucc.graph import Editor, Graph, Quant
 from npucc.ops import OPS
-from npucc.quantize.calibrate import THREADS, Progress, measured, tensor_runner
+from npucc.quantize.calibrate import Progress, float_session, measured, tensor_runner
 from npucc.quantize.scales import Scales
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -243,7 +242,8 @@ class SwitchedRun(Protocol):
 
 
 def _switched_runner(graph: Graph, scales: Scales, roots: Sequence[str]) -> SwitchedRun:
-    model = to_onnx(graph)
+    weights: dict[str, Array] = {}
+    model = to_onnx(graph, apart=weights)
     switches = {root: f"switch/{index}" for index, root in enumerate(roots)}
     for root, switch in switches.items():
         _add_switch(model, switch, scales.quants[root])
@@ -253,7 +253,7 @@ def _switched_runner(graph: Graph, scales: Scales, roots: Sequence[str]) -> Swit
         if root in switches and graph.tensors[name].dtype == "float32":
             taken[name] = switches[root]
     _insert(model, taken, set(graph.inputs))
-    session = _session(model)
+    session = float_session(model, weights, disable_quant_qdq="1")
 
     def run(feed: Mapping[str, Array], root: str, quant: Quant | None = None) -> Outputs:
         names, switch = list(graph.outputs), switches[root]
@@ -312,11 +312,3 @@ def _switch_node(source: str, result: str, switch: str) -> onnx.NodeProto:
         [helper.make_node("Identity", [source], [same])], "off", [], [helper.make_tensor_value_info(same, TensorProto.FLOAT, None)]
     )
     return helper.make_node("If", [switch], [result], then_branch=on, else_branch=off)
-
-
-def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

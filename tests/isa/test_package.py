@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from isa import Package, PackageError, ParseError, load, pack_text, parse_program
-from isa.package import DERIVED, _zip_bytes
+from isa.package import DERIVED, _write_zip
 
 TEXT = """\
 .npu 1
@@ -36,6 +36,12 @@ def package() -> Package:
     return Package(parse_program(TEXT), CONSTANTS, {"tool": "test 1"}, {"graph.json": b"{}", "host/1.onnx": b"abc"})
 
 
+def zipped(members: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    _write_zip(members, stream)
+    return stream.getvalue()
+
+
 def rewritten(package: Package, change: Callable[[dict[str, bytes]], None]) -> bytes:
     """The package's file with changed members, checksums corrected."""
     with zipfile.ZipFile(io.BytesIO(package.to_bytes())) as archive:
@@ -45,7 +51,7 @@ def rewritten(package: Package, change: Callable[[dict[str, bytes]], None]) -> b
         manifest = json.loads(members["manifest.json"])
         manifest["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in members.items() if name != "manifest.json"}
         members["manifest.json"] = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
-    return _zip_bytes(members)
+    return zipped(members)
 
 
 def test_comes_back_as_saved(package: Package, tmp_path: Path) -> None:
@@ -140,9 +146,9 @@ def test_a_changed_member_does_not_pass_its_checksum(package: Package) -> None:
     with zipfile.ZipFile(io.BytesIO(package.to_bytes())) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with pytest.raises(PackageError, match=r"member 'graph.json' does not have the checksum that manifest.json states"):
-        Package.from_bytes(_zip_bytes({**members, "graph.json": b"[]"}))
+        Package.from_bytes(zipped({**members, "graph.json": b"[]"}))
     with pytest.raises(PackageError, match=r"the members of the package and the checksums in manifest.json differ"):
-        Package.from_bytes(_zip_bytes({**members, "more": b""}))
+        Package.from_bytes(zipped({**members, "more": b""}))
 
 
 def test_a_zip_bomb_is_refused_before_it_unpacks() -> None:

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 
-from npucc.frontend import import_model
+from npucc import segments
+from npucc.export import to_onnx
+from npucc.frontend import import_model, import_whole
 from npucc.frontend.load import load_model
+from npucc.quantize.calibrate import float_session
 from npucc.signature import ports_of_model
+from runtime.errors import RuntimeFault
 from tests.npucc.onnx_models import assert_agrees, model, node, normal
 
 LAYERS, SIZE = 6, 700
@@ -34,6 +39,33 @@ def test_weights_are_never_twice_in_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert stored <= sum(tensor.data.nbytes for tensor in graph.tensors.values() if tensor.data is not None)
     assert stored <= peak < 1.4 * stored
+
+
+def test_float_mode_holds_them_once(tmp_path: Path) -> None:
+    """As bytes of the segment; its shapes are read without a copy."""
+    path, stored = saved(tmp_path), 4 * LAYERS * SIZE**2
+    tracemalloc.start()
+    (host,) = segments.host_nodes(import_whole(path))
+    content = segments.attributes_of(host).model
+    assert segments.outline_of(content).ByteSize() < 5000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert stored <= len(content) <= peak < 1.4 * stored
+    feed = normal(1, SIZE)
+    np.testing.assert_array_equal(segments.run(content, [feed])[0], segments.run(onnx.load(path).SerializeToString(), [feed])[0])
+    for end in (1, 30, len(content) // 2, len(content) - 1):
+        with pytest.raises(RuntimeFault, match="no ONNX model"):
+            segments.outline_of(content[:end])
+
+
+def test_onnxruntime_can_take_weights_that_are_no_part_of_the_model(tmp_path: Path) -> None:
+    graph, feed = import_model(saved(tmp_path)), {"h0": normal(1, SIZE)}
+    apart: dict[str, np.ndarray] = {}
+    assert to_onnx(graph, apart=apart).ByteSize() < 5000
+    assert sorted(apart) == [f"w{i}" for i in range(LAYERS)]
+    session = float_session(to_onnx(graph, apart=apart), apart)
+    whole = segments.run(to_onnx(graph).SerializeToString(), [feed["h0"]])
+    np.testing.assert_array_equal(session.run(None, feed)[0], whole[0])
 
 
 def test_they_are_the_same_weights(tmp_path: Path) -> None:
