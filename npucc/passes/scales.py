@@ -124,7 +124,11 @@ def split_weights(editor: Editor, node: Node) -> Result:
     groups = getattr(node.attributes, "groups", 1)
     axis = 1 if node.op == "conv" else 0
     stored = _beside(first, rest, axis, groups if axis == 0 else 1)
-    given = replace(weights.given, zero=0, stored=stored.astype(np.int8))
+    scale = weights.given.scale
+    if scale.size > 1:
+        whole = np.broadcast_to(scale, steps.shape)
+        scale = _beside(whole, whole, axis, groups if axis == 0 else 1)
+    given = replace(weights.given, zero=0, scale=scale, stored=stored.astype(np.int8))
     halves = editor.constant(weights.name, np.asarray(stored * given.scale, np.float32), given)
     build = Replacement(editor, node)
     doubled = _twice(build, node.inputs[0], groups, is_matrix=node.op == "matmul")

@@ -15,10 +15,12 @@ import numpy as np
 from npucc.graph import Editor, Given, Graph, Node, Quant
 from npucc.ops import OPS, Table
 from npucc.quantize.constants import LARGEST_SUM, MatrixConstants, output_axis, source_of, stored_bias
+from npucc.quantize.mixed import left_may_be_wide
 from npucc.quantize.share import moved_inputs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+COARSER = 65535 / 255  # steps of 8 bits that cover what 16 bits do
 SAME_SCALE = 1e-5  # relative: scales of a bias and its accumulator this close are the same, but for rounding
 #: whole numbers of 8 bits have no range to find out
 WHOLE = {"int8": Given("s8", np.asarray(1.0, np.float32), 0), "uint8": Given("s8", np.asarray(1.0, np.float32), -128)}
@@ -40,7 +42,23 @@ def spread(graph: Graph) -> Graph:
         editor.add_tensor(replace(graph.tensors[name], given=given))
     for node in moves:
         _rescale(graph, editor, node, known)
+    for node in graph:
+        if node.op == "matmul" and not graph.tensors[node.inputs[1]].is_constant:
+            _narrow(editor, node, 1 if left_may_be_wide(graph, node) else 0)
     return editor.freeze()
+
+
+def _narrow(editor: Editor, node: Node, first: int) -> None:
+    """Operands of a product of two activations from `first` on in 8 bits, where the model gives 16: the same range in coarser steps."""
+    node, copies = editor.nodes[node.name], {}
+    for name in dict.fromkeys(node.inputs[first:2]):
+        tensor = editor.tensors[name]
+        if tensor.given is not None and tensor.given.dtype == "s16":
+            given = Given("s8", (tensor.given.scale * np.float32(COARSER)).astype(np.float32), int(np.rint(tensor.given.zero / COARSER)))
+            copies[name] = editor.add_tensor(replace(tensor, name=editor.fresh(f"{name}/narrow"), source="", given=given))
+            editor.add_node(Node(editor.fresh(f"{copies[name]}:table"), "table", (name,), (copies[name],), Table("x"), node.sources), at=node.name)
+    kept, narrowed = node.inputs[:first], (copies.get(name, name) for name in node.inputs[first:])
+    editor.add_node(replace(node, inputs=(*kept, *narrowed)))
 
 
 def _given(graph: Graph, name: str) -> Given | None:
@@ -156,4 +174,18 @@ def not_kept(graph: Graph, source: Mapping[str, Quant]) -> tuple[str, ...]:
             reason = kept_matrix(node, graph, source[node.inputs[0]])
             if isinstance(reason, str):
                 found.append(f"{source_of(node)}: the weight {node.inputs[1]!r} is quantized anew to 8 bits per channel: {reason}")
+        if OPS[node.op].matrix:
+            why = "is rounded from 16 to 8 bits: a product of two takes one of them in 16 at most"
+            found += [f"{source_of(node)}: {name!r} {why}" for name in _narrowed(graph, node)]
     return tuple(found)
+
+
+def _narrowed(graph: Graph, node: Node) -> Iterator[str]:
+    """What `_narrow` made copies of for this node."""
+    for name in dict.fromkeys(node.inputs[:2]):
+        producer, given = graph.producer(name), graph.tensors[name].given
+        if producer is None or given is None or producer.attributes != Table("x") or graph.tensors[name].source:
+            continue
+        origin = graph.tensors[producer.inputs[0]].given
+        if origin is not None and (origin.dtype, given.dtype) == ("s16", "s8"):
+            yield producer.inputs[0]

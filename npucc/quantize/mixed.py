@@ -94,14 +94,14 @@ def _refused_operands(graph: Graph, integer: Graph, node: Node) -> tuple[str, ..
         return ()
     weights = integer.tensors[integer.nodes[node.name].inputs[1]]
     if weights.data is None or graph.tensors[node.inputs[1]].data is None:
-        return node.inputs[1:2] if _left_may_be_wide(graph, node) else node.inputs[:2]
+        return node.inputs[1:2] if left_may_be_wide(graph, node) else node.inputs[:2]
     axis = weights.quant.axis if weights.quant else None
     magnitude = np.abs(weights.data.astype(np.int64))
     others = tuple(i for i in range(magnitude.ndim) if i != axis) if axis is not None else tuple(range(1, magnitude.ndim))
     return node.inputs[:1] if float(magnitude.sum(axis=others).max(initial=0)) * LARGEST_STEP > LARGEST_SUM * 2**WEIGHT_BITS else ()
 
 
-def _left_may_be_wide(graph: Graph, node: Node) -> bool:
+def left_may_be_wide(graph: Graph, node: Node) -> bool:
     """Whether a product of two activations stays within 32 bits: few products are summed, or probabilities weigh them."""
     left = graph.tensors[node.inputs[0]]
     producer = graph.producer(node.inputs[0])

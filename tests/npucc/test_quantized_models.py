@@ -240,6 +240,28 @@ def test_16_bits_are_kept_to_a_step() -> None:
         assert steps_apart(package, onnxruntime_results(proto, feed), feed) <= 1
 
 
+def test_a_network_of_16_bits_is_kept_to_a_step_but_for_products_of_two_activations(tmp_path: Path) -> None:
+    """Those read one operand in 8 bits, and the package says so."""
+    proto = quantized(tmp_path, "QDQ", "s16", "s8", per_channel=True)
+    package = npucc.compile(proto)
+    assert {package.graph.quant(name).dtype for name in package.graph.outputs} == {"s16"}
+    (told,) = (each.reason for each in package.refused if "16 to 8 bits" in each.reason)
+    assert "'turned'" in told or "Transpose" in told or "product" in told
+    wanted = onnxruntime_results(proto, SAMPLES[0])
+    product = wanted.pop("product")
+    assert steps_apart(package, wanted, SAMPLES[0]) <= 1
+    assert steps_apart(package, {"product": product}, SAMPLES[0]) < 256
+
+
+def test_unsigned_weights_with_a_zero_point_per_channel_are_split(tmp_path: Path) -> None:
+    """As dynamic quantization writes them for convolutions."""
+    onnx.save(float_model(), tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx", weight_type=QuantType.QUInt8)
+    proto = onnx.load(tmp_path / "dynamic.onnx")
+    found, wanted = npucc.compile(proto, calibration=SAMPLES).run(SAMPLES[0]).outputs["y"], onnxruntime_results(proto, SAMPLES[0])["y"]
+    assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(wanted - found)) > 35
+
+
 def test_integer_inputs_and_outputs_are_themselves() -> None:
     """Integers go in and come out; in between they are only moved, and read again on other steps."""
     constants = {"s": np.float32(0.1), "z": np.uint8(100), "t": np.float32(0.3), "pads": np.array([0, 0, 1, 0, 0, 0, 0, 2]), "fill": np.uint8(100)}
