@@ -95,8 +95,15 @@ def parted(opset: int) -> Built:
     return [node("Split", "x sizes", "a b", axis=3), node("Tanh", "b", "y")], {"sizes": integers([2, 4])}
 
 
+def topped(opset: int) -> Built:
+    """The count became an input of one dimension."""
+    if opset < 10:
+        return [node("TopK", "x", "y i", k=2, axis=3)], {}
+    return [node("TopK", "x k", "y i", axis=-1 if opset > 10 else 3)], {"k": integers([2])}
+
+
 MEANINGS: Sequence[Callable[[int], Built]] = (
-    clipped, padded, sliced, summed, averaged, flattened_softmax, normalized, enlarged, dropped, squeezed, parted,
+    clipped, padded, sliced, summed, averaged, flattened_softmax, normalized, enlarged, dropped, squeezed, parted, topped,
 )  # fmt: skip
 
 

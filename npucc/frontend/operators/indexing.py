@@ -196,19 +196,19 @@ def hardmax(node: NodeImport) -> str:
 def top_k(node: NodeImport) -> list[str]:
     """The k largest or smallest, one after the other: what was taken is struck out."""
     axis = node.axis(node.integer("axis", -1), node.rank())
-    count = node.integers_of("k", 1)
-    if count is None or not 0 < count[0] <= MOST_ROUNDS:
+    count = node.integers_input(1, "k")[0] if node.has(1) else node.integer("k", 0)  # an attribute before opset 10
+    if not 0 < count <= MOST_ROUNDS:
         raise node.refuse(f"k={count} is not from 1 to {MOST_ROUNDS}")
     largest = bool(node.integer("largest", 1))
     op, out = ("reduce_max", -math.inf) if largest else ("reduce_min", math.inf)
     x, order = node.input(0), ruler(node, node.shape(0), axis)
     gone, struck = node.new_constant(float(node.shape(0)[axis]), "gone"), node.new_constant(out, "struck")
     values, places, left = [], [], order
-    for turn in range(count[0]):
+    for turn in range(count):
         value, place = _extreme(node, x, axis, op, left)
         values.append(value)
         places.append(place)
-        if turn + 1 < count[0]:
+        if turn + 1 < count:
             taken = equal(node, order, place)
             x, left = select(node, taken, struck, x), select(node, taken, gone, left, INTEGER)
     return [node.emit("concat", values, ops.Concat(axis)), node.emit("concat", places, ops.Concat(axis), dtype=INTEGER)]
