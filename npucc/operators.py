@@ -37,7 +37,7 @@ PLACES = {
 GROUPS = {"matrix": MATRIX, "linear": MATRIX, "recurrent": MATRIX, "transformer": MATRIX, "layout": MOVES, "quantized": FOLDED}
 #: operators that come down to something else than the rest of their group
 ENGINES = {
-    **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "CumSum", "Attention", "CausalConvWithState"), MATRIX),
+    **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "GroupNormalization", "CumSum", "Attention", "CausalConvWithState"), MATRIX),
     **dict.fromkeys(("Compress", "GatherElements", "GatherND", "ReverseSequence", "Scatter", "ScatterElements", "ScatterND"), MOVES),
     **dict.fromkeys(("RotaryEmbedding", "BiasGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization"), VECTOR),
     "CenterCropPad": MOVES, "IsInf": FOLDED, "IsNaN": FOLDED,

@@ -46,12 +46,16 @@ class MustBeHosted(Exception):  # noqa: N818  not an error: the import starts ag
 
 @dataclass(slots=True)
 class Hosting:
-    """The nodes placed on the host so far. `open`: tensors without a fixed shape, or that are none, which can't leave a segment."""
+    """The nodes placed on the host so far. `open`: tensors without a fixed shape, or that are none, which can't leave a segment.
+
+    `declared`: types that the model states. They are believed where onnxruntime can't infer a shape; the machine checks it in each run.
+    """
 
     opsets: Sequence[onnx.OperatorSetIdProto]
     constants: Constants
     file: str
     ir_version: int = IR_VERSION
+    declared: Mapping[str, TypeProto] = field(default_factory=dict)
     nodes: dict[str, NodeProto] = field(default_factory=dict)  # graph node → ONNX node
     open: dict[str, TypeProto] = field(default_factory=dict)
 
@@ -62,6 +66,8 @@ class Hosting:
         results = self._result_types(proto, known, reason)
         for name, kind in results.items():
             shape = _static(kind)
+            if shape is None and name in self.declared and _may_be(kind, self.declared[name]):
+                shape = _static(self.declared[name])
             if shape is None:
                 self.open[name] = kind
             editor.add_tensor(Tensor(name, shape or (), numpy_name(kind.tensor_type.elem_type) if shape is not None else OPEN, source=name))
@@ -244,6 +250,15 @@ def _parse_type(text: str, shape: Sequence[int | str | None] | None) -> TypeProt
     element = _ELEMENTS.get(match[2] if match else "", TensorProto.STRING)
     sizes = None if shape is None else [size if isinstance(size, int) and size >= 0 else None for size in shape]
     return helper.make_tensor_type_proto(element, sizes)
+
+
+def _may_be(kind: TypeProto, stated: TypeProto) -> bool:
+    """Whether a tensor of a type that is known in part can have the stated one."""
+    known, other = kind.tensor_type, stated.tensor_type
+    if not kind.HasField("tensor_type") or known.elem_type != other.elem_type:
+        return False
+    sizes = [[dim.dim_value for dim in each.shape.dim] for each in (known, other)]
+    return not known.HasField("shape") or (len(sizes[0]) == len(sizes[1]) and all(a in (0, b) for a, b in zip(*sizes, strict=True)))
 
 
 def _static(kind: TypeProto) -> tuple[int, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,12 +70,13 @@ class _Importer:
         """`forced`: nodes that must be on the host, with the reason; None: nothing goes there."""
         self.file = file
         self.inputs = bind_inputs(model.graph, shapes, file)
+        declared = {value.name: deepcopy(value.type) for value in (*model.graph.value_info, *model.graph.output)}
         self.nodes = prepare(model, file)
         self.constants = Constants(model, file)
         self.opset = default_opset(model)
         self.opsets = list(model.opset_import)
         self.forced = forced or {}
-        self.hosting = None if forced is None else Hosting(list(model.opset_import), self.constants, file, model.ir_version)
+        self.hosting = None if forced is None else Hosting(list(model.opset_import), self.constants, file, model.ir_version, declared)
         self.editor = Editor(name=model.graph.name)
         self.outputs = list(model.graph.output)
         self.tensors: dict[str, str] = {}  # ONNX tensor to graph tensor
@@ -171,9 +173,18 @@ class _Importer:
         assert self.hosting is not None
         for name in reads(proto):
             self._as_integers(name, reason)
+            self._stay_on_host(name)
         for name, kind in self.hosting.place(proto, reason, self.editor, self.tensors, self.types).items():
             self.tensors[name] = name
             self.types[name] = kind.tensor_type.elem_type
+
+    def _stay_on_host(self, name: str) -> None:
+        """Raise MustBeHosted when a tensor that a host node reads is another name, or type, of what a host node made."""
+        tensor = self.tensors.get(name, name)
+        producer = self.editor.producer(tensor)
+        maker = next((node for node in self.nodes if name in node.output), None)
+        if tensor != name and producer is not None and producer.op == "host" and maker is not None:
+            raise MustBeHosted({maker.name: "it lies between host nodes, and computes nothing on the NPU"})
 
     def _as_integers(self, name: str, reason: str) -> None:
         """From here on the graph tensor of an ONNX tensor that has steps holds its integers. Raises MustBeHosted for one that has none yet."""
