@@ -202,6 +202,12 @@ def interpolation(size: int, result: int, scale: float, coordinates: str) -> tup
     return first, second, to_second, to_first
 
 
+def epsilon_in_steps(epsilon: float, scale: np.ndarray | float) -> np.float32:
+    """What layer normalization adds to the variance of integers of this scale."""
+    in_steps: np.float32 = np.float32(epsilon / float(scale) ** 2)
+    return in_steps
+
+
 def nearest_indices(size: int, result: int, scale: float, coordinates: str, rounding: str) -> np.ndarray:
     """The source index of each result index. Raises KeyError for an unknown rounding."""
     return whole_positions(source_positions(size, result, scale, coordinates), rounding, size)

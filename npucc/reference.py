@@ -436,11 +436,11 @@ def _softmax(call: Call) -> Array:
 def _layer_norm(call: Call) -> Array:
     """Mean and variance from exact sums, in units of the source's steps, where epsilon is epsilon / s²."""
     source, size = call.operand(0), call.operand(0).stored.shape[-1]
-    steps, scale = source.steps, F32(source.scaled.scale)
+    steps = source.steps
     part = F32(1) / F32(size)
     mean = steps.sum(axis=-1, keepdims=True).astype(F32) * part
-    variance = (steps * steps).sum(axis=-1, keepdims=True).astype(F32) * part - mean * mean
-    inverse = F32(1) / np.sqrt(variance + F32(F32(call.attributes.epsilon) / F32(scale * scale)))
+    variance = np.maximum((steps * steps).sum(axis=-1, keepdims=True).astype(F32) * part - mean * mean, F32(0))
+    inverse = F32(1) / np.sqrt(variance + arithmetic.epsilon_in_steps(call.attributes.epsilon, source.scaled.scale))
     value = (steps.astype(F32) - mean) * inverse
     for index, combine in ((1, np.multiply), (2, np.add)):
         operand = call.operands[index] if len(call.operands) > index else None

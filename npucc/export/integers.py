@@ -292,12 +292,12 @@ def _softmax(call: Call) -> None:
 
 def _layer_norm(call: Call) -> None:
     """Mean and variance from exact sums, in units of the source's steps."""
-    size, steps, scale = call.source().shape[-1], call.steps(dtype="int64"), np.float32(call.scale_of().scale)
+    size, steps = call.source().shape[-1], call.steps(dtype="int64")
     last, part = [len(call.source().shape) - 1], call.number(np.float32(1) / np.float32(size))
     sums = (call.model.reduce("ReduceSum", value, last) for value in (steps, call.op("Mul", steps, steps)))
     mean, square = (call.op("Mul", call.model.cast(total, FLOAT), part) for total in sums)
-    variance = call.op("Sub", square, call.op("Mul", mean, mean))
-    epsilon = np.float32(np.float32(call.attributes.epsilon) / np.float32(scale * scale))
+    variance = call.op("Relu", call.op("Sub", square, call.op("Mul", mean, mean)))
+    epsilon = arithmetic.epsilon_in_steps(call.attributes.epsilon, call.scale_of().scale)
     inverse = _reciprocal(call, _square_root(call, call.op("Add", variance, call.number(epsilon))))
     value = call.op("Mul", call.op("Sub", call.model.cast(steps, FLOAT), mean), inverse)
     for index, kind in ((1, "Mul"), (2, "Add")):

@@ -129,7 +129,7 @@ def lower_layer_norm(emitter: Emitter, group: Group) -> None:
     rings = [emitter.ring(rows.rows * rows.piece * size, slots) for size, slots in ((wide, 2), (4, 1), (narrow, 2))]
     statistics = [emitter.ring(rows.rows * size, 1) for size in (4, 8, 4, 4, 4)]
     scales = [_row_constant(emitter, graph.tensors[name].data, rows.piece) if name else None for name in (*node.inputs[1:], "", "")[:2]]
-    epsilon = float(np.float32(node.attributes.epsilon / float(source.scale) ** 2))  # type: ignore[attr-defined]
+    epsilon = float(arithmetic.epsilon_in_steps(node.attributes.epsilon, source.scale))  # type: ignore[attr-defined]
     for index, count in rows.blocks():
         mean, deviation = _row_statistics(emitter, rows, index, count, source.zero, epsilon, rings[0], statistics)
         for start, size in windows(rows.length, rows.piece):

@@ -148,6 +148,8 @@ def _node_agrees(graph: Graph, node: Node, stored: Mapping[str, Array]) -> None:
     values = run(to_onnx(alone), feed) if wide else run_session(exact_session(to_onnx(alone)), feed).values()  # optimized, 16 bits become 8
     for name, value in zip(node.outputs, values, strict=True):
         difference = np.abs(_stored(graph, name, value) - stored[name].astype(np.int64))
+        if node.op == "div" and node.inputs[1] in stored:  # 0 / 0 is 0 on the machine, and whatever NaN happens to become in onnxruntime
+            difference = np.where(reference.to_real(graph.tensors[node.inputs[1]], stored[node.inputs[1]]) == 0, 0, difference)
         if difference.max() > 1:
             raise Broken(f"{node.op} {name}: onnxruntime differs by {difference.max()} steps in {int((difference > 0).sum())} of {difference.size}")
 
