@@ -48,6 +48,8 @@ def both(node: NodeProto, results: Sequence[Sequence[str]], constants: Constants
 def steps(node: NodeProto, constants: Constants) -> Iterator[NodeProto]:
     """The nodes of all steps of a Loop. Raises ImportModelError where their number depends on data, is none, or is too large."""
     body = _subgraph(node, "body")
+    if node.input[0] and node.input[0] not in constants:
+        raise ImportModelError("Loop: how often it runs depends on data", node=node.name)
     most = int(constants.value(node.input[0])) if node.input[0] else None
     condition, state, series = node.input[1], list(node.input[2:]), []
     count = 0

@@ -251,13 +251,26 @@ class _Importer:
         else:
             yield body_of(proto, self._known_types(proto), self.opsets)
 
-    def _branches(self, proto: NodeProto) -> Iterator[list[NodeProto]]:
+    def _branches(self, proto: NodeProto) -> Iterator[Iterable[NodeProto]]:
         """Both branches of an If; or one, where the other can't be run on inputs of these shapes, and so is never taken."""
         branches = [control.branch(proto, name, self.constants) for name in ("then_branch", "else_branch")]
-        yield [*branches[0][0], *branches[1][0], *control.both(proto, [results for _, results in branches], self.constants)]
+        yield self._both_branches(proto, branches)
         for (nodes, results), other in zip(branches, reversed(branches), strict=True):
             if self.hosting is not None and not self.hosting.runs(*other, self.editor, self.tensors, self.types):
                 yield [*nodes, *control.chosen(proto, results)]
+
+    def _both_branches(self, proto: NodeProto, branches: Sequence[tuple[list[NodeProto], list[str]]]) -> Iterator[NodeProto]:
+        """Both, and the choice between their results. Raises ImportModelError where those differ in shape, as a choice would broadcast them."""
+        for nodes, _ in branches:
+            yield from nodes
+        results = [names for _, names in branches]
+        for then, other in zip(*results, strict=True):
+            if self._shape(then) != self._shape(other):
+                raise ImportModelError("If: its branches give results of different shapes", node=proto.name)
+        yield from control.both(proto, results, self.constants)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.constants.value(name).shape) if name in self.constants else self.editor.tensors[self.tensors[name]].shape
 
     def _known_types(self, proto: NodeProto) -> dict[str, TypeProto]:
         """The types of a node's inputs; floats are float32."""

@@ -79,11 +79,13 @@ HOSTED: dict[str, Small] = {
                                            ngram_counts=[0], ngram_indexes=[0, 1, 2], pool_int64s=[3, 4, 5])], TEN),
     "Unique": Small([node("Unique", "x", "u"), node("ReduceMax", "u", "y", keepdims=1)]),
     "If": Small([node("ReduceSum", "x", "t", keepdims=0), node("Greater", "t zero", "c"),
-                 node("If", "c", "y", then_branch=subgraph("then", [node("Sin", "x", "a")], "", "a"),
-                      else_branch=subgraph("else", [node("Neg", "x", "b")], "", "b"))], {"zero": np.float32(0)}),
-    "Loop": Small([node("Loop", "times - x", "y", body=subgraph("body", [node("Identity", "go", "on"), node("Mul", "v half", "w")], "i go v", "on w",
+                 node("If", "c", "o", then_branch=subgraph("then", [node("Sin", "x", "a")], "", "a"),
+                      else_branch=subgraph("else", [node("ReduceSum", "x", "b")], "", "b")), node("ReduceSum", "o", "y")], {"zero": np.float32(0)},
+                  result=(1, 1)),
+    "Loop": Small([node("ReduceMax", "x", "m", keepdims=0), node("Cast", "m", "times", to=TensorProto.INT64), node("Loop", "times - x", "y",
+                  body=subgraph("body", [node("Identity", "go", "on"), node("Mul", "v half", "w")], "i go v", "on w",
                                                                 i=TensorProto.INT64, go=TensorProto.BOOL, on=TensorProto.BOOL))],
-                  {"times": np.int64(3), "half": np.float32(0.5)}, result=(4, 6)),
+                  {"half": np.float32(0.5)}, result=(4, 6)),
     "Scan": Small([node("Scan", "start x", "last y", num_scan_inputs=1, body=subgraph("body", [node("Add", "s r", "t"), node("Identity", "t", "o")],
                                                                                       "s r", "t o"))], {"start": np.zeros(6, np.float32)}),
     "sequence": Small([node("SequenceConstruct", "x x", "a"), node("Neg", "x", "m"), node("SequenceInsert", "a m", "b"),
@@ -153,6 +155,15 @@ def window(operator: str) -> Small:
 
 #: on the NPU, or folded; the other operators are in test_frontend_operators
 ELSEWHERE: dict[str, Small] = {
+    "If, written out": Small([node("ReduceSum", "x", "t", keepdims=0), node("Greater", "t zero", "c"),
+                              node("If", "c", "y", then_branch=subgraph("then", [node("Sin", "x", "a")], "", "a"),
+                                   else_branch=subgraph("else", [node("Neg", "x", "b")], "", "b"))], {"zero": np.float32(0)}),
+    "Loop, written out": Small([node("Loop", "times - x", "y", body=subgraph("body", [node("Identity", "go", "on"), node("Sin", "v", "w")],
+                                                                             "i go v", "on w", i=TensorProto.INT64, go=TensorProto.BOOL,
+                                                                             on=TensorProto.BOOL))], {"times": np.int64(3)}),
+    "com.microsoft.DynamicQuantizeLSTM": Small(
+        [node("DynamicQuantizeLSTM", "x i i - - - - t z t z", "y h", hidden_size=2, domain="com.microsoft")],
+        {"i": np.ones((1, 2, 8), np.int8), "t": reals([0.01]), "z": np.zeros(1, np.int8)}, (3, 1, 2)),
     **{name: small(name) for name in ("Acos", "Acosh", "Asin", "Asinh", "Atanh", "Cosh", "Sinh", "Tan", "Log", "Sqrt")},
     "Swish": small("Swish", opset=24), "CumProd": small("CumProd", "x axis", {"axis": np.int64(1)}, 26), "CastLike": small("CastLike", "x w",
                        {"w": reals([1])}),
