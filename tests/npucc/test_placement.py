@@ -162,7 +162,7 @@ ELSEWHERE: dict[str, Small] = {
                                                                              "i go v", "on w", i=TensorProto.INT64, go=TensorProto.BOOL,
                                                                              on=TensorProto.BOOL))], {"times": np.int64(3)}),
     "com.microsoft.DynamicQuantizeLSTM": Small(
-        [node("DynamicQuantizeLSTM", "x i i - - - - t z t z", "y h", hidden_size=2, domain="com.microsoft")],
+        [node("DynamicQuantizeLSTM", "x i i - - - - - t z t z", "y h", hidden_size=2, domain="com.microsoft")],
         {"i": np.ones((1, 2, 8), np.int8), "t": reals([0.01]), "z": np.zeros(1, np.int8)}, (3, 1, 2)),
     **{name: small(name) for name in ("Acos", "Acosh", "Asin", "Asinh", "Atanh", "Cosh", "Sinh", "Tan", "Log", "Sqrt")},
     "Swish": small("Swish", opset=24), "CumProd": small("CumProd", "x axis", {"axis": np.int64(1)}, 26), "CastLike": small("CastLike", "x w",
