@@ -7,6 +7,7 @@ with weights or pixels in the outer loop, by max(matrix, DMA, vector cycles) plu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,6 +23,7 @@ from npucc.lowering.emitter import Emitter, Ring, aligned, factor_tiles, paramet
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
+from npucc.lowering.weights import kept_shares
 from runtime.costs import Windows
 
 
@@ -111,6 +113,8 @@ class _Lowering:
         self.result = emitter.graph.quant(group.anchor.outputs[0])
         self.resident = emitter.tile(problem.x).space == "spm"
         self.weights: dict[tuple[int, int], Tile] = {}
+        around = Windows(problem.size[1], problem.kernel, problem.strides, problem.dilations)
+        self.cycles_kept, self.bytes_kept = kept_shares(problem.weights, emitter.target, 0 if self.tied else math.prod(problem.size), around)
         self.parameters: dict[int, View] = {}
 
     def run(self) -> None:
@@ -212,14 +216,15 @@ class _Lowering:
         count, width = plan.rows * plan.columns, DTYPES[problem.x.dtype]
         around = Windows(plan.columns, (kh, kw), problem.strides, problem.dilations)
         if problem.depthwise:
-            matrix = cost.depthwise_cycles(target, count, around, plan.outputs, width=width)
+            matrix: float = cost.depthwise_cycles(target, count, around, plan.outputs, width=width)
         else:
             groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
             depth, outputs = kh * kw * plan.channels // groups, plan.outputs // groups
-            matrix = cost.matrix_cycles(target, count, depth, outputs, groups, width=width, windows=around)
+            matrix = cost.matrix_cycles(target, count, depth, outputs, groups, width=width, windows=around, kept=self.cycles_kept)
         sizes = self.sizes(plan)
         load_x = cost.dma_cycles(target, sizes["x"], self._run_length(plan))
-        load_w = cost.dma_cycles(target, sizes["w"], sizes["w"]) + cost.dma_cycles(target, sizes["p"], sizes["p"])
+        packed = math.ceil(self.bytes_kept * sizes["w"])
+        load_w = cost.dma_cycles(target, packed, packed) + cost.dma_cycles(target, sizes["p"], sizes["p"])
         run = plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1)
         stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
         store = cost.dma_cycles(target, stored, run * DTYPES[self.result.dtype])

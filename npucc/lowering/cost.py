@@ -10,9 +10,12 @@ from runtime.costs import Product, Windows, matrix_cost
 
 
 @lru_cache(maxsize=1 << 16)
-def matrix_cycles(target: Target, pixels: int, depth: int, outputs: int, groups: int = 1, *, width: int = 1, windows: Windows | None = None) -> int:
-    """Matrix engine cycles of one tile whose inputs have `width` bytes."""
-    return matrix_cost(Product(pixels, depth, outputs, groups, width, windows=windows), target).cycles
+def matrix_cycles(
+    target: Target, pixels: int, depth: int, outputs: int, groups: int = 1, *, width: int = 1, windows: Windows | None = None, kept: float = 1.0
+) -> float:
+    """Matrix engine cycles of one tile whose inputs have `width` bytes; of those that do not only fill the array, the share `kept` is not skipped."""
+    found = matrix_cost(Product(pixels, depth, outputs, groups, width, windows=windows), target)
+    return found.fill + kept * (found.cycles - found.fill)
 
 
 @lru_cache(maxsize=1 << 16)

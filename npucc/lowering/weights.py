@@ -10,7 +10,7 @@ import numpy as np
 
 from isa.packing import Packing, matrix_shape
 from isa.target import Target
-from runtime.costs import Product, matrix_cost
+from runtime.costs import Product, Windows, matrix_cost
 from runtime.packing import array_block, pack, packings
 from runtime.skipping import kept_packing, packed_cost
 
@@ -41,9 +41,19 @@ def cheapest(values: np.ndarray, target: Target, pixels: int) -> Packing | None:
     return min(gaining, key=lambda each: each[:2])[2] if gaining else None
 
 
-def matrix_cycles(values: np.ndarray, target: Target, pixels: int, packing: Packing | None) -> int:
+def kept_shares(values: np.ndarray, target: Target, pixels: int, windows: Windows) -> tuple[float, float]:
+    """(of the array's cycles, of the bytes) of s8 weights [..., N], the share that is left once they are packed: what tiles are chosen by."""
+    packing = cheapest(values, target, pixels) if target.formats and values.ndim > 1 else None
+    if packing is None:
+        return 1.0, 1.0
+    few, all_of_them = (matrix_cycles(values, target, max(pixels, 1), each, windows) for each in (packing, None))
+    cycles = few / all_of_them if pixels else 1.0
+    return cycles, packing.bytes(values.shape) / values.size
+
+
+def matrix_cycles(values: np.ndarray, target: Target, pixels: int, packing: Packing | None, windows: Windows | None = None) -> int:
     """Cycles of the array with weights stored so."""
     depth, outputs = matrix_shape(values.shape)
     if not kept_packing(packing, target):
-        return matrix_cost(Product(pixels, depth, outputs), target).cycles
-    return packed_cost(Product(pixels, depth, outputs, packing=packing), target, values.reshape(depth, outputs)).cycles
+        return matrix_cost(Product(pixels, depth, outputs, windows=windows), target).cycles
+    return packed_cost(Product(pixels, depth, outputs, windows=windows, packing=packing), target, values.reshape(depth, outputs)).cycles
