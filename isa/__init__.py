@@ -5,12 +5,12 @@ The one big idea: one table (`isa.spec`) says what an instruction is; parser, pr
 
 from isa.check import check, findings
 from isa.errors import CheckError, IsaError, PackageError, ParseError, TargetError
-from isa.finding import Finding
+from isa.finding import Finding, with_columns
 from isa.package import Package, load, pack_text
 from isa.program import Event, Instruction, Layer, Loop, Program, TensorRecord, Tile, address_at, dense_strides, unroll
 from isa.spec import SPEC, TABLE, InstructionSpec
 from isa.target import Target, load_target, target_names
-from isa.text import format_instruction, format_program, parse_program
+from isa.text import format_instruction, format_program, mistakes, parse_program
 
 __all__ = [
     "SPEC",
@@ -39,8 +39,10 @@ __all__ = [
     "format_program",
     "load",
     "load_target",
+    "mistakes",
     "pack_text",
     "parse_program",
     "target_names",
     "unroll",
+    "with_columns",
 ]

@@ -54,6 +54,10 @@ def _grammar() -> Lark:
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+#: after so many mistakes `mistakes` looks no further
+SHOWN_MISTAKES = 20
+
+
 def parse_program(text: str, *, file: str = "") -> Program:
     """Read a whole program. Raises ParseError at the first mistake, with its line and column."""
     _bound_size(text, file)
@@ -65,6 +69,23 @@ def parse_program(text: str, *, file: str = "") -> Program:
             raise _syntax_error(error, chunk, file, above) from None
         reader.read(tree, above)
     return reader.program()
+
+
+def mistakes(text: str, *, file: str = "") -> list[ParseError]:
+    """What `parse_program` would say line after line, were the lines with mistakes left out. Ends where what follows depends on the line."""
+    lines, found = text.split("\n"), list[ParseError]()
+    while len(found) < SHOWN_MISTAKES:
+        try:
+            parse_program("\n".join(lines), file=file)
+        except ParseError as error:
+            found.append(error)
+            line = lines[error.line - 1].strip() if error.line else ""
+            if not line or line.startswith(".") or line.split()[0] in ("loop", "end"):
+                break
+            lines[error.line - 1] = ""
+        else:
+            break
+    return found
 
 
 def _chunks(text: str) -> Iterator[tuple[int, str]]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from npucc import tables
 from npucc.cli import options, terminal
-
-if TYPE_CHECKING:
-    import isa
 
 ASM_EPILOG = """\b
 Examples:
@@ -117,16 +115,22 @@ def check(file: Either, json: options.Json = False) -> None:
     import isa
     from isa.discipline import suspicions
 
-    program = _program(file)
-    findings = isa.findings(program)
-    warnings = suspicions(program) if not findings and program.dram_bytes <= LARGEST_SUSPECTED_DRAM else []
+    text = None if _is_package(file) else _text(file)
+    mistakes = isa.mistakes(text) if text is not None else []
+    findings, warnings = [isa.Finding(each.line, each.column, each.message, each.hint) for each in mistakes], list[isa.Finding]()
+    if not mistakes:
+        program = isa.Package.load(file).program if text is None else isa.parse_program(text)
+        findings = isa.findings(program)
+        warnings = suspicions(program) if not findings and program.dram_bytes <= LARGEST_SUSPECTED_DRAM else []
+    if text is not None:
+        findings, warnings = isa.with_columns(findings, text), isa.with_columns(warnings, text)
     if json:
         lists = {"findings": findings, "warnings": warnings}
-        shown = {kind: [{"line": f.line, "message": f.message, "hint": f.hint} for f in each] for kind, each in lists.items()}
+        shown = {kind: [dataclasses.asdict(f) for f in each] for kind, each in lists.items()}
         terminal.show_json({"ok": not findings, **shown})
     else:
         for kind, each in [*(("error", f) for f in findings), *(("warning", f) for f in warnings)]:
-            typer.echo(f"{kind}: {file}:{each}", err=True)
+            typer.echo(f"{kind}: {file}:{'' if each.line else ' '}{each}", err=True)
         if not findings:
             typer.echo(f"{file}: {len(program.layers)} layers, no findings")
     if findings:
@@ -142,14 +146,9 @@ def _constants(path: Path | None) -> bytes:
     return isa.Package.load(path).constants if path.suffix == ".npu" else path.read_bytes()
 
 
-def _program(path: Path) -> isa.Program:
-    import isa
-
+def _is_package(path: Path) -> bool:
     with path.open("rb") as stream:
-        is_package = stream.read(2) == b"PK"
-    if is_package or path.suffix == ".npu":
-        return isa.Package.load(path).program
-    return isa.parse_program(_text(path), file=str(path))
+        return stream.read(2) == b"PK" or path.suffix == ".npu"
 
 
 def _text(path: Path) -> str:

@@ -441,6 +441,28 @@ def test_check(npucc_command: Npucc, tmp_path: Path, demo_file: Path, demo_packa
     assert findings.json["findings"][0]["message"]
 
 
+def test_check_tells_every_mistake_with_its_place(npucc_command: Npucc, tmp_path: Path) -> None:
+    example = (Path(__file__).parents[2] / "examples" / "matmul.npuasm").read_text(encoding="utf-8")
+    wrong = {"matmul  $0x0": "matmull $0x0", "za=-3 ": "zaa=-3", "wait=vec.0 signal=vec.0": "wait=vecc.0", "%0xe00:s8[8,32]": "%0xe00:s9[8,32]"}
+    text = example
+    for right, mistake in wrong.items():
+        text = text.replace(right, mistake, 1)
+    (tmp_path / "wrong.npuasm").write_text(text, encoding="utf-8")
+    told = npucc_command("check", "wrong.npuasm").err
+    places = sorted(_place(text, mistake) for mistake in ("matmull", "vecc.0", "s9"))
+    assert [line.split(" ")[1] for line in told.splitlines() if line.startswith("error")] == [f"wrong.npuasm:{at}:" for at in places]
+    assert told.count("did you mean") >= 2
+    far = example.replace("%0xd00:s8[8,32], $0x0", "%0x9000:s8[8,32], $0x0", 1)
+    (tmp_path / "far.npuasm").write_text(far, encoding="utf-8")
+    assert f"far.npuasm:{_place(far, '%0x9000')}: operand y, %0x9000, reaches" in npucc_command("check", "far.npuasm").err
+
+
+def _place(text: str, found: str) -> str:
+    """line:column, from 1."""
+    before = text[: text.index(found)]
+    return f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+
+
 def test_export(npucc_command: Npucc, tmp_path: Path, demo_file: Path) -> None:
     assert npucc_command("export", demo_file, "-o", "q.onnx").code == 0
     model = onnx.load(tmp_path / "q.onnx")
