@@ -130,6 +130,7 @@ def steps(
     feeds, shapes = bind_shapes(model, calibration, shapes or {})
     graph = frontend.import_model(model, shapes=shapes, host=True)
     refuse_host(graph, host=host)
+    imported = graph if feeds is None else None
     yield Step("import", graph)
 
     refused: tuple[Refused, ...] = ()
@@ -148,7 +149,7 @@ def steps(
         graph, pruned = _pruned(graph, feeds, chip, pruning, options, progress)
     yield Step("prune", graph)
 
-    quantized = quantize(graph, feeds, options=options, target=chip, progress=progress)
+    quantized = quantize(graph, feeds, options=options, target=chip, imported=imported, progress=progress)
     yield Step("quantize", quantized.graph)
 
     report("lower", 0, 1)

@@ -82,12 +82,20 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and variance of each channel (dimension 1), as the model has them from its training; float64."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """A named value between nodes. `data` makes it a constant: float before quantization, integers after.
 
     `dtype` is the numpy name of the float model's element type. `source` is the name of the ONNX tensor it equals.
     `wide` asks the quantizer for 16 bits (recurrent state, say); an integer graph has it in `quant`. `given` fixes what the quantizer
-    would choose: the model has chosen already.
+    would choose: the model has chosen already. `moments`: what a normalization that reads it knows of its values.
     """
 
     name: str
@@ -98,6 +106,7 @@ class Tensor:
     source: str = ""
     wide: bool = False
     given: Given | None = None
+    moments: Moments | None = None
 
     @property
     def is_constant(self) -> bool:

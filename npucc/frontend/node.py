@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from npucc.errors import ImportModelError
 from npucc.frontend.constants import Constants
 from npucc.frontend.prepare import numpy_name
 from npucc.frontend.steps import DYNAMIC, whole
-from npucc.graph import Editor, Given, Quant, Tensor
+from npucc.graph import Editor, Given, Moments, Quant, Tensor
 from npucc.ops import OPS, Attributes
 
 
@@ -198,6 +198,11 @@ class NodeImport:
     def shape_of(self, tensor: str) -> tuple[int, ...]:
         """The shape of a graph tensor, emitted by this node or before."""
         return self._local[tensor][0] if tensor in self._local else self._editor.tensors[tensor].shape
+
+    def note_moments(self, tensor: str, moments: Moments) -> None:
+        """Keep what the node knows of the values of a tensor made before it."""
+        if tensor in self._editor.tensors:
+            self._editor.tensors[tensor] = replace(self._editor.tensors[tensor], moments=moments)
 
     def dtype_of(self, tensor: str) -> str:
         dtype = self._local[tensor][1] if tensor in self._local else self._editor.tensors[tensor].dtype

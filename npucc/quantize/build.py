@@ -60,7 +60,7 @@ def build(
     builder = _Builder(graph, scales, means, options, evidence or {}, sites, Editor(graph), {} if solved is None else solved)
     for name, tensor in graph.tensors.items():
         if not tensor.is_constant:
-            builder.editor.tensors[name] = replace(tensor, quant=scales.of(graph, name), given=None)
+            builder.editor.tensors[name] = replace(tensor, quant=scales.of(graph, name), given=None, moments=None)
     for node in graph:
         builder.editor.add_node(replace(node, inputs=builder.inputs(node)))
     for name in graph.outputs:

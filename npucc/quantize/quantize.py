@@ -16,7 +16,6 @@ import numpy as np
 from isa.errors import TargetError
 from isa.target import Target, load_target
 from npucc.errors import QuantizeError
-from npucc.feeds import Port, synthetic_feeds
 from npucc.graph import Editor, Graph, Quant
 from npucc.ops import OPS
 from npucc.quantize.build import Solved, build
@@ -26,6 +25,7 @@ from npucc.quantize.correct import bias_samples, correct_biases
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import ScaledChannels, equalize
 from npucc.quantize.given import not_kept, spread
+from npucc.quantize.made_up import made_up
 from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
@@ -37,8 +37,6 @@ from npucc.quantize.share import Groups, share_scales
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
-
-SYNTHETIC_SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +92,12 @@ def quantize(
     *,
     options: QuantizeOptions | None = None,
     target: Target | None = None,
+    imported: Graph | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """The integer form of a float graph, calibrated with `feeds` ({input: array}), or with made-up inputs if that is None.
 
+    `imported`: the graph before normalizations were folded; made-up inputs are chosen by their statistics.
     Scales and integers that the model brings along are kept; where it brings all, nothing is calibrated.
 
     `target`: whose cycles 16-bit tensors are priced in if the options say `priced_on=own`.
@@ -111,7 +111,7 @@ def quantize(
     calibration = Calibration({}, {}, 0)
     equalized: tuple[ScaledChannels, ...] = ()
     if needs_samples:
-        samples = _made_up(graph) if feeds is None else feeds
+        samples = made_up(imported or graph) if feeds is None else feeds
         if options.equalize and not options.per_tensor and feeds is not None:
             ordered, equalized, samples = _equalized(ordered, feeds, options, progress)
         keep = max(options.bias_samples, options.round_samples, SAMPLES)
@@ -278,11 +278,6 @@ def _in_operand_order(graph: Graph) -> Graph:
             if first != result and second == result:
                 editor.add_node(replace(node, inputs=node.inputs[::-1]))
     return editor.freeze()
-
-
-def _made_up(graph: Graph) -> list[dict[str, Array]]:
-    ports = [Port(name, graph.tensors[name].shape, graph.tensors[name].dtype) for name in graph.inputs]
-    return list(synthetic_feeds(ports, count=SYNTHETIC_SAMPLES))
 
 
 def _rows(rounded: _Rounded, options: QuantizeOptions, mixed: Mixed) -> Iterator[TensorRange]:

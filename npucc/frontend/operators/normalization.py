@@ -9,6 +9,7 @@ import numpy as np
 
 from npucc import ops
 from npucc.frontend.node import Importer, NodeImport
+from npucc.graph import Moments
 
 SMALLEST_NORM = 1e-30
 SMALLEST_VARIANCE = 1e-9
@@ -43,6 +44,7 @@ def batch_normalization(node: NodeImport) -> str:
     spread = variance + node.real("epsilon", 1e-5)
     if not np.all(spread > 0):
         raise node.refuse("has a variance that is negative or not a number", hint="the model is damaged; export it again")
+    node.note_moments(node.input(0), Moments(mean, variance))
     scale = gamma / np.sqrt(spread)
     return per_channel(node, node.input(0), scale, beta - mean * scale)
 
