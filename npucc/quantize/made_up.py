@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ TRIED = 2  # samples of each kind to choose by
 STEEPNESSES = (1.5, 0.0, 1.0, 2.0)  # amplitude falls with frequency to this power: 0 is white noise, natural images have 1 to 2
 VALUES = ((0.25, 0.0), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (0.25, 0.5), (64.0, 128.0))  # (deviation, mean)
 GREY = 0.9  # of the variance of an image is the same in all its channels
-CONTRASTS, LIGHTS = (0.4, 1.6), 0.5  # between samples: range of the deviation, deviation of the mean
+CONTRASTS, LIGHTS = (0.6, 1.4), (0.5, -0.5)  # of samples in turn: factor of the deviation, shift of the mean in deviations
 STEP = 2.0**-8  # values are rounded to it: the same on every machine
 FAINTEST = 1e-6  # of the largest variance: a channel below is dead
 FARTHEST = 5.0  # a channel can't count for more
@@ -62,24 +63,26 @@ def feeds_of(kind: Kind, ports: Sequence[Port], count: int) -> list[Feed]:
     """Samples of one kind, always the same; integer inputs are those of `synthetic_feeds`."""
     random = np.random.default_rng(0)
 
-    def filled(feed: Feed) -> Iterator[tuple[str, Array]]:
+    def filled(feed: Feed, contrast: float, light: float) -> Iterator[tuple[str, Array]]:
         for port in ports:
-            is_float = port.array_dtype.kind == "f" and feed[port.name].ndim > 1
-            yield port.name, _field(feed[port.name].shape, kind, random).astype(port.array_dtype) if is_float else feed[port.name]
+            value = feed[port.name]
+            if port.array_dtype.kind == "f" and value.ndim > 1:
+                field = contrast * _field(value.shape, kind.steepness, random) + light
+                value = (kind.deviation * np.rint(field / STEP) * STEP + kind.mean).astype(port.array_dtype)
+            yield port.name, value
 
-    return [dict(filled(feed)) for feed in synthetic_feeds(ports, count=count)]
+    return [dict(filled(feed, *taste)) for feed, taste in zip(synthetic_feeds(ports, count=count), cycle(zip(CONTRASTS, LIGHTS, strict=True)))]
 
 
-def _field(shape: Sequence[int], kind: Kind, random: np.random.Generator) -> Array:
-    """Noise of the kind's spectrum over the last dimension, of images (rank 4) over height and width."""
+def _field(shape: Sequence[int], steepness: float, random: np.random.Generator) -> Array:
+    """Noise of that spectrum over the last dimension, of images (rank 4, the shortest dimension is colour) over height and width."""
     channel = 1 + int(np.argmin(shape[1:])) if len(shape) == 4 else None
     axes = tuple(axis for axis in range(1, 4) if axis != channel) if channel is not None else (len(shape) - 1,)
-    field = _noise(shape, axes, kind.steepness, random)
+    field = _noise(shape, axes, steepness, random)
     if channel is not None:
-        grey = _noise([1 if axis == channel else size for axis, size in enumerate(shape)], axes, kind.steepness, random)
+        grey = _noise([1 if axis == channel else size for axis, size in enumerate(shape)], axes, steepness, random)
         field = np.sqrt(GREY) * grey + np.sqrt(1 - GREY) * field
-    field = random.uniform(*CONTRASTS) * field + LIGHTS * random.standard_normal()
-    return np.asarray(kind.deviation * np.rint(field / STEP) * STEP + kind.mean)
+    return np.asarray(field)
 
 
 def _noise(shape: Sequence[int], axes: tuple[int, ...], steepness: float, random: np.random.Generator) -> Array:
