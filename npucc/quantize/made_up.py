@@ -10,25 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 
 from npucc.feeds import Port, synthetic_feeds
 from npucc.graph import Graph, Moments
-from npucc.quantize.calibrate import tensor_runner
+from npucc.quantize.calibrate import Calibration, tensor_runner
 from npucc.signature import ports_of_graph
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Feed = dict[str, Array]
 
 SAMPLES = 8
-TRIED = 2  # samples of each kind to choose by
+ROOM = 2.0  # of the outputs over what is seen: only what a network knows drives them far
+TRIED = 4  # samples of each kind to choose by
 STEEPNESSES = (1.5, 0.0, 1.0, 2.0)  # amplitude falls with frequency to this power: 0 is white noise, natural images have 1 to 2
 VALUES = ((0.25, 0.0), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0), (0.25, 0.5), (64.0, 128.0))  # (deviation, mean)
 GREY = 0.9  # of the variance of an image is the same in all its channels
-CONTRASTS, LIGHTS = (0.4, 1.6), (0.5, -0.5)  # of samples in turn: factor of the deviation, shift of the mean in deviations
+CONTRASTS, LIGHTS = (0.4, 1.6), 0.5  # between samples: range of the deviation's factor, deviation of the mean
 STEP = 2.0**-8  # values are rounded to it: the same on every machine
 FAINTEST = 1e-6  # of the largest variance: a channel below is dead
 FARTHEST = 5.0  # a channel can't count for more
@@ -63,15 +63,16 @@ def feeds_of(kind: Kind, ports: Sequence[Port], count: int) -> list[Feed]:
     """Samples of one kind, always the same; integer inputs are those of `synthetic_feeds`."""
     random = np.random.default_rng(0)
 
-    def filled(feed: Feed, contrast: float, light: float) -> Iterator[tuple[str, Array]]:
+    def filled(feed: Feed) -> Iterator[tuple[str, Array]]:
         for port in ports:
             value = feed[port.name]
             if port.array_dtype.kind == "f" and value.ndim > 1:
-                field = contrast * _field(value.shape, kind.steepness, random) + light
+                field = _field(value.shape, kind.steepness, random)
+                field = random.uniform(*CONTRASTS) * field + LIGHTS * random.standard_normal()
                 value = (kind.deviation * np.rint(field / STEP) * STEP + kind.mean).astype(port.array_dtype)
             yield port.name, value
 
-    return [dict(filled(feed, *taste)) for feed, taste in zip(synthetic_feeds(ports, count=count), cycle(zip(CONTRASTS, LIGHTS, strict=True)))]
+    return [dict(filled(feed)) for feed in synthetic_feeds(ports, count=count)]
 
 
 def _field(shape: Sequence[int], steepness: float, random: np.random.Generator) -> Array:
@@ -115,3 +116,11 @@ def _channel_distance(mean: Array, square: Array, moments: Moments) -> float:
     shift = np.abs(mean[alive] - moments.mean[alive]) / deviation
     far = np.minimum(np.nan_to_num(np.abs(np.log(ratio)), nan=FARTHEST), FARTHEST) + np.minimum(np.nan_to_num(shift, nan=FARTHEST), FARTHEST)
     return float(np.mean(far))
+
+
+def leave_room(calibration: Calibration, graph: Graph) -> None:
+    """Widen the ranges of the graph's outputs."""
+    for name in graph.outputs:
+        if name in calibration.histograms:
+            histogram = calibration.histograms[name]
+            histogram.low, histogram.high = ROOM * histogram.low, ROOM * histogram.high

@@ -25,7 +25,7 @@ from npucc.quantize.correct import bias_samples, correct_biases
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import ScaledChannels, equalize
 from npucc.quantize.given import not_kept, spread
-from npucc.quantize.made_up import made_up
+from npucc.quantize.made_up import leave_room, made_up
 from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
@@ -116,6 +116,9 @@ def quantize(
             ordered, equalized, samples = _equalized(ordered, feeds, options, progress)
         keep = max(options.bias_samples, options.round_samples, SAMPLES)
         calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
+        if feeds is None:
+            leave_room(calibration, ordered)
+            options = replace(options, method="minmax") if options.method == MEASURED else options
     shared, groups, rescaled = share_scales(ordered)
     network = _Network(shared, groups, calibration, options)
     mixed, learned = Mixed(), feeds is not None and needs_samples
