@@ -29,6 +29,7 @@ Run = Callable[[Mapping[str, Array]], Outputs]
 SAMPLES = 8  # at most so many are measured with
 FIRST = 2  # at most so many tell which groups matter
 WORK = 1.5e11  # multiply-accumulates to spend on each of the two rounds; one run of each group is made in any case
+BUNDLES = 256  # of more groups, neighbours are first measured together, in so many bundles: the runs must not grow with the network
 OVERHEAD = 30  # of an element that is written, in multiply-accumulates
 MATTERS = 0.01  # of an output's error
 LOUD = 0.03  # of an output's error: other ranges are tried
@@ -87,9 +88,9 @@ def measure(
     chosen = tuple(roots)
     stored = tensor_runner(_with_stored_weights(graph, integer), graph.outputs)
     probe = _Probe(graph, _switched_runner(graph, scales, chosen), tensor_runner(graph, graph.outputs), stored, progress)
-    first = probe.errors(_spread(feeds, affordable_samples(graph, len(chosen), most=FIRST)), chosen)
+    first = _first_round(probe, feeds, chosen)
     important = first.important()
-    second = probe.errors(_spread(feeds, affordable_samples(graph, len(important), most=SAMPLES)), important)
+    second = probe.errors(_spread(feeds, affordable_samples(graph, len(important), most=SAMPLES)), _bundles(important, 1))
     found = _completed(second, first)
     if alternatives is None:
         return found
@@ -98,6 +99,23 @@ def measure(
     if len(samples) < FEWEST_TO_JUDGE:
         return found
     return probe.with_better_ranges(found, samples, tried)
+
+
+def _first_round(probe: _Probe, feeds: Sequence[Mapping[str, Array]], roots: Sequence[str]) -> Sensitivity:
+    """Every group on a sample or two. Of a bundle that does not matter only the first root has an entry, with the error of all of it."""
+    bundles = _bundles(roots, -(-len(roots) // BUNDLES))
+    samples = _spread(feeds, affordable_samples(probe.graph, len(bundles), most=FIRST))
+    found = probe.errors(samples, bundles)
+    while halved := [bundles[root] for root in found.important() if len(bundles[root]) > 1]:
+        parts = {part[0]: part for bundle in halved for part in (bundle[: len(bundle) // 2], bundle[len(bundle) // 2 :])}
+        bundles |= parts
+        found = replace(found, groups={**found.groups, **probe.errors(samples, parts).groups})
+    return found
+
+
+def _bundles(roots: Sequence[str], size: int) -> dict[str, tuple[str, ...]]:
+    """Neighbours together, by the first of them."""
+    return {roots[start]: tuple(roots[start : start + size]) for start in range(0, len(roots), max(size, 1))}
 
 
 def _different(quants: Mapping[str, Quant], used: Quant) -> dict[str, Quant]:
@@ -119,14 +137,14 @@ class _Probe:
     stored: Run
     progress: Progress | None
 
-    def errors(self, samples: Sequence[Mapping[str, Array]], groups: Sequence[str]) -> Sensitivity:
-        """What each group and the weights cause in these samples."""
+    def errors(self, samples: Sequence[Mapping[str, Array]], bundles: Mapping[str, Sequence[str]]) -> Sensitivity:
+        """What the groups of each bundle cause together in these samples, and what the weights cause."""
         wanted, rows = self._wanted(samples)
         noise = {}
-        for done, root in enumerate(groups, start=1):
-            noise[root] = _ratios([self.switched(feed, root) for feed in samples], wanted, rows)
+        for done, (name, roots) in enumerate(bundles.items(), start=1):
+            noise[name] = _ratios([self.switched(feed, roots) for feed in samples], wanted, rows)
             if self.progress:
-                self.progress("sensitivity", done, len(groups))
+                self.progress("sensitivity", done, len(bundles))
         weights = _ratios([self.stored(feed) for feed in samples], wanted, rows)
         return Sensitivity(tuple(name for name, _ in rows), noise, weights, tuple(wanted[index][name] for name, index in rows))
 
@@ -135,10 +153,10 @@ class _Probe:
         wanted, rows = self._wanted(samples)
         methods, groups = {}, dict(found.groups)
         for done, (root, quants) in enumerate(tried.items(), start=1):
-            used = _ratios([self.switched(feed, root) for feed in samples], wanted, rows)
+            used = _ratios([self.switched(feed, (root,)) for feed in samples], wanted, rows)
             best = BETTER
             for method, quant in quants.items():
-                errors = _ratios([self.switched(feed, root, quant) for feed in samples], wanted, rows)
+                errors = _ratios([self.switched(feed, (root,), quant) for feed in samples], wanted, rows)
                 relative = (errors + NOTHING) / (used + NOTHING)
                 halves = [float(np.mean(relative[[index % 2 == half for _, index in rows]])) for half in (0, 1)]
                 if max(halves) < best:
@@ -236,9 +254,9 @@ def _as_float(editor: Editor, integer: Graph, name: str) -> str:
 
 
 class SwitchedRun(Protocol):
-    """A function from a feed and the root of the group to round to the outputs; `quant` rounds to other steps than the scales say."""
+    """A function from a feed and the roots of the groups to round to the outputs; `quant` rounds to other steps than the scales say."""
 
-    def __call__(self, feed: Mapping[str, Array], root: str, quant: Quant | None = None) -> Outputs: ...
+    def __call__(self, feed: Mapping[str, Array], roots: Sequence[str], quant: Quant | None = None) -> Outputs: ...
 
 
 def _switched_runner(graph: Graph, scales: Scales, roots: Sequence[str]) -> SwitchedRun:
@@ -255,10 +273,13 @@ def _switched_runner(graph: Graph, scales: Scales, roots: Sequence[str]) -> Swit
     _insert(model, taken, set(graph.inputs))
     session = float_session(model, weights, disable_quant_qdq="1")
 
-    def run(feed: Mapping[str, Array], root: str, quant: Quant | None = None) -> Outputs:
-        names, switch = list(graph.outputs), switches[root]
-        other = {f"{switch}/scale": np.asarray(quant.scale, np.float32), f"{switch}/zero": np.asarray(quant.zero, np.int8)} if quant else {}
-        values = session.run(names, {**feed, switch: np.array(True), **other})
+    def run(feed: Mapping[str, Array], roots: Sequence[str], quant: Quant | None = None) -> Outputs:
+        names, on = list(graph.outputs), [switches[root] for root in roots]
+        fed: dict[str, Any] = dict.fromkeys(on, np.array(True))
+        if quant:
+            fed |= {f"{switch}/scale": np.asarray(quant.scale, np.float32) for switch in on}
+            fed |= {f"{switch}/zero": np.asarray(quant.zero, np.int8) for switch in on}
+        values = session.run(names, {**feed, **fed})
         return dict(zip(names, values, strict=True))
 
     return run

@@ -12,7 +12,7 @@ from npucc.evaluate import ErrorSum
 from npucc.export import to_onnx
 from npucc.graph import Graph
 from npucc.lowering import lower
-from npucc.quantize import QuantizeOptions, quantize
+from npucc.quantize import QuantizeOptions, quantize, sensitivity
 from npucc.quantize.mixed import QUIET, Mixed, choose, estimated_loss
 from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.quantize import dearest_within
@@ -58,6 +58,14 @@ def test_the_tensor_that_drowns_the_result_gets_16_bits_and_the_result_is_saved(
     assert sqnr(graph, mixed.graph, feeds, "left") > sqnr(graph, plain.graph, feeds, "left") + 10
     assert mixed.report.mixed.after > mixed.report.mixed.before + 10
     assert {name for each in mixed.report.mixed.chosen for name in each.tensors} == wide_tensors(mixed.graph)
+
+
+def test_in_a_long_network_the_tensors_that_matter_are_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are measured in bundles, which are halved where they matter: those are chosen that are when each is measured alone."""
+    graph, feeds = sensitive(), feeds_of()
+    alone = wide_tensors(quantize(graph, feeds).graph)
+    monkeypatch.setattr(sensitivity, "BUNDLES", 1)
+    assert wide_tensors(quantize(graph, feeds).graph) == alone != set()
 
 
 def test_the_estimate_is_near_what_is_measured() -> None:
