@@ -11,6 +11,7 @@ from onnx import ModelProto, TensorProto
 
 import npucc
 from npucc import reference
+from npucc.frontend import import_model
 from runtime import RuntimeFault
 
 from .onnx_models import assert_agrees, model, node, normal, run
@@ -286,3 +287,11 @@ def test_a_spectrum_keeps_its_faint_bins() -> None:
     assert quants == ["s32"]
     assert decibels(package.run(loud[1]).outputs, run(proto, loud[1])) > 25
 
+
+
+def test_all_steps_of_a_recurrence_read_the_same_weights() -> None:
+    sizes = [
+        sum(tensor.data.nbytes for tensor in import_model(recurrent_model("lstm", state=True, steps=steps)).tensors.values() if tensor.data is not None)
+        for steps in (2, 6)
+    ]
+    assert sizes[0] == sizes[1]

@@ -7,7 +7,7 @@ elementwise operations. Sums of gates and states are marked `wide`: what a recur
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class _Layer:
     clip: float
     is_reversed: bool
     peepholes: Weights | None = None  # [3·hidden]: input, output, forget
+    constants: dict[str, str] = field(default_factory=dict)  # what all steps share, by its stem
 
     def op(self, op: str, *inputs: str) -> str:
         """A binary operation in 16 bits."""
@@ -48,16 +49,22 @@ class _Layer:
 
     def product(self, tensor: str, weights: Weights, bias: Weights | None, stem: str) -> str:
         """tensor · weightsᵀ (+ bias) in 16 bits."""
-        constants = [self.node.new_constant(weights.T, stem)]
+        constants = [self.constant(weights.T, stem)]
         if bias is not None and bias.any():
-            constants.append(self.node.new_constant(bias, f"{stem}_bias"))
+            constants.append(self.constant(bias, f"{stem}_bias"))
         return self.node.emit("matmul", (tensor, *constants), ops.MatMul(), wide=True)
+
+    def constant(self, value: Weights, stem: str) -> str:
+        """A constant that is stored once for all steps."""
+        if stem not in self.constants:
+            self.constants[stem] = self.node.new_constant(value, stem)
+        return self.constants[stem]
 
     def peek(self, gate: str, index: int, c: str) -> str:
         """The gate plus what it sees of the cell through its peephole."""
         if self.peepholes is None or not c:
             return gate
-        weights = self.node.new_constant(self.peepholes[index * self.hidden : (index + 1) * self.hidden], "peephole")
+        weights = self.constant(self.peepholes[index * self.hidden : (index + 1) * self.hidden], f"peephole{index}")
         return self.op("add", gate, self.op("mul", c, weights))
 
     def gate(self, tensor: str, index: int, count: int = 1) -> str:
