@@ -14,7 +14,8 @@ import numpy as np
 from npucc import scalar
 from npucc.graph import Graph, Node
 from npucc.ops import OPS, Softmax, Table
-from npucc.quantize.calibrate import SOFTMAX_DEPTH, tests_for_masks
+from npucc.passes.infinities import may_be_infinite
+from npucc.quantize.calibrate import SOFTMAX_DEPTH, softmax_axis, tests_for_masks
 from npucc.quantize.ranges import Histogram, Range
 
 MASKED = 5e3  # this far below the largest value lies no score, but a mask
@@ -41,13 +42,20 @@ class Masks:
     def of(self, names: Sequence[str], covered: Range, seen: Histogram) -> Range:
         """The range of some tensors of one scale: with as much room below its top as their masks need, and no more if nothing else needs it."""
         depth = max((self.depths[name] for name in names if name in self.depths), default=0.0)
-        masks = seen.infinite or seen.low < seen.high - MASKED
+        infinite = bool(seen.infinite) or self._may_mask(names)
+        masks = infinite or seen.low < seen.high - MASKED
         if not depth or not masks or any(np.dtype(self.graph.tensors[name].dtype).kind in "iu" for name in names):
             return covered
         low = seen.high - depth
         if self._only_added(names):
-            return Range(min(0.0, low if seen.infinite else max(seen.low, low)), seen.high)
-        return Range(min(covered.low, low), covered.high) if seen.infinite else covered
+            return Range(min(0.0, low if infinite else max(seen.low, low)), seen.high)
+        return Range(min(covered.low, low), covered.high) if infinite else covered
+
+    def _may_mask(self, names: Sequence[str]) -> bool:
+        """Whether they can be −∞, in whatever sample. What softmax reads itself is counted from the top of each row, masks or not."""
+        if any(softmax_axis(self.graph, name) is not None for name in names):
+            return False
+        return any(may_be_infinite(self.graph, name) for name in names if name in self.depths)
 
     def _only_added(self, names: Sequence[str]) -> bool:
         """Whether nothing needs more of these tensors than their depth."""
@@ -55,7 +63,7 @@ class Masks:
         return not any(name in self.graph.outputs or name not in self.depths for name in names) and all(map(self._asks_for_depth, users))
 
     def _asks_for_depth(self, user: Node) -> bool:
-        if tests_for_masks(self.graph, user):
+        if tests_for_masks(self.graph, user) or _tests_for_infinity(self.graph, user):
             return True
         known = user.op in ("add", "where", "table") or OPS[user.op].moves_data
         return isinstance(user.attributes, Softmax) or (known and user.outputs[0] in self.depths)
@@ -63,7 +71,7 @@ class Masks:
 
 def _through(graph: Graph, node: Node, name: str, found: Mapping[str, float], histogram: Callable[[str], Histogram]) -> float | None:
     """The depth that the node asks of an input; None where it asks for every value."""
-    if isinstance(node.attributes, Softmax):
+    if isinstance(node.attributes, Softmax) or _tests_for_infinity(graph, node):
         return SOFTMAX_DEPTH
     if not name or not node.outputs or node.outputs[0] not in found or graph.tensors[name].dtype == "bool":
         return None
@@ -74,6 +82,12 @@ def _through(graph: Graph, node: Node, name: str, found: Mapping[str, float], hi
         line = scalar.clipped_line(node.attributes.expression)
         return after / line.scale if line and line.scale > 0 else None
     return after if node.op == "where" or OPS[node.op].moves_data else None
+
+
+def _tests_for_infinity(graph: Graph, node: Node) -> bool:
+    """Whether the node compares with an infinite constant: below all else there must be room for what is masked, seen or not."""
+    constants = [data for name in node.inputs if name and (data := graph.tensors[name].data) is not None]
+    return node.op == "compare" and any(np.isinf(data).any() for data in constants)
 
 
 def _width(graph: Graph, name: str, histogram: Callable[[str], Histogram]) -> float:

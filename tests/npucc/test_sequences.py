@@ -177,6 +177,22 @@ def test_rows_that_are_masked_whole_are_zero(form: str) -> None:
         assert form == "unguarded" or not have[0, seed].any()
 
 
+def test_no_row_is_taken_for_masked_where_no_sample_uses_the_mask() -> None:
+    """All positions are valid in calibration; later a whole row is not."""
+    nodes = [
+        node("MatMul", "q k", "s"), node("Where", "mask none low", "bias"), node("Add", "s bias", "t"), node("Softmax", "t", "p", axis=-1),
+        node("ReduceMax", "bias", "m", axes=[-1]), node("Equal", "m low", "odd"), node("Where", "odd none p", "w"), node("MatMul", "w v", "y"),
+    ]  # fmt: skip
+    shapes = {"q": (1, 6, 8), "k": (1, 8, 6), "v": (1, 6, 8)}
+    proto = model(nodes, shapes | {"mask": (6, 6)}, ["y"], {"low": np.float32(-np.inf), "none": np.float32(0)}, dtypes={"mask": "bool"})
+    feeds = [{name: normal(*shape, seed=seed + len(name)) for name, shape in shapes.items()} | {"mask": np.ones((6, 6), bool)} for seed in range(4)]
+    package = npucc.compile(proto, target="tiny", calibration=feeds)
+    for masked in (np.ones((6, 6), bool), np.arange(6)[:, None] * np.ones(6) > 0):
+        feed = feeds[0] | {"mask": masked}
+        (want,) = run(proto, feed)
+        assert decibels(package.run(feed).outputs, [np.where(masked.any(axis=1)[:, None], want, 0).astype(np.float32)]) > 30
+
+
 def test_integers_are_exact() -> None:
     """Positions that are computed from a length: sums, differences and comparisons in steps of one."""
     nodes = [
