@@ -9,12 +9,12 @@ Systolic array of R rows and C columns (K lies along R, N along C), one output m
                         With shadow weights the next fold loads behind the current one: R + F·max(M, R) + R + C - 2.
     output stationary   G⌈M/R⌉⌈N/C⌉(K + R + C - 2)
     input stationary    G⌈K/R⌉⌈M/C⌉(2R + C + N - 2)
-    convolution         weight stationary with patches: the columns of a fold hold the results of a patch of h' × w' neighbouring pixels, and the
-                        weights a Toeplitz matrix, by which the inputs under the patch (fewer than h'w' windows, as these overlap) become its
-                        results. K is the number of those inputs, the columns are h'w'N, M = ⌈h/h'⌉⌈w/w'⌉. Of groups whose K and columns are
-                        small enough, several lie block-diagonally in one fold. The patch is the one with the fewest cycles: 1 × 1 where the
-                        outputs fill the columns, larger ones for few outputs, and for depthwise (N = 1, K = taps).
-                        The other dataflows have K = taps, N = 1, G = c for depthwise.
+    convolution         weight stationary with patches (variable windows: VW-SDK, Rhe et al., DATE 2022): the columns of a fold hold the results of
+                        a patch of h' × w' neighbouring pixels, and the weights a Toeplitz matrix, by which the inputs under the patch (fewer than
+                        h'w' windows, as these overlap) become its results. K is the number of those inputs, the columns are h'w'N,
+                        M = ⌈h/h'⌉⌈w/w'⌉. Of groups whose K and columns are small enough, several lie block-diagonally in one fold. The patch is
+                        the one with the fewest cycles: 1 × 1 where the outputs fill the columns, larger ones for few outputs, and for
+                        depthwise (N = 1, K = taps). The other dataflows have K = taps, N = 1, G = c for depthwise.
 MAC array m×n×k (Da Vinci cube: Liao et al., HPCA 2021), pipeline depth D:
     matrix              G⌈M/m⌉⌈N/n⌉⌈K/k⌉ + D
     depthwise           ⌈M/m⌉⌈c/n⌉⌈taps/k⌉ + D: each of the n columns serves one channel
