@@ -31,7 +31,7 @@ from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
 from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.rounding import Evidence, collect
-from npucc.quantize.scales import EACH_DEFAULT, Scales, alternatives, choose_scales, is_index, known_beforehand
+from npucc.quantize.scales import EACH_DEFAULT, Scales, alternatives, choose_scales, is_index, known_beforehand, observed_ranges
 from npucc.quantize.sensitivity import SAMPLES, measure
 from npucc.quantize.share import Groups, share_scales
 
@@ -57,7 +57,7 @@ class TensorRange:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeReport:
-    """`rescaled`: whole numbers that a Concat joins with reals;
+    """`rescaled`: tensors that a Concat reads on another scale than the rest of the graph does;
     `mixed`: which got 16 bits by measurement, and what for; `quantized_anew`: integers of an already quantized model that could not be kept;
     `equalized`: tensors that are scaled by channel, and back in the weights that read them."""
 
@@ -119,7 +119,7 @@ def quantize(
         if feeds is None:
             leave_room(calibration, ordered)
             options = replace(options, method="minmax") if options.method == MEASURED else options
-    shared, groups, rescaled = share_scales(ordered)
+    shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration))
     network = _Network(shared, groups, calibration, options)
     mixed, learned = Mixed(), feeds is not None and needs_samples
     if options.scheme == "auto" and learned:

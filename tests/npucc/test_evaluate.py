@@ -124,6 +124,7 @@ def test_errors_per_layer_find_the_bad_layer() -> None:
     assert accumulated["swish"] < 20
     assert rows["sum"].single_db > 30
     assert accumulated["sum"] < rows["sum"].single_db
+    assert rows["swish/rescaled"].single_db > 20
     assert rows["stem"].nodes == ("onnx/stem",)
     json.dumps([row.as_dict() for row in rows.values()])
 

@@ -268,6 +268,34 @@ def test_a_softmax_has_a_scale_of_one_over_n() -> None:
     assert float(np.float32(1) / np.float32(scale)) == round(1 / scale)
 
 
+def narrow_and_wide(*, reused: bool) -> Graph:
+    net = FloatNet()
+    net.input("x", 1, 4, 5, 5)
+    net.op("table", ["x"], "narrow", ops.Table(("mul", "x", 0.05)))
+    net.op("table", ["x"], "wide", ops.Table(("mul", "x", 5.0)))
+    net.op("concat", ["narrow", "wide"], "joined", ops.Concat(1))
+    net.op("table", ["narrow" if reused else "wide"], "again", ops.Table(("tanh", "x")))
+    return net.graph("joined", "again")
+
+
+def test_a_narrow_input_of_concat_keeps_its_scale_if_others_read_it() -> None:
+    quantized = quantize(narrow_and_wide(reused=True), feeds_of((1, 4, 5, 5)))
+    graph = quantized.graph
+    assert quantized.report.rescaled == ("narrow",)
+    assert quant_of(graph, "narrow")[0] < 0.05 * quant_of(graph, "joined")[0]
+    assert quant_of(graph, "wide") == quant_of(graph, "joined")
+    joined = next(node for node in graph if node.op == "concat")
+    copy = graph.producer(joined.inputs[0])
+    assert copy is not None
+    assert (copy.op, copy.inputs, copy.attributes) == ("table", ("narrow",), ops.Table("x"))
+
+
+def test_a_narrow_input_that_only_concat_reads_is_joined() -> None:
+    quantized = quantize(narrow_and_wide(reused=False), feeds_of((1, 4, 5, 5)))
+    assert quantized.report.rescaled == ()
+    assert quant_of(quantized.graph, "narrow") == quant_of(quantized.graph, "joined")
+
+
 @pytest.mark.parametrize("masked", [-1e4, -3.4e38, -np.inf], ids=str)
 def test_masked_scores_do_not_widen_the_range(masked: float) -> None:
     net = FloatNet()
