@@ -28,6 +28,7 @@ def test_passes_what_onnxruntime_passes(kind: str) -> None:
     assert len(passed) >= LEAST[kind]
 
 
+@pytest.mark.filterwarnings("ignore")  # of the cases as they are collected
 def test_a_wrong_result_is_found() -> None:
     (case,) = cases_of("node", "^test_abs$")
     assert run_case(case, by_npucc) == ""
