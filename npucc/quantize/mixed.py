@@ -26,6 +26,8 @@ from npucc.quantize.sensitivity import Sensitivity
 Array = np.ndarray[Any, np.dtype[Any]]
 
 QUIET = 1e-6  # error energy over signal energy that nobody asks to lower (60 dB)
+POOR = 25.0  # dB: up to here what is gained counts `POOR_COUNTS` times
+POOR_COUNTS = 3.0
 GOOD = 45.0  # dB: up to here all that is gained counts, from here to `QUIET` half
 PERCENT = 0.2  # dB that one percent of cycles has to gain
 FREE = 0.02  # percent of cycles: what costs less is compared as if it cost that
@@ -160,9 +162,10 @@ def _path(sensitivity: Sensitivity, price: Mapping[str, float], budget: float) -
 
 
 def _worth(ratios: Array) -> float:
-    """Decibels, those above `GOOD` counted half, those beyond `QUIET` not at all; mean over the rows."""
+    """Decibels, those below `POOR` counted more, those above `GOOD` half, those beyond `QUIET` not at all; mean over the rows."""
     decibels = -10 * np.log10(ratios + QUIET)
-    return float(np.mean(decibels - np.maximum(decibels - GOOD, 0) / 2)) if len(ratios) else 0.0
+    counted = decibels + (POOR_COUNTS - 1) * np.minimum(decibels - POOR, 0) - np.maximum(decibels - GOOD, 0) / 2
+    return float(np.mean(counted)) if len(ratios) else 0.0
 
 
 def _decibels(ratios: Array) -> float:

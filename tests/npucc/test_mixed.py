@@ -145,6 +145,10 @@ def test_two_that_pay_only_together_are_taken_together() -> None:
     assert choose(noise_of({"a": 1e-3}, weights=1e-3), groups, {"a": 18.0}, budget=100.0)[0] == ()
 
 
+def test_a_poor_output_is_worth_more_cycles() -> None:
+    assert choose(noise_of({"a": 1e-2}, weights=1e-2), named("a"), {"a": 18.0}, budget=100.0)[0] == ("a",)  # from 17 dB to 20
+
+
 def test_what_nobody_hears_is_left_alone() -> None:
     assert choose(noise_of({"a": QUIET / 1000}, weights=0.0), named("a"), {"a": 0.0}, budget=5.0)[0] == ()
 
