@@ -46,9 +46,11 @@ def kept_shares(values: np.ndarray, target: Target, pixels: int, windows: Window
     packing = cheapest(values, target, pixels) if target.formats and values.ndim > 1 else None
     if packing is None:
         return 1.0, 1.0
-    few, all_of_them = (matrix_cycles(values, target, max(pixels, 1), each, windows) for each in (packing, None))
-    cycles = few / all_of_them if pixels else 1.0
-    return cycles, packing.bytes(values.shape) / values.size
+    bytes_kept = packing.bytes(values.shape) / values.size
+    if not pixels:
+        return 1.0, bytes_kept
+    few, all_of_them = (matrix_cycles(values, target, pixels, each, windows) for each in (packing, None))
+    return few / all_of_them, bytes_kept
 
 
 def matrix_cycles(values: np.ndarray, target: Target, pixels: int, packing: Packing | None, windows: Windows | None = None) -> int:
