@@ -136,7 +136,7 @@ def _channel_means(value: Array, axis: int) -> Array:
 
 
 def tensor_runner(graph: Graph, wanted: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    """A function from a feed to the wanted tensors of a float graph by name."""
+    """A function from a feed to the wanted tensors of a float graph by name, which raises QuantizeError for a feed that the model can't take."""
     weights: dict[str, Array] = {}
     model = to_onnx(_with_finite_scores(graph), apart=weights)
     have = {value.name for value in model.graph.output}
@@ -149,7 +149,11 @@ def tensor_runner(graph: Graph, wanted: Sequence[str]) -> Callable[[Mapping[str,
     session = float_session(model, weights)
 
     def run(feed: Mapping[str, Array]) -> dict[str, Array]:
-        values = session.run(computed, dict(feed)) if computed else []
+        try:
+            values = session.run(computed, dict(feed)) if computed else []
+        except Exception as error:  # noqa: BLE001  onnxruntime raises many kinds
+            reason = str(error).splitlines()[0]
+            raise QuantizeError(f"onnxruntime can't run the model on a calibration sample: {reason}", hint="check the sample's values") from None
         return {**{name: feed[name] for name in wanted if name in feed}, **dict(zip(computed, values, strict=True))}
 
     return run
@@ -171,7 +175,7 @@ def float_session(model: onnx.ModelProto, weights: Mapping[str, Array], **entrie
     """The model in onnxruntime on the CPU, quiet and with few threads. `weights`: its large stored tensors, which no message of protobuf copies."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised
     for key, value in entries.items():
         options.add_session_config_entry(f"session.{key}", value)
     if weights:

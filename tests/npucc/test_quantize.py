@@ -436,6 +436,16 @@ def test_what_has_no_8_bit_form_is_refused() -> None:
     assert "already" in message_of(lambda: quantize(twice, None))
 
 
+def test_a_sample_that_the_model_cant_take_is_refused() -> None:
+    """An index beyond the table, which only running the model finds."""
+    net = FloatNet()
+    net.input("ids", 1, 3, dtype="int64")
+    net.op("gather", [net.constant("table", np.eye(4, dtype=np.float32)), "ids"], "rows", ops.Gather())
+    net.op("table", ["rows"], "y", ops.Table(("tanh", "x")))
+    with pytest.raises(QuantizeError, match=r"calibration sample.*indices"):
+        quantize(net.graph("y"), [{"ids": np.array([[0, 1, 9]])}])
+
+
 def test_broken_constants_are_refused() -> None:
     net = FloatNet()
     net.input("x", 1, 2, 4, 4)
