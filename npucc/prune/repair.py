@@ -98,10 +98,12 @@ def joined_to(graph: Graph, node: Node) -> str:
     if len(users) != 1 or users[0].op != "add" or result in graph.outputs or getattr(node.attributes, "clamp", None) is not None:
         return ""
     other = next((name for name in users[0].inputs if name != result), result)
-    producer, order = graph.producer(other), list(graph.nodes)
-    early = producer is None or order.index(producer.name) < order.index(node.name)
     same = other != result and graph.tensors[other].shape == graph.tensors[result].shape
-    return other if early and same and not graph.tensors[other].is_constant else ""
+    if not same or graph.tensors[other].is_constant:
+        return ""
+    producer = graph.producer(other)
+    known = producer is None or next(each for each in graph if each.name in (producer.name, node.name)).name == producer.name
+    return other if known else ""
 
 
 def _mask(start: Array, chosen: Array) -> Array:

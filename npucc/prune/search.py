@@ -41,7 +41,8 @@ FEWEST_HALVED = 4  # samples below which there are no halves to judge each other
 class Job:
     """What every attempt shares: the graph as it came, the dense one without channels that are zero, what is known of it, and the samples.
 
-    `judged`: those that measure one layer's error."""
+    `judged`: those that measure one layer's error.
+    """
 
     original: Graph
     dense: Graph
