@@ -2,7 +2,7 @@
 
 The one big idea: a tile is (rows × columns × output channels) of the result and a chunk of the input channels; nothing is
 assumed to fit but one output pixel of one channel with one input channel. A cost model compares all tile shapes that fit,
-with weights or pixels in the outer loop, by max(matrix, DMA, vector cycles) plus what the first tile has to wait for.
+with weights or pixels in the outer loop (`cost.tiled_cycles`).
 """
 
 from __future__ import annotations
@@ -209,38 +209,40 @@ class _Lowering:
         return sum(aligned(sizes[key], target) * slots[key] for key in sizes) <= self.emitter.spm_free
 
     def estimate(self, plan: Plan) -> float:
-        """Cycles: the busiest engine's, plus what the first tile waits for and the last one leaves behind."""
-        problem, target, (kh, kw) = self.problem, self.emitter.target, self.problem.kernel
+        """Cycles of the layer."""
+        problem, target, sizes = self.problem, self.emitter.target, self.sizes(plan)
         pixels, tiles = self.pixel_tiles(plan), -(-problem.outputs // plan.outputs)
-        chunks = 1 if self.tied else -(-problem.channels // plan.channels)
-        count, width = plan.rows * plan.columns, DTYPES[problem.x.dtype]
-        around = Windows(plan.columns, (kh, kw), problem.strides, problem.dilations)
-        if problem.depthwise:
-            matrix: float = cost.depthwise_cycles(target, count, around, plan.outputs, width=width)
-        else:
-            groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
-            depth, outputs = kh * kw * plan.channels // groups, plan.outputs // groups
-            matrix = cost.matrix_cycles(target, count, depth, outputs, groups, width=width, windows=around, kept=self.cycles_kept)
-        sizes = self.sizes(plan)
-        load_x = cost.dma_cycles(target, sizes["x"], self._run_length(plan))
-        packed = math.ceil(self.bytes_kept * sizes["w"])
-        load_w = cost.dma_cycles(target, packed, packed) + cost.dma_cycles(target, sizes["p"], sizes["p"])
-        run = plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1)
-        stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
-        store = cost.dma_cycles(target, stored, run * DTYPES[self.result.dtype])
-        extra = cost.dma_cycles(target, self.chain.loaded_bytes(self._box(plan)), run)
-        x_loads = (
-            pixels * chunks
-            if self.tied or ((tiles == 1 or not plan.weights_outer) and chunks == 1) or pixels * chunks == 1
-            else pixels * tiles * chunks
+        chunks, stores = 1 if self.tied else -(-problem.channels // plan.channels), pixels * tiles
+        alone = pixels * chunks == 1 or (chunks == 1 and (tiles == 1 or not plan.weights_outer))
+        x_loads = stores if self.tied else pixels * chunks * (1 if alone else tiles)
+        w_loads = tiles * chunks * (1 if (plan.weights_outer and chunks == 1) or tiles * chunks == 1 else pixels)
+        p_loads = tiles * (1 if plan.weights_outer or tiles == 1 else pixels)
+        packed, run = math.ceil(self.bytes_kept * sizes["w"]), self._stored_run(plan)
+        loads = (
+            cost.Transfers(x_loads, sizes["x"], self._run_length(plan)),
+            cost.Transfers(w_loads, packed, packed),
+            cost.Transfers(p_loads, sizes["p"], sizes["p"]),
+            *(cost.Transfers(stores, size, run) for size in self.chain.operand_bytes(self._box(plan))),
         )
-        if self.tied:
-            x_loads = pixels * tiles
-        w_loads = tiles * chunks if (plan.weights_outer and chunks == 1) or tiles * chunks == 1 else tiles * chunks * pixels
-        dma = x_loads * load_x + w_loads * load_w + pixels * tiles * (store + extra)
-        vector = cost.vector_cycles(target, count * plan.outputs) * (1 + len(self.chain.nodes))
-        busiest = max(pixels * tiles * chunks * matrix, dma, pixels * tiles * vector)
-        return busiest + load_x + load_w + vector + store + 2 * target.dram_latency
+        stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
+        vector = cost.vector_cycles(target, plan.rows * plan.columns * plan.outputs) * (1 + len(self.chain.nodes))
+        matrix = stores * chunks * self._matrix_cycles(plan)
+        return cost.tiled_cycles(target, matrix=matrix, vector=vector, loads=loads, stores=cost.Transfers(stores, stored, run))
+
+    def _matrix_cycles(self, plan: Plan) -> float:
+        """Of one tile and one chunk of its input channels."""
+        problem, target = self.problem, self.emitter.target
+        count, width, taps = plan.rows * plan.columns, DTYPES[problem.x.dtype], math.prod(problem.kernel)
+        around = Windows(plan.columns, problem.kernel, problem.strides, problem.dilations)
+        if problem.depthwise:
+            return cost.depthwise_cycles(target, count, around, plan.outputs, width=width)
+        groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
+        depth, outputs = taps * plan.channels // groups, plan.outputs // groups
+        return cost.matrix_cycles(target, count, depth, outputs, groups, width=width, windows=around, kept=self.cycles_kept)
+
+    def _stored_run(self, plan: Plan) -> int:
+        """Contiguous bytes of a result tile in DRAM."""
+        return plan.outputs * (plan.columns if plan.outputs == self.problem.outputs else 1) * DTYPES[self.result.dtype]
 
     def _run_length(self, plan: Plan) -> int:
         """Contiguous bytes of an input tile's rows in DRAM."""

@@ -79,11 +79,11 @@ class Chain:
         spare = box.elements * max(self.widths) if len(self.widths) > 1 else 0
         looked_up = (n.inputs[0] for n in self.nodes if isinstance(n.attributes, Table) and not self._direct(n, n.attributes))
         tables = sum(TABLE_BYTES[graph.quant(name).dtype] for name in looked_up)
-        return spare + tables + self.loaded_bytes(box)
+        return spare + tables + sum(self.operand_bytes(box))
 
-    def loaded_bytes(self, box: Box) -> int:
-        """Bytes of operands that are loaded from DRAM for a block of these sizes."""
-        return sum(self._operand_bytes(name, box) for name in self.operands())
+    def operand_bytes(self, box: Box) -> list[int]:
+        """Of each operand the bytes that are loaded from DRAM for a block of these sizes."""
+        return [self._operand_bytes(name, box) for name in self.operands()]
 
     def _operand_bytes(self, name: str, box: Box) -> int:
         view = self.view(name)

@@ -120,8 +120,11 @@ class _Lowering:
         rank = len(self.shape)
         return Box((*batch, rows[0], columns[0]), (*(1,) * (rank - 2), rows[1], columns[1]), tuple(range(rank)))
 
+    def _first_box(self, plan: Plan) -> Box:
+        return self._box((0,) * (len(self.shape) - 2), (0, plan.rows), (0, plan.columns))
+
     def sizes(self, plan: Plan) -> dict[str, int]:
-        box = self._box((0,) * (len(self.shape) - 2), (0, plan.rows), (0, plan.columns))
+        box = self._first_box(plan)
         return {
             "a": 0 if self.emitter.tile(self.left).space == "spm" else plan.rows * plan.depth * DTYPES[self.left.dtype],
             "b": 0 if self.weights is None and self.emitter.tile(self.right).space == "spm" else plan.depth * plan.columns,
@@ -145,29 +148,29 @@ class _Lowering:
         return sum(aligned(sizes[key], target) * slots[key] for key in sizes) <= self.emitter.spm_free
 
     def estimate(self, plan: Plan) -> float:
-        """Cycles of one batch: the busiest engine's, plus what the first tile waits for and the last one leaves behind."""
+        """Cycles of one batch."""
         target, sizes, width = self.emitter.target, self.sizes(plan), DTYPES[self.left.dtype]
         rows, columns, chunks = -(-self.rows // plan.rows), -(-self.columns // plan.columns), -(-self.depth // plan.depth)
-        load_a = cost.dma_cycles(target, sizes["a"], plan.depth * (plan.rows if chunks == 1 else 1) * width)
-        load_b = cost.dma_cycles(target, sizes["b"], sizes["b"] if self.weights is not None else plan.columns) + cost.dma_cycles(
-            target, sizes["p"], sizes["p"]
-        )
-        stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
-        loaded = self.chain.loaded_bytes(self._box((0,) * (len(self.shape) - 2), (0, plan.rows), (0, plan.columns)))
-        store = cost.dma_cycles(target, stored + loaded, plan.columns * DTYPES[self.result.dtype])
-        again = chunks > 1
+        again, run = chunks > 1, plan.columns * DTYPES[self.result.dtype]
         a_loads = rows * chunks * (columns if (plan.right_outer or again) and rows * chunks > 1 else 1)
         b_loads = columns * chunks * (rows if (not plan.right_outer or again) and columns * chunks > 1 else 1)
+        p_loads = columns * (rows if not plan.right_outer and columns > 1 else 1)
+        loads = (
+            cost.Transfers(a_loads, sizes["a"], plan.depth * (1 if again else plan.rows) * width),
+            cost.Transfers(b_loads, sizes["b"], sizes["b"] if self.weights is not None else plan.columns),
+            cost.Transfers(p_loads, sizes["p"], sizes["p"]),
+            *(cost.Transfers(rows * columns, size, run) for size in self.chain.operand_bytes(self._first_box(plan))),
+        )
+        stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
         vector = cost.vector_cycles(target, plan.rows * plan.columns) * (1 + len(self.chain.nodes))
-        matrix = cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=width)
-        busiest = max(rows * columns * chunks * matrix, a_loads * load_a + b_loads * load_b + rows * columns * store, rows * columns * vector)
-        return busiest + load_a + load_b + vector + store + 2 * target.dram_latency
+        matrix = rows * columns * chunks * cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=width)
+        return cost.tiled_cycles(target, matrix=matrix, vector=vector, loads=loads, stores=cost.Transfers(rows * columns, stored, run))
 
     def take_buffers(self, plan: Plan) -> None:
         sizes, slots = self.sizes(plan), self.slots(plan)
         self.rings = {key: self.emitter.ring(sizes[key], slots[key]) for key in ("a", "b", "p", "y")}
         self.acc_ring = self.emitter.acc_ring(4 * plan.rows * plan.columns)
-        self.chain.prepare(self._box((0,) * (len(self.shape) - 2), (0, plan.rows), (0, plan.columns)), 2)
+        self.chain.prepare(self._first_box(plan), 2)
 
     def order(self, plan: Plan) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
         rows, columns = windows(self.rows, plan.rows), windows(self.columns, plan.columns)
