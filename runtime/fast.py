@@ -282,12 +282,11 @@ def bind_resize(site: Site) -> Run | None:
     places = (address(x), *x.strides[:2], address(r), r.strides[0], address(q), q.strides[0], address(y), *y.strides[:2])
     reals = tuple(float(value) for value in (scale_x, zero_x, scale_y, zero_y, low, high))
 
-    def run() -> None:
+    def check() -> None:
         positions(site, "r", x.shape[0])  # faults on any outside of x
         positions(site, "q", x.shape[1])
-        compiled.resize(*places, *y.shape, *reals)
 
-    return run
+    return _sequence([check, _Call(compiled.resize, *places, *y.shape, *reals)], (y, x, r, q))
 
 
 KERNELS: dict[str, Callable[[Site], Run | None]] = {

@@ -38,7 +38,8 @@ class Part:
 
 def cut(left: Array, right: Array, content: Array, *, largest: int) -> list[Part]:
     """The product as parts that are exact each; `largest` bounds |left|, and `content` (integers) is what `right` will hold."""
-    bound = largest * int(np.abs(content, dtype=np.int16).sum(axis=-2, dtype=np.int64).max())
+    magnitudes = np.abs(content).view(f"u{content.itemsize}")  # unsigned: abs of the least number is itself
+    bound = largest * int(magnitudes.sum(axis=-2, dtype=np.int64).max())
     depth = right.shape[-2]
     if bound <= EXACT[left.dtype] or depth == 1:
         return [Part(left, right, bound)]

@@ -6,7 +6,7 @@ operand once gives the array that every execution reads or writes. No view is ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,10 @@ class Memory:
         if not 0 <= size <= LARGEST_MEMORY:
             raise RuntimeFault(f"the {space} memory has {size} bytes", hint=f"it can have 0 to {LARGEST_MEMORY}")
         try:
-            backing = np.zeros(size + CACHE_LINE, np.uint8)
+            self.bytes: NDArray[np.uint8] = aligned(size, np.zeros)
         except MemoryError as error:
             raise RuntimeFault(f"this computer can't hold a {space} memory of {size} bytes", hint="use a smaller model or target") from error
-        start = -backing.ctypes.data % CACHE_LINE
         self.space, self.size = space, size
-        self.bytes: NDArray[np.uint8] = backing[start : start + size]
         self._fixed: tuple[int, NDArray[np.uint8]] | None = None  # address and content of bytes that are read where they are
 
     def write(self, address: int, content: bytes | memoryview) -> None:
@@ -97,6 +95,13 @@ class Memory:
         """Zero the given [low, high) byte ranges."""
         for low, high in intervals:
             self.bytes[low:high] = 0
+
+
+def aligned(size: int, make: Callable[..., Array] = np.empty) -> Array:
+    """So many bytes from `make`, the first of them at the start of a cache line."""
+    backing = make(size + CACHE_LINE, np.uint8)
+    start = -backing.ctypes.data % CACHE_LINE
+    return backing[start : start + size]
 
 
 def extent(tile: Tile, address: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from runtime.site import Site
 
 DEFAULT_CLAMP = (-128, 127)
 #: elements of a row to which short rows are joined, with their scales repeated: numpy's inner loops want to be long
-LONG_ROW = 1024
+LONG_ROW = 256
 
 
 def bounds(dtype: str, clamp: tuple[int, int]) -> tuple[int, int]:

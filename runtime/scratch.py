@@ -1,7 +1,7 @@
 """Working arrays that the kernels share: taken when a program is bound, so that a run allocates nothing large.
 
 The one big idea: kernels run one after the other, so two of them may use the same bytes. Arrays of one role are views of
-one buffer per power of two of their size.
+one buffer, which is replaced by a larger one when it is too small (arrays taken before keep the old one).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from runtime.memory import CACHE_LINE, Array
+from runtime.memory import Array, aligned
 
 #: elements that a kernel works on at once, so that its float32 working arrays stay in the first- and second-level cache
 PIECE = 32768
@@ -22,18 +22,15 @@ class Scratch:
     """A pool of working arrays by role."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], Array] = {}
+        self._buffers: dict[str, Array] = {}
         self._held: dict[int, Any] = {}
 
     def take(self, role: str, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """An array whose content lasts until the next kernel that takes the same role."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        capacity = max(1 << max(size - 1, 1).bit_length(), CACHE_LINE)
-        buffer = self._buffers.get((role, capacity))
-        if buffer is None:
-            backing: Array = np.empty(capacity + CACHE_LINE, np.uint8)
-            start = -backing.ctypes.data % CACHE_LINE
-            buffer = self._buffers[(role, capacity)] = backing[start : start + capacity]
+        buffer = self._buffers.get(role)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[role] = aligned(max(size, len(buffer) * 3 // 2 if buffer is not None else 0))
         taken: np.ndarray[Any, Any] = buffer[:size].view(dtype).reshape(shape)
         return taken
 
