@@ -34,13 +34,13 @@ PLACES = {
     HOST: "onnxruntime, as part of a host segment",
 }
 #: what an operator group of the frontend comes down to, where it is not the vector engine
-GROUPS = {"matrix": MATRIX, "linear": MATRIX, "recurrent": MATRIX, "transformer": MATRIX, "layout": MOVES, "quantized": FOLDED}
+GROUPS = {"matrix": MATRIX, "linear": MATRIX, "recurrent": MATRIX, "transformer": MATRIX, "blocks": MATRIX, "layout": MOVES, "quantized": FOLDED}
 #: operators that come down to something else than the rest of their group
 ENGINES = {
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "GroupNormalization", "CumSum", "Attention", "CausalConvWithState"), MATRIX),
     **dict.fromkeys(("Compress", "GatherElements", "GatherND", "ReverseSequence", "Scatter", "ScatterElements", "ScatterND"), MOVES),
     **dict.fromkeys(("RotaryEmbedding", "BiasGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization"), VECTOR),
-    "CenterCropPad": MOVES, "IsInf": FOLDED, "IsNaN": FOLDED,
+    "CenterCropPad": MOVES, "GatherBlockQuantized": MOVES, "IsInf": FOLDED, "IsNaN": FOLDED,
 }  # fmt: skip
 
 

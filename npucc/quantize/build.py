@@ -22,11 +22,11 @@ from npucc.quantize.calibrate import summed_axis
 from npucc.quantize.constants import (
     LARGEST_WEIGHT,
     MatrixConstants,
+    axes_of,
     constant_quant,
     dequantized,
     finite_constant,
     nearest,
-    output_axis,
     quantize_matrix,
     source_of,
     with_bias,
@@ -124,8 +124,8 @@ class _Builder:
         if isinstance(kept, MatrixConstants):
             constants = kept
         else:
-            axis = output_axis(node, weights, per_tensor=self.options.per_tensor)
-            constants = quantize_matrix(weights, bias, source, axis, rounding=partial(self._rounded, node.inputs[1]))
+            axes = axes_of(node, weights.ndim, per_tensor=self.options.per_tensor)
+            constants = quantize_matrix(weights, bias, source, axes, rounding=partial(self._rounded, node.inputs[1]))
             if self.options.bias_correction and self.means:
                 constants = self._corrected(node, weights, bias, source, constants)
         stored = self._store(node.inputs[1], constants.weights, constants.weights_quant)
@@ -163,9 +163,9 @@ class _Builder:
         if error is None or not error.any():
             return constants
         whole = error if bias is None else bias.astype(np.float64) + error
-        axis = constants.weights_quant.axis
-        return with_bias(constants, weights, whole, source) or quantize_matrix(
-            weights, whole, source, axis, rounding=partial(self._rounded, node.inputs[1])
+        axes = axes_of(node, weights.ndim, per_tensor=self.options.per_tensor)
+        return with_bias(constants, weights, whole, source, axes) or quantize_matrix(
+            weights, whole, source, axes, rounding=partial(self._rounded, node.inputs[1])
         )
 
     # ---- other constants

@@ -35,15 +35,23 @@ class MatrixConstants:
     bias_quant: Quant
 
 
-def output_axis(node: Node, weights: Array, *, per_tensor: bool) -> int | None:
-    """The weight dimension of the output channels; None where one scale must do."""
-    if per_tensor:
-        return None
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Dimensions of a weight. `output`: of the output channels; None where one scale must do. `summed`: that one output sums over, or more."""
+
+    output: int | None
+    summed: tuple[int, ...]
+
+
+def axes_of(node: Node, rank: int, *, per_tensor: bool = False) -> Axes:
+    """Those of a matrix operator's weights."""
     if node.op == "conv":
-        return 0
-    if node.op == "conv_transpose":
-        return 1 if node.attributes.groups == 1 else None  # type: ignore[attr-defined]
-    return 1 if weights.ndim == 2 else None
+        axes = Axes(0, (1, 2, 3))
+    elif node.op == "conv_transpose":
+        axes = Axes(1 if node.attributes.groups == 1 else None, (0, 2, 3))  # type: ignore[attr-defined]
+    else:
+        axes = Axes(1 if rank == 2 else None, (rank - 2,))
+    return replace(axes, output=None) if per_tensor else axes
 
 
 def nearest(steps: Array) -> Array:
@@ -52,32 +60,32 @@ def nearest(steps: Array) -> Array:
 
 
 def quantize_matrix(
-    weights: Array, bias: Array | None, source: Quant, axis: int | None, *, rounding: Callable[[Array], Array] = nearest
+    weights: Array, bias: Array | None, source: Quant, axes: Axes, *, rounding: Callable[[Array], Array] = nearest
 ) -> MatrixConstants:
-    """Symmetric s8 weights, s32 bias at scale s_x·s_w. `axis`: see `output_axis`. `rounding`: from weights over their scale to integers."""
-    scale = _guarded_scale(weights.astype(np.float64), bias, source, axis)
+    """Symmetric s8 weights, s32 bias at scale s_x·s_w. `rounding`: from weights over their scale to integers."""
+    axis = axes.output
+    scale = _guarded_scale(weights.astype(np.float64), bias, source, axes)
     accumulator = (np.float32(source.scale) * scale).astype(np.float32)
     offset = None if bias is None else stored_bias(bias, accumulator)
     steps = weights / _along(scale, axis, weights.ndim)
     rounded = rounding(steps)
-    stored = np.where(_fits(rounded, offset, source, axis), rounded, nearest(steps)).astype(np.int8)
+    stored = np.where(fits(rounded, offset, source, axes), rounded, nearest(steps)).astype(np.int8)
     bias_quant = Quant("s32", np.asarray(accumulator), 0, None if axis is None else 0)
     return MatrixConstants(stored, Quant("s8", np.asarray(scale), 0, axis), offset, bias_quant)
 
 
-def _fits(stored: Array, bias: Array | None, source: Quant, axis: int | None) -> Array:
+def fits(stored: Array, bias: Array | None, source: Quant, axes: Axes) -> Array:
     """Per output channel, shaped to broadcast over the weights: whether no input can bring the sum out of 32 bits."""
-    worst = np.abs(stored).sum(axis=_summed(stored, axis), keepdims=True) * _largest_step(source)
+    worst = np.abs(stored.astype(np.float64)).sum(axis=axes.summed, keepdims=True) * largest_step(source)
     if bias is None or not bias.size:
         return np.asarray(worst <= LARGEST_SUM)
     offset = np.abs(bias.astype(np.float64))
-    return np.asarray(worst + (offset.max() if axis is None else _along(offset, axis, stored.ndim)) <= LARGEST_SUM)
+    return np.asarray(worst + (offset.max() if axes.output is None else _along(offset, axes.output, stored.ndim)) <= LARGEST_SUM)
 
 
-def with_bias(constants: MatrixConstants, weights: Array, bias: Array, source: Quant) -> MatrixConstants | None:
+def with_bias(constants: MatrixConstants, weights: Array, bias: Array, source: Quant, axes: Axes) -> MatrixConstants | None:
     """The same weights with another bias; None where that takes a wider scale."""
-    axis = constants.weights_quant.axis
-    if not np.array_equal(_guarded_scale(weights.astype(np.float64), bias, source, axis), constants.weights_quant.scale):
+    if not np.array_equal(_guarded_scale(weights.astype(np.float64), bias, source, axes), constants.weights_quant.scale):
         return None
     return replace(constants, bias=stored_bias(bias, np.asarray(constants.bias_quant.scale)))
 
@@ -87,14 +95,15 @@ def stored_bias(bias: Array, scale: Array) -> Array:
     return np.clip(np.rint(bias.astype(np.float64) / scale.astype(np.float64)), -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
 
 
-def _guarded_scale(weights: Array, bias: Array | None, source: Quant, axis: int | None) -> Array:
+def _guarded_scale(weights: Array, bias: Array | None, source: Quant, axes: Axes) -> Array:
     """Per channel (or one): largest magnitude / 127, widened until bias and worst sum fit 32 bits. A channel of zeros gets the median scale."""
+    axis = axes.output
     others = tuple(i for i in range(weights.ndim) if i != axis) if axis is not None else None
     largest = np.abs(weights).max(axis=others) if weights.size else np.zeros(())
     scale = np.atleast_1d(largest / LARGEST_WEIGHT).astype(np.float64)
     usable = scale[scale > SMALLEST]
     scale[scale <= SMALLEST] = np.median(usable) if usable.size else 1.0
-    sums = np.abs(weights).sum(axis=_summed(weights, axis)) * _largest_step(source) * 1.01
+    sums = np.abs(weights).sum(axis=axes.summed) * largest_step(source) * 1.01
     worst = np.atleast_1d(sums) if axis is not None else np.atleast_1d(np.max(sums, initial=0.0))
     needed = worst / LARGEST_SUM
     if bias is not None and bias.size:
@@ -104,17 +113,10 @@ def _guarded_scale(weights: Array, bias: Array | None, source: Quant, axis: int 
     return scale.astype(np.float32).reshape(largest.shape)
 
 
-def _largest_step(source: Quant) -> int:
+def largest_step(source: Quant) -> int:
     """How far an activation can be from its zero point."""
     low, high = RANGES[source.dtype]
     return LARGEST_STEP if source.dtype == "s8" else max(high - source.zero, source.zero - low)
-
-
-def _summed(weights: Array, axis: int | None) -> tuple[int, ...]:
-    """The dimensions that one output sums over (all but `axis`; without one: a bound, all but the first and the last)."""
-    if axis is not None:
-        return tuple(i for i in range(weights.ndim) if i != axis)
-    return tuple(range(1, weights.ndim))
 
 
 def _along(scale: Array, axis: int | None, rank: int) -> Array:

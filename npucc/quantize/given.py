@@ -14,7 +14,7 @@ import numpy as np
 
 from npucc.graph import Editor, Given, Graph, Node, Quant
 from npucc.ops import OPS, Table
-from npucc.quantize.constants import LARGEST_SUM, MatrixConstants, output_axis, source_of, stored_bias
+from npucc.quantize.constants import LARGEST_SUM, MatrixConstants, axes_of, fits, source_of, stored_bias
 from npucc.quantize.mixed import left_may_be_wide
 from npucc.quantize.share import moved_inputs
 
@@ -43,22 +43,27 @@ def spread(graph: Graph) -> Graph:
     for node in moves:
         _rescale(graph, editor, node, known)
     for node in graph:
-        if node.op == "matmul" and not graph.tensors[node.inputs[1]].is_constant:
-            _narrow(editor, node, 1 if left_may_be_wide(graph, node) else 0)
+        if node.op == "matmul" and not graph.tensors[node.inputs[1]].is_constant and not _fits_in_16_bits(editor, graph, node):
+            _narrow(editor, node)
     return editor.freeze()
 
 
-def _narrow(editor: Editor, node: Node, first: int) -> None:
-    """Operands of a product of two activations from `first` on in 8 bits, where the model gives 16: the same range in coarser steps."""
+def _fits_in_16_bits(editor: Editor, graph: Graph, node: Node) -> bool:
+    """Whether the left operand of a product of two activations can stay in 16 bits, if it has them. (The right one is multiplied in digits.)"""
+    left = editor.tensors[node.inputs[0]].given
+    return left is None or left.dtype != "s16" or left_may_be_wide(graph, node)
+
+
+def _narrow(editor: Editor, node: Node) -> None:
+    """Operands of a product of two activations in 8 bits, where the model gives 16: the same range in coarser steps."""
     node, copies = editor.nodes[node.name], {}
-    for name in dict.fromkeys(node.inputs[first:2]):
+    for name in dict.fromkeys(node.inputs[:2]):
         tensor = editor.tensors[name]
         if tensor.given is not None and tensor.given.dtype == "s16":
             given = Given("s8", (tensor.given.scale * np.float32(COARSER)).astype(np.float32), int(np.rint(tensor.given.zero / COARSER)))
             copies[name] = editor.add_tensor(replace(tensor, name=editor.fresh(f"{name}/narrow"), source="", given=given))
             editor.add_node(Node(editor.fresh(f"{copies[name]}:table"), "table", (name,), (copies[name],), Table("x"), node.sources), at=node.name)
-    kept, narrowed = node.inputs[:first], (copies.get(name, name) for name in node.inputs[first:])
-    editor.add_node(replace(node, inputs=(*kept, *narrowed)))
+    editor.add_node(replace(node, inputs=(*(copies.get(name, name) for name in node.inputs[:2]), *node.inputs[2:])))
 
 
 def _given(graph: Graph, name: str) -> Given | None:
@@ -129,7 +134,8 @@ def kept_matrix(node: Node, graph: Graph, source: Quant) -> MatrixConstants | st
     weights = graph.tensors[node.inputs[1]]
     if weights.given is None or weights.given.stored is None:
         return None
-    axis = output_axis(node, weights.given.stored, per_tensor=False)
+    axes = axes_of(node, weights.given.stored.ndim)
+    axis = axes.output
     scale = _per_channel(weights.given, axis)
     if scale is None:
         return "its scales do not lie along the output channels"
@@ -140,6 +146,8 @@ def kept_matrix(node: Node, graph: Graph, source: Quant) -> MatrixConstants | st
     shared = 0 if scale.ndim else None
     bias = graph.tensors[node.inputs[2]] if len(node.inputs) > 2 and node.inputs[2] else None
     stored = None if bias is None else _kept_bias(bias.data, bias.given, accumulator)
+    if not np.all(fits(steps, stored, source, axes)):
+        return "its sums would leave 32 bits"
     return MatrixConstants(
         steps.astype(np.int8), Quant("s8", scale, 0, axis if scale.ndim else None), stored, Quant("s32", accumulator, 0, shared)
     )  # fmt: skip
@@ -174,10 +182,13 @@ def not_kept(graph: Graph, source: Mapping[str, Quant]) -> tuple[str, ...]:
             reason = kept_matrix(node, graph, source[node.inputs[0]])
             if isinstance(reason, str):
                 found.append(f"{source_of(node)}: the weight {node.inputs[1]!r} is quantized anew to 8 bits per channel: {reason}")
-        if OPS[node.op].matrix:
-            why = "is rounded from 16 to 8 bits: a product of two takes one of them in 16 at most"
-            found += [f"{source_of(node)}: {name!r} {why}" for name in _narrowed(graph, node)]
     return tuple(found)
+
+
+def narrowed(graph: Graph) -> tuple[str, ...]:
+    """One sentence for each operand of which `spread` made a narrow copy."""
+    why = "is rounded from 16 to 8 bits: the sums of its product would leave 32 bits"
+    return tuple(f"{source_of(node)}: {name!r} {why}" for node in graph if OPS[node.op].matrix for name in _narrowed(graph, node))
 
 
 def _narrowed(graph: Graph, node: Node) -> Iterator[str]:

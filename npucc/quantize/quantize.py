@@ -22,9 +22,10 @@ from npucc.quantize.build import Solved, build
 from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, checked, measured
 from npucc.quantize.constants import source_of
 from npucc.quantize.correct import bias_samples, correct_biases
+from npucc.quantize.digits import in_digits
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import ScaledChannels, equalize
-from npucc.quantize.given import not_kept, spread
+from npucc.quantize.given import narrowed, not_kept, spread
 from npucc.quantize.made_up import leave_room, made_up
 from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
@@ -106,7 +107,8 @@ def quantize(
     """
     options = options or QuantizeOptions()
     _refuse_unsupported(graph)
-    ordered = spread(_in_operand_order(graph))
+    spread_out = spread(_in_operand_order(graph))
+    ordered = in_digits(spread_out)
     needs_samples = bool(_unknown(ordered)) or (feeds is not None and bool(channel_axes(ordered)))
     calibration = Calibration({}, {}, 0)
     equalized: tuple[ScaledChannels, ...] = ()
@@ -135,7 +137,7 @@ def quantize(
         few = calibration.first[: bias_samples(rounded.graph, options.bias_samples)]
         integer = correct_biases(rounded.graph, integer, few, progress=progress)
     activations = (name for name, tensor in rounded.graph.tensors.items() if not tensor.is_constant)
-    anew = not_kept(rounded.graph, {name: rounded.scales.of(rounded.graph, name) for name in activations})
+    anew = (*not_kept(rounded.graph, {name: rounded.scales.of(rounded.graph, name) for name in activations}), *narrowed(spread_out))
     rows = tuple(_rows(rounded, options, mixed))
     report = QuantizeReport(calibration.samples, options.method, rows, rescaled, mixed, anew, equalized)
     return Quantized(integer, report, feeds is None and needs_samples)

@@ -16,7 +16,7 @@ from npucc.evaluate import compare
 from npucc.export import to_onnx
 from npucc.graph import Graph, Quant
 from npucc.quantize import QuantizeOptions, quantize
-from npucc.quantize.constants import constant_quant, quantize_matrix
+from npucc.quantize.constants import Axes, constant_quant, quantize_matrix
 from npucc.quantize.correct import shrunk_mean
 from npucc.quantize.ranges import METHODS, Fit, Histogram, Range, activation_quant, choose_range, least_error_range, percentile_range
 
@@ -170,7 +170,7 @@ def test_no_accumulator_can_wrap(seed: int) -> None:
     weights[random.integers(0, 4)] = 0
     bias = (random.normal(0, 1, 4) * 10.0 ** random.uniform(-6, 5, 4)).astype(np.float32)
     source = Quant("s8", np.asarray(10.0 ** random.uniform(-6, 1), np.float32), 3)
-    constants = quantize_matrix(weights, bias, source, 0)
+    constants = quantize_matrix(weights, bias, source, Axes(0, (1, 2, 3)))
     assert constants.bias is not None
     worst = np.abs(constants.weights.astype(np.int64)).sum(axis=(1, 2, 3)) * 255 + np.abs(constants.bias.astype(np.int64))
     assert worst.max() < 2**31
@@ -180,7 +180,7 @@ def test_no_accumulator_can_wrap(seed: int) -> None:
 
 def test_weights_use_all_of_127_steps_per_channel() -> None:
     weights = np.random.default_rng(0).normal(0, 1, (5, 7, 3, 3)).astype(np.float32) * np.array([1, 10, 0.1, 3, 1e-3], np.float32).reshape(5, 1, 1, 1)
-    constants = quantize_matrix(weights, None, Quant("s8", np.asarray(0.1, np.float32)), 0)
+    constants = quantize_matrix(weights, None, Quant("s8", np.asarray(0.1, np.float32)), Axes(0, (1, 2, 3)))
     assert constants.bias is None
     np.testing.assert_array_equal(np.abs(constants.weights).max(axis=(1, 2, 3)), 127)
     restored = constants.weights * constants.weights_quant.scale.reshape(5, 1, 1, 1)

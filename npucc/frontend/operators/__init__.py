@@ -6,6 +6,7 @@ canonical nodes.
 
 from npucc.frontend.node import Importer
 from npucc.frontend.operators import (
+    blocks,
     elementwise,
     indexing,
     layout,
@@ -23,8 +24,10 @@ from npucc.frontend.operators import (
 #: the records by the module that has them
 GROUPS: dict[str, tuple[Importer, ...]] = {
     module.__name__.rpartition(".")[2]: module.TABLE
-    for module in (matrix, linear, elementwise, pooling, reduction, normalization, layout, indexing, resize, recurrent, transformer, quantized)
-}
+    for module in (
+        matrix, linear, elementwise, pooling, reduction, normalization, layout, indexing, resize, recurrent, transformer, quantized, blocks,
+    )
+}  # fmt: skip
 TABLE: tuple[Importer, ...] = tuple(record for group in GROUPS.values() for record in group)
 OPERATORS: dict[tuple[str, str], Importer] = {(record.domain, record.name): record for record in TABLE}
 
