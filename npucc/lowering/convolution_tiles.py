@@ -2,7 +2,7 @@
 
 The one big idea: a tile is (rows × columns × output channels) of the result and a chunk of the input channels; nothing is
 assumed to fit but one output pixel of one channel with one input channel. A cost model compares all tile shapes that fit,
-with weights or pixels in the outer loop (`cost.tiled_cycles`).
+with weights or pixels in the outer loop, by max(matrix, vector, transfer cycles) plus what the first tile has to wait for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.errors import CompileError
 from npucc.lowering import cost
+from npucc.lowering.buffers import Block, Buffer, first_and_last, fits, operand_buffer, pack_blocks, share_out, transfer_cycles
 from npucc.lowering.elementwise import Box, Chain
-from npucc.lowering.emitter import Emitter, Ring, aligned, factor_tiles, parameter_block, spm_tile, windows
+from npucc.lowering.emitter import Emitter, Ring, factor_tiles, parameter_rows, spm_tile, windows
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
@@ -90,7 +91,8 @@ class Plan:
     columns: int
     outputs: int
     channels: int
-    weights_outer: bool
+    together: int = 0  # tiles of output channels whose parameters and weights are one transfer; 0: each for itself
+    weights_outer: bool = True
 
 
 def lower_convolutions(emitter: Emitter, group: Group, problems: list[Convolution]) -> None:
@@ -116,6 +118,7 @@ class _Lowering:
         around = Windows(problem.size[1], problem.kernel, problem.strides, problem.dilations)
         self.cycles_kept, self.bytes_kept = kept_shares(problem.weights, emitter.target, 0 if self.tied else math.prod(problem.size), around)
         self.parameters: dict[int, View] = {}
+        self.groups: dict[int, View] = {}
 
     def run(self) -> None:
         plan = self.choose_plan()
@@ -133,8 +136,9 @@ class _Lowering:
                 plans = [
                     plan
                     for outputs in self._output_options()
+                    for together in self._together_options(outputs, channels)
                     for rows in tile_sizes(problem.size[0])
-                    if self.fits(plan := Plan(rows, columns, outputs, channels if not self.tied else self._tied_channels(outputs), True))
+                    if self.fits(plan := Plan(rows, columns, outputs, channels if not self.tied else self._tied_channels(outputs), together))
                 ]
                 if plans:
                     return min((replace(plan, weights_outer=outer) for plan in plans for outer in (True, False)), key=self.estimate)
@@ -166,35 +170,53 @@ class _Lowering:
             )
         ]
 
-    def sizes(self, plan: Plan) -> dict[str, int]:
-        """Bytes of one slot of each buffer."""
-        problem, (kh, kw) = self.problem, self.problem.kernel
-        per_group = plan.channels if not self.tied else problem.channels // problem.groups
-        pixels, box = plan.rows * plan.columns, self._box(plan)
+    def _together_options(self, outputs: int, channels: int) -> list[int]:
+        """How many tiles' parameters and weights are one transfer; 0 where weights are packed or outlive their parameters."""
+        if self.bytes_kept < 1.0 or (channels < self.problem.channels and not self.tied):
+            return [0]
+        return sorted({1, self._block(outputs).together(-(-self.problem.outputs // outputs))}, reverse=True)
+
+    def _block(self, outputs: int) -> Block:
+        """The constants of that many output channels, which read all input channels of their groups."""
+        (kh, kw), per_group = self.problem.kernel, self.problem.channels // self.problem.groups
+        return Block(4 * (1 + len(self.problem.factors)) * outputs, kh * kw * per_group * outputs, self.emitter.target)
+
+    def buffers(self, plan: Plan) -> dict[str, Buffer]:
+        """What each kind of tile asks for, those first that gain most from more slots."""
+        problem, target = self.problem, self.emitter.target
+        tiles, pixels = -(-problem.outputs // plan.outputs), self.pixel_tiles(plan)
+        chunks = 1 if self.tied else -(-problem.channels // plan.channels)
+        width, narrow = DTYPES[problem.x.dtype], DTYPES[self.result.dtype]
+        x = 0 if self.resident else problem.reach(0, plan.rows) * problem.reach(1, plan.columns) * plan.channels * width
+        y = plan.rows * plan.columns * plan.outputs * narrow
+        stored = 0 if self.emitter.tile(self.view).space == "spm" else y
+        y = y if stored or self.chain.nodes else 0  # else the results are requantized to where they stay
+        run = plan.outputs * (plan.columns if plan.outputs == problem.outputs else 1)
+        every = tiles * pixels * chunks
+        once = chunks == 1 and not (plan.weights_outer or self.tied)
         return {
-            "x": 0 if self.resident else problem.reach(0, plan.rows) * problem.reach(1, plan.columns) * plan.channels * DTYPES[problem.x.dtype],
-            "w": kh * kw * per_group * plan.outputs,
-            "p": 4 * (1 + len(problem.factors)) * plan.outputs,
-            "y": pixels * plan.outputs * DTYPES[self.result.dtype],
-            "e": self.chain.bytes_per_slot(box) + 64 * len(self.chain.operands()),
+            **self._constant_buffers(plan, tiles, 1 if plan.weights_outer else pixels, chunks, every),
+            "x": Buffer(x, pixels * (tiles if self.tied else chunks), pixels if once else every, cost.dma_cycles(target, x, self._run_length(plan))),
+            "y": Buffer(y, tiles * pixels, tiles * pixels, cost.dma_cycles(target, stored, run * narrow), "st"),
+            "e": operand_buffer(self.chain, self._box(plan), tiles * pixels, run, target),
+        }
+
+    def _constant_buffers(self, plan: Plan, tiles: int, again: int, chunks: int, every: int) -> dict[str, Buffer]:
+        """Parameters and weights, in one buffer or two."""
+        target, block = self.emitter.target, self._block(plan.outputs)
+        if plan.together:
+            size, groups = plan.together * block.bytes, -(-tiles // plan.together)
+            return {"w": Buffer(size, groups, groups * again, cost.dma_cycles(target, size, size))}
+        weights = block.weights * plan.channels // self.problem.channels if chunks > 1 else block.weights
+        packed = math.ceil(self.bytes_kept * weights)
+        return {
+            "p": Buffer(block.parameters, tiles, tiles * again, cost.dma_cycles(target, block.parameters, block.parameters)),
+            "w": Buffer(weights, tiles * chunks, tiles * again if chunks == 1 else every, cost.dma_cycles(target, packed, packed)),
         }
 
     def _box(self, plan: Plan) -> Box:
         """The largest block of the result that a tile makes, moved to the origin."""
         return Box((0,) * 4, (1, min(plan.outputs, self.problem.outputs_per_start), plan.rows, plan.columns), IMAGE_ORDER)
-
-    def slots(self, plan: Plan) -> dict[str, int]:
-        """One slot where a buffer is filled once, else two that take turns."""
-        chunks = -(-self.problem.channels // plan.channels) if not self.tied else 1
-        tiles = -(-self.problem.outputs // plan.outputs)
-        pixels = self.pixel_tiles(plan)
-        return {
-            "x": 1 if pixels * chunks * (tiles if self.tied else 1) == 1 else 2,
-            "w": 1 if tiles * chunks == 1 else 2,
-            "p": 1 if tiles == 1 else 2,
-            "y": 2,
-            "e": 2,
-        }
 
     def pixel_tiles(self, plan: Plan) -> int:
         return self.problem.x.shape[0] * -(-self.problem.size[0] // plan.rows) * -(-self.problem.size[1] // plan.columns)
@@ -205,44 +227,32 @@ class _Lowering:
         single = plan.rows == 1 and plan.columns == 1
         if accumulators > (target.acc_bytes if single else target.acc_bytes // 2):
             return False
-        sizes, slots = self.sizes(plan), self.slots(plan)
-        return sum(aligned(sizes[key], target) * slots[key] for key in sizes) <= self.emitter.spm_free
+        return fits(self.buffers(plan).values(), target, self.emitter.spm_free)
 
     def estimate(self, plan: Plan) -> float:
-        """Cycles of the layer."""
-        problem, target, sizes = self.problem, self.emitter.target, self.sizes(plan)
-        pixels, tiles = self.pixel_tiles(plan), -(-problem.outputs // plan.outputs)
-        chunks, stores = 1 if self.tied else -(-problem.channels // plan.channels), pixels * tiles
-        alone = pixels * chunks == 1 or (chunks == 1 and (tiles == 1 or not plan.weights_outer))
-        x_loads = stores if self.tied else pixels * chunks * (1 if alone else tiles)
-        w_loads = tiles * chunks * (1 if (plan.weights_outer and chunks == 1) or tiles * chunks == 1 else pixels)
-        p_loads = tiles * (1 if plan.weights_outer or tiles == 1 else pixels)
-        packed, run = math.ceil(self.bytes_kept * sizes["w"]), self._stored_run(plan)
-        loads = (
-            cost.Transfers(x_loads, sizes["x"], self._run_length(plan)),
-            cost.Transfers(w_loads, packed, packed),
-            cost.Transfers(p_loads, sizes["p"], sizes["p"]),
-            *(cost.Transfers(stores, size, run) for size in self.chain.operand_bytes(self._box(plan))),
-        )
-        stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
-        vector = cost.vector_cycles(target, plan.rows * plan.columns * plan.outputs) * (1 + len(self.chain.nodes))
-        matrix = stores * chunks * self._matrix_cycles(plan)
-        return cost.tiled_cycles(target, matrix=matrix, vector=vector, loads=loads, stores=cost.Transfers(stores, stored, run))
+        """Cycles: the busiest engine's, plus what the first tile waits for and the last one leaves behind."""
+        target, buffers = self.emitter.target, self.buffers(plan)
+        slots = share_out(buffers, target, self.emitter.spm_free)
+        tiles = self.pixel_tiles(plan) * -(-self.problem.outputs // plan.outputs)
+        matrix, vector = self._matrix_cycles(plan), self._vector_cycles(plan)
+        busiest = max(tiles * matrix, tiles * vector, transfer_cycles(buffers, slots, matrix + vector, target))
+        return busiest + vector + first_and_last(buffers, target)
 
     def _matrix_cycles(self, plan: Plan) -> float:
-        """Of one tile and one chunk of its input channels."""
-        problem, target = self.problem, self.emitter.target
-        count, width, taps = plan.rows * plan.columns, DTYPES[problem.x.dtype], math.prod(problem.kernel)
-        around = Windows(plan.columns, problem.kernel, problem.strides, problem.dilations)
+        """Of one tile of results."""
+        problem, target, (kh, kw) = self.problem, self.emitter.target, self.problem.kernel
+        count, width = plan.rows * plan.columns, DTYPES[problem.x.dtype]
+        around = Windows(plan.columns, (kh, kw), problem.strides, problem.dilations)
         if problem.depthwise:
             return cost.depthwise_cycles(target, count, around, plan.outputs, width=width)
         groups = plan.channels // (problem.channels // problem.groups) if self.tied else 1
-        depth, outputs = taps * plan.channels // groups, plan.outputs // groups
-        return cost.matrix_cycles(target, count, depth, outputs, groups, width=width, windows=around, kept=self.cycles_kept)
+        depth, outputs = kh * kw * plan.channels // groups, plan.outputs // groups
+        chunks = 1 if self.tied else -(-problem.channels // plan.channels)
+        return chunks * cost.matrix_cycles(target, count, depth, outputs, groups, width=width, windows=around, kept=self.cycles_kept)
 
-    def _stored_run(self, plan: Plan) -> int:
-        """Contiguous bytes of a result tile in DRAM."""
-        return plan.outputs * (plan.columns if plan.outputs == self.problem.outputs else 1) * DTYPES[self.result.dtype]
+    def _vector_cycles(self, plan: Plan) -> float:
+        """Of one tile of results."""
+        return cost.vector_cycles(self.emitter.target, plan.rows * plan.columns * plan.outputs) * (1 + len(self.chain.nodes))
 
     def _run_length(self, plan: Plan) -> int:
         """Contiguous bytes of an input tile's rows in DRAM."""
@@ -256,12 +266,13 @@ class _Lowering:
     # --- the instructions
 
     def take_buffers(self, plan: Plan) -> None:
-        sizes, slots = self.sizes(plan), self.slots(plan)
-        take = self.emitter.ring
-        self.x_ring: Ring | None = None if self.resident else take(sizes["x"], slots["x"])
-        self.w_ring, self.p_ring, self.y_ring = (take(sizes[key], slots[key]) for key in ("w", "p", "y"))
+        buffers = self.buffers(plan)
+        slots = share_out(buffers, self.emitter.target, self.emitter.spm_free)
+        rings = {name: self.emitter.ring(buffer.bytes, slots[name]) for name, buffer in buffers.items() if name != "e"}
+        self.w_ring, self.p_ring, self.y_ring = rings["w"], rings.get("p"), rings["y"]
+        self.x_ring = None if self.resident else rings["x"]
         self.acc_ring = self.emitter.acc_ring(4 * plan.rows * plan.columns * plan.outputs)
-        self.chain.prepare(self._box(plan), 2)
+        self.chain.prepare(self._box(plan), slots["e"])
 
     def order(self, plan: Plan) -> Iterator[tuple[tuple[int, int], tuple[int, int, int, int, int]]]:
         """(output channel tile, pixel tile (batch, row, rows, column, columns)) in the plan's order."""
@@ -280,10 +291,14 @@ class _Lowering:
     def emit_tile(self, plan: Plan, outputs: tuple[int, int], pixels: tuple[int, int, int, int, int]) -> None:
         start, count = outputs
         accumulator = Tile.dense("acc", self.acc_ring.next(), "s32", (pixels[2], pixels[4], count))
-        parameters = self._parameters(start, count)
         chunks = [(start, count)] if self.tied else windows(self.problem.channels, plan.channels)
-        for chunk in chunks:
-            self._emit_matrix(accumulator, parameters, outputs, pixels, chunk)
+        if plan.together:
+            parameters, weights = self._block_of(plan, start, count)
+            self._emit_matrix(accumulator, parameters, weights, outputs, pixels, chunks[0])
+        else:
+            parameters = self._parameters(start, count)
+            for chunk in chunks:
+                self._emit_matrix(accumulator, parameters, None, outputs, pixels, chunk)
         for low, high in self._by_start(start, start + count):
             self._emit_result(accumulator, parameters, pixels, start, (low, high))
 
@@ -313,17 +328,41 @@ class _Lowering:
         finished = self.chain.apply(box, working, self.y_ring, in_place) if self.chain.nodes else working
         emitter.store(window, finished)
 
+    def _block_of(self, plan: Plan, start: int, count: int) -> tuple[Tile, Tile]:
+        """Parameters and weights of the output channels [start, start + count), which came in one transfer."""
+        problem, emitter = self.problem, self.emitter
+        group, place = divmod(start // plan.outputs, plan.together)
+        if group not in self.groups:
+            parts = [(self._rows(low, many), self._slice(low, many)) for low, many in windows(problem.outputs, plan.outputs)]
+            chosen = parts[group * plan.together : (group + 1) * plan.together]
+            self.groups[group] = emitter.constant(pack_blocks(chosen, emitter.target), "s8")
+        loaded = emitter.load_once(self.groups[group], self.w_ring)
+        address = loaded.address + place * self._block(plan.outputs).bytes
+        parameters = spm_tile(address, "s32", (1 + len(problem.factors), count))
+        shape = self._slice(start, count).shape
+        return parameters, spm_tile(address + self._block(count).offset, "s8", shape)
+
+    def _rows(self, start: int, count: int) -> np.ndarray:
+        """int32 [2 or 3, count]: biases and factors."""
+        return parameter_rows(self.problem.bias[start : start + count], self.problem.factors[:, start : start + count])
+
+    def _slice(self, start: int, count: int) -> np.ndarray:
+        """The weights of some output channels, all input channels."""
+        weights = self.problem.weights[..., start : start + count]
+        return weights[:, :, 0] if self.problem.depthwise else weights
+
     def _parameters(self, start: int, count: int) -> Tile:
         """Bias and factors of a tile's output channels."""
+        assert self.p_ring is not None
         if start not in self.parameters:
-            self.parameters[start] = parameter_block(
-                self.emitter, self.problem.bias[start : start + count], self.problem.factors[:, start : start + count]
-            )
-        return self.emitter.load_once("p", start, self.parameters[start], self.p_ring)
+            self.parameters[start] = self.emitter.constant(self._rows(start, count), "s32")
+        return self.emitter.load_once(self.parameters[start], self.p_ring)
 
     def _emit_matrix(
-        self, accumulator: Tile, parameters: Tile, outputs: tuple[int, int], pixels: tuple[int, int, int, int, int], chunk: tuple[int, int],
+        self, accumulator: Tile, parameters: Tile, w: Tile | None, outputs: tuple[int, int], pixels: tuple[int, int, int, int, int],
+        chunk: tuple[int, int],
     ) -> None:  # fmt: skip
+        """Add one chunk of input channels to the sums. `w`: the weights, where they are loaded already."""
         problem = self.problem
         start, count = outputs
         low, channels = chunk
@@ -331,8 +370,9 @@ class _Lowering:
             per_group = problem.outputs // problem.groups
             wide = problem.channels // problem.groups
             low, channels = start // per_group * wide, count // per_group * wide
-        source = self._weights(start, count, low, channels, rows_and_columns=pixels[2] * pixels[4])
-        w = self.emitter.load_weights((start, low), source, self.w_ring, in_array=not self.tied)
+        if w is None:
+            source = self._weights(start, count, low, channels, rows_and_columns=pixels[2] * pixels[4])
+            w = self.emitter.load_weights((start, low), source, self.w_ring, in_array=not self.tied)
         x, pad = self._source(pixels, low, channels)
         attributes: dict[str, object] = {
             "stride": problem.strides,
@@ -366,7 +406,7 @@ class _Lowering:
         if height == 0 or width == 0:
             return self._padding_tile(max(height, 1), max(width, 1), channels), pad
         window = problem.x.window((batch, low, top, left), (1, channels, height, width)).permute(IMAGE_ORDER)
-        tile = self.emitter.load_once("x", window, window, self.x_ring or Ring((0,)))
+        tile = self.emitter.load_once(window, self.x_ring or Ring(()))
         return Tile(tile.space, tile.address, tile.dtype, tile.shape[1:], tile.strides[1:]), pad
 
     def _padding_tile(self, height: int, width: int, channels: int) -> Tile:
@@ -374,7 +414,6 @@ class _Lowering:
         if self.x_ring is None:
             self.x_ring = self.emitter.ring(height * width * channels * DTYPES[self.problem.x.dtype], 1)
         tile = spm_tile(self.x_ring.next(), self.problem.x.dtype, (height, width, channels))
-        self.emitter.forget("x")
         self.emitter.vector("fill", tile, value=float(self.problem.zero))
         return tile
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from isa.target import Target
@@ -38,31 +36,3 @@ def dma_cycles(target: Target, size: int, run: int) -> int:
 def vector_cycles(target: Target, elements: int) -> float:
     """Vector engine cycles of one pass over a tile."""
     return target.vec_startup + math.ceil(elements / target.vec_lanes)
-
-
-@dataclass(frozen=True, slots=True)
-class Transfers:
-    """So many transfers of `size` bytes each, in contiguous runs of `run` bytes on the DRAM side."""
-
-    count: int
-    size: int
-    run: int
-
-    def channel(self, target: Target) -> int:
-        """Cycles that one holds the DRAM channel."""
-        return dma_cycles(target, self.size, self.run)
-
-    def queue(self, target: Target) -> int:
-        """Cycles that one holds its queue: the next is requested when it begins to stream, so none takes less than the latency."""
-        return max(target.dram_latency, self.channel(target)) if self.size else 0
-
-
-def tiled_cycles(target: Target, *, matrix: float, vector: float, loads: Sequence[Transfers], stores: Transfers) -> float:
-    """Cycles of a layer in `stores.count` tiles: the busiest engine's, plus what the first tile waits for and the last one leaves behind.
-
-    `matrix`: of all tiles, `vector`: of each one.
-    """
-    queue = sum(each.count * each.queue(target) for each in loads)
-    channel = sum(each.count * each.channel(target) for each in (*loads, stores))
-    busiest = max(matrix, stores.count * vector, queue, stores.count * stores.queue(target), channel)
-    return busiest + sum(each.queue(target) for each in loads) + vector + stores.channel(target) + 2 * target.dram_latency

@@ -159,7 +159,7 @@ class Chain:
     def _load(self, name: str, box: Box) -> Tile:
         window = box.of(self.view(name), self.shape)
         ring = self.rings.get(name) or Ring((0,))
-        return self.emitter.load_once(name, window, window, ring)
+        return self.emitter.load_once(window, ring)
 
 
 def operand_view(emitter: Emitter, name: str) -> View:

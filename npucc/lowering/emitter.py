@@ -6,7 +6,7 @@ or for nothing where the tensor already lives there) and hands out the buffers i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -48,16 +48,34 @@ class ConstantPool:
         return b"".join(self._chunks)
 
 
-@dataclass(slots=True)
 class Ring:
-    """Equal slots of one memory, used in turn."""
+    """Equal slots of one memory. The slot that was not used for longest is given out next; what was loaded into a slot stays until then."""
 
-    addresses: tuple[int, ...]
-    turn: int = -1
+    def __init__(self, addresses: Iterable[int]) -> None:
+        self._loaded: dict[int, tuple[object, Tile] | None] = dict.fromkeys(addresses)  # least recently used first
 
     def next(self) -> int:
-        self.turn = (self.turn + 1) % len(self.addresses)
-        return self.addresses[self.turn]
+        """The address of a slot, whose content is lost."""
+        address = next(iter(self._loaded))
+        self._use(address, None)
+        return address
+
+    def find(self, key: object) -> Tile | None:
+        """The tile that was kept under this key, if its slot was not given out since."""
+        for address, loaded in self._loaded.items():
+            if loaded is not None and loaded[0] == key:
+                self._use(address, loaded)
+                return loaded[1]
+        return None
+
+    def keep(self, key: object, tile: Tile) -> Tile:
+        """Note what the slot given out last now holds."""
+        self._use(next(reversed(self._loaded)), (key, tile))
+        return tile
+
+    def _use(self, address: int, loaded: tuple[object, Tile] | None) -> None:
+        del self._loaded[address]
+        self._loaded[address] = loaded
 
 
 @dataclass(slots=True)
@@ -75,7 +93,6 @@ class Emitter:
     spm_peak: int = 0  # most bytes of scratchpad that the layer's tiles held at once
     _spm_used: int = 0
     _acc_used: int = 0
-    _loaded: dict[str, tuple[object, Tile]] = field(default_factory=dict)
 
     @property
     def spm_free(self) -> int:
@@ -91,8 +108,7 @@ class Emitter:
     def ring(self, size: int, slots: int) -> Ring:
         """`slots` scratchpad slots of `size` bytes. Raises CompileError when they do not fit."""
         size = aligned(size, self.target)
-        addresses = tuple(self._take(size) for _ in range(slots))
-        return Ring(addresses)
+        return Ring([self._take(size) for _ in range(slots)])
 
     def _take(self, size: int) -> int:
         if size > self.spm_free:
@@ -136,16 +152,17 @@ class Emitter:
         return replace(Tile.dense("dram", self.tile(self.constant(stored, "u8")).address, "s8", array.shape), packing=packing)
 
     def load_weights(self, key: object, source: Tile, ring: Ring, *, in_array: bool = False) -> Tile:
-        """A scratchpad tile of weights, dense, or packed where the array takes and skips them; the ones that were loaded last are still there."""
-        if "w" not in self._loaded or self._loaded["w"][0] != key:
-            tile = Tile.dense("spm", ring.next(), "s8", source.shape)
-            if source.packing is None:
-                self._transfer("ld", tile, source)
-            else:
-                tile = replace(tile, packing=source.packing) if in_array and kept_packing(source.packing, self.target) else tile
-                self.issue("ld", tile, source)
-            self._loaded["w"] = (key, tile)
-        return self._loaded["w"][1]
+        """A scratchpad tile of weights, dense, or packed where the array takes and skips them; one that the ring still holds is not loaded again."""
+        held = ring.find(key)
+        if held is not None:
+            return held
+        tile = Tile.dense("spm", ring.next(), "s8", source.shape)
+        if source.packing is None:
+            self._transfer("ld", tile, source)
+        else:
+            tile = replace(tile, packing=source.packing) if in_array and kept_packing(source.packing, self.target) else tile
+            self.issue("ld", tile, source)
+        return ring.keep(key, tile)
 
     def load(self, view: View, ring: Ring) -> Tile:
         """The window as a dense scratchpad tile in the view's dimension order; broadcast dimensions are loaded once."""
@@ -158,17 +175,11 @@ class Emitter:
         strides = tuple(0 if stride == 0 else own for stride, own in zip(view.strides, tile.strides, strict=True))
         return Tile("spm", tile.address, view.dtype, view.shape, strides)
 
-    def load_once(self, name: str, key: object, view: View, ring: Ring) -> Tile:
-        """As load, but a window that `name` loaded last is still there."""
-        if name in self._loaded and self._loaded[name][0] == key:
-            return self._loaded[name][1]
-        tile = self.load(view, ring)
-        self._loaded[name] = (key, tile)
-        return tile
-
-    def forget(self, name: str) -> None:
-        """The slot that `name` was loaded into is used for something else."""
-        self._loaded.pop(name, None)
+    def load_once(self, view: View, ring: Ring) -> Tile:
+        """As load, but a window that the ring still holds is not loaded again."""
+        if self.tile(view).space == "spm":
+            return self.tile(view)
+        return ring.find(view) or ring.keep(view, self.load(view, ring))
 
     def mark(self) -> int:
         """A point to `reset` to: buffers taken after it are given back."""
@@ -176,7 +187,6 @@ class Emitter:
 
     def reset(self, mark: int) -> None:
         self._spm_used = mark
-        self._loaded.clear()
 
     def store(self, view: View, tile: Tile) -> None:
         """Write a scratchpad tile to the window; nothing where the tile was computed in place."""
@@ -244,9 +254,9 @@ def windows(total: int, tile: int) -> list[tuple[int, int]]:
     return [(start, min(tile, total - start)) for start in range(0, total, tile)]
 
 
-def parameter_block(emitter: Emitter, bias: np.ndarray, factors: np.ndarray) -> View:
+def parameter_rows(bias: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """int32 [2 or 3, outputs]: the biases, then the rows of `arithmetic.Factor`, so that one load brings all."""
-    return emitter.constant(np.concatenate([bias.astype(np.int32)[None], factors]), "s32")
+    return np.concatenate([bias.astype(np.int32)[None], factors])
 
 
 def factor_tiles(parameters: Tile, mode: str) -> tuple[Tile, ...]:

@@ -6,6 +6,7 @@ are a loop outside. The right operand takes the part of the weights, whether it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,12 +17,14 @@ from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.errors import CompileError
 from npucc.lowering import cost
+from npucc.lowering.buffers import Block, Buffer, first_and_last, fits, operand_buffer, pack_blocks, share_out, transfer_cycles
 from npucc.lowering.convolution import integer_weights, wrap
 from npucc.lowering.elementwise import Box, Chain, operand_view
-from npucc.lowering.emitter import Emitter, aligned, factor_tiles, parameter_block, spm_tile, windows
+from npucc.lowering.emitter import Emitter, factor_tiles, parameter_rows, spm_tile, windows
 from npucc.lowering.layers import Group
 from npucc.lowering.tiling import halvings, tile_sizes
 from npucc.lowering.views import View
+from npucc.lowering.weights import cheapest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class Plan:
     rows: int
     columns: int
     depth: int
-    right_outer: bool
+    together: int = 0  # tiles of columns whose parameters and weights are one transfer; 0: each for itself
+    right_outer: bool = True
 
 
 def lower_matmul(emitter: Emitter, group: Group) -> None:
@@ -56,6 +60,7 @@ class _Lowering:
             data = right.data.astype(np.int8)
             self.right_batches = data.shape[:-2]
             self.weights = data
+            self.packs = any(cheapest(data[index], emitter.target, self.shape[-2]) for index in np.ndindex(self.right_batches))
             skips = emitter.target.skips_inputs  # then the array must know which value is the zero
             folded = [integer_weights(emitter, node, data[index], axis=1, fold_zero=not skips) for index in np.ndindex(self.right_batches)]
             self.biases = {index: wrap(part[1]) for index, part in zip(np.ndindex(self.right_batches), folded, strict=True)}
@@ -108,7 +113,13 @@ class _Lowering:
             reverse=True,
         )
         for depth in halvings(self.depth):
-            plans = [plan for columns in options for rows in tile_sizes(self.rows) if self.fits(plan := Plan(rows, columns, depth, True))]
+            plans = [
+                plan
+                for columns in options
+                for together in self._together_options(columns, depth)
+                for rows in tile_sizes(self.rows)
+                if self.fits(plan := Plan(rows, columns, depth, together))
+            ]
             if plans:
                 return min((replace(plan, right_outer=outer) for plan in plans for outer in (True, False)), key=self.estimate)
         raise CompileError(
@@ -123,54 +134,73 @@ class _Lowering:
     def _first_box(self, plan: Plan) -> Box:
         return self._box((0,) * (len(self.shape) - 2), (0, plan.rows), (0, plan.columns))
 
-    def sizes(self, plan: Plan) -> dict[str, int]:
-        box = self._first_box(plan)
+    def _together_options(self, columns: int, depth: int) -> list[int]:
+        """How many tiles' parameters and weights are one transfer; 0 where weights are packed, computed, or outlive their parameters."""
+        if self.weights is None or depth < self.depth or self.packs:
+            return [0]
+        return sorted({1, self._block(columns).together(-(-self.columns // columns))}, reverse=True)
+
+    def _block(self, columns: int) -> Block:
+        """The constants of that many columns, over the whole depth."""
+        return Block(4 * (1 + len(self.factors)) * columns, self.depth * columns, self.emitter.target)
+
+    def buffers(self, plan: Plan) -> dict[str, Buffer]:
+        """What each kind of tile asks for, those first that gain most from more slots."""
+        target, batches, narrow = self.emitter.target, math.prod(self.shape[:-2]), DTYPES[self.result.dtype]
+        chunks, rows = -(-self.depth // plan.depth), batches * -(-self.rows // plan.rows)
+        tiles = rows * -(-self.columns // plan.columns)
+        a = 0 if self.emitter.tile(self.left).space == "spm" else plan.rows * plan.depth * DTYPES[self.left.dtype]
+        run = plan.depth * (plan.rows if chunks == 1 else 1) * DTYPES[self.left.dtype]
+        y = plan.rows * plan.columns * narrow
+        stored = 0 if self.emitter.tile(self.view).space == "spm" else y
+        y = y if stored or self.chain.nodes else 0  # else the results are requantized to where they stay
+        a_transfers = rows if chunks == 1 and not plan.right_outer else tiles * chunks
         return {
-            "a": 0 if self.emitter.tile(self.left).space == "spm" else plan.rows * plan.depth * DTYPES[self.left.dtype],
-            "b": 0 if self.weights is None and self.emitter.tile(self.right).space == "spm" else plan.depth * plan.columns,
-            "p": 4 * (1 + len(self.factors)) * plan.columns,
-            "y": plan.rows * plan.columns * DTYPES[self.result.dtype],
-            "e": self.chain.bytes_per_slot(box) + 64 * len(self.chain.operands()),
+            **self._right_buffers(plan, batches if plan.right_outer else rows, chunks),
+            "a": Buffer(a, rows * chunks, a_transfers, cost.dma_cycles(target, a, run)),
+            "y": Buffer(y, tiles, tiles, cost.dma_cycles(target, stored, plan.columns * narrow), "st"),
+            "e": operand_buffer(self.chain, self._first_box(plan), tiles, plan.columns * narrow, target),
         }
 
-    def slots(self, plan: Plan) -> dict[str, int]:
-        chunks, batches = -(-self.depth // plan.depth), int(np.prod(self.shape[:-2]))
-        left = 1 if -(-self.rows // plan.rows) * chunks * batches == 1 else 2
-        right = 1 if -(-self.columns // plan.columns) * chunks * (batches if self.weights is None or self.right_batches else 1) == 1 else 2
-        return {"a": left, "b": right, "p": 2, "y": 2, "e": 2}
+    def _right_buffers(self, plan: Plan, times: int, chunks: int) -> dict[str, Buffer]:
+        """Parameters and the right operand, in one buffer or two; all columns of it are needed that many times."""
+        target, block, columns = self.emitter.target, self._block(plan.columns), -(-self.columns // plan.columns)
+        own = math.prod(self.shape[:-2] if self.weights is None else self.right_batches)  # different right operands
+        if plan.together:
+            size, groups = plan.together * block.bytes, -(-columns // plan.together)
+            return {"b": Buffer(size, own * groups, times * groups, cost.dma_cycles(target, size, size))}
+        parameters, p = columns * (own if self.weights is not None else 1), block.parameters
+        b = 0 if self.weights is None and self.emitter.tile(self.right).space == "spm" else plan.depth * plan.columns
+        b_transfers = columns * times if chunks == 1 else columns * chunks * math.prod(self.shape[:-2]) * -(-self.rows // plan.rows)
+        b_cycles = cost.dma_cycles(target, b, b if self.weights is not None else plan.columns)
+        return {
+            "p": Buffer(p, parameters, columns * times, cost.dma_cycles(target, p, p)),
+            "b": Buffer(b, own * columns * chunks, b_transfers, b_cycles),
+        }
 
     def fits(self, plan: Plan) -> bool:
         target = self.emitter.target
         single = plan.rows == 1 and plan.columns <= target.cols
         if 4 * plan.rows * plan.columns > (target.acc_bytes if single else target.acc_bytes // 2):
             return False
-        sizes, slots = self.sizes(plan), self.slots(plan)
-        return sum(aligned(sizes[key], target) * slots[key] for key in sizes) <= self.emitter.spm_free
+        return fits(self.buffers(plan).values(), target, self.emitter.spm_free)
 
     def estimate(self, plan: Plan) -> float:
-        """Cycles of one batch."""
-        target, sizes, width = self.emitter.target, self.sizes(plan), DTYPES[self.left.dtype]
-        rows, columns, chunks = -(-self.rows // plan.rows), -(-self.columns // plan.columns), -(-self.depth // plan.depth)
-        again, run = chunks > 1, plan.columns * DTYPES[self.result.dtype]
-        a_loads = rows * chunks * (columns if (plan.right_outer or again) and rows * chunks > 1 else 1)
-        b_loads = columns * chunks * (rows if (not plan.right_outer or again) and columns * chunks > 1 else 1)
-        p_loads = columns * (rows if not plan.right_outer and columns > 1 else 1)
-        loads = (
-            cost.Transfers(a_loads, sizes["a"], plan.depth * (1 if again else plan.rows) * width),
-            cost.Transfers(b_loads, sizes["b"], sizes["b"] if self.weights is not None else plan.columns),
-            cost.Transfers(p_loads, sizes["p"], sizes["p"]),
-            *(cost.Transfers(rows * columns, size, run) for size in self.chain.operand_bytes(self._first_box(plan))),
-        )
-        stored = 0 if self.emitter.tile(self.view).space == "spm" else sizes["y"]
+        """Cycles: the busiest engine's, plus what the first tile waits for and the last one leaves behind."""
+        target, buffers = self.emitter.target, self.buffers(plan)
+        slots = share_out(buffers, target, self.emitter.spm_free)
+        tiles, chunks = buffers["y"].contents, -(-self.depth // plan.depth)
         vector = cost.vector_cycles(target, plan.rows * plan.columns) * (1 + len(self.chain.nodes))
-        matrix = rows * columns * chunks * cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=width)
-        return cost.tiled_cycles(target, matrix=matrix, vector=vector, loads=loads, stores=cost.Transfers(rows * columns, stored, run))
+        matrix = chunks * cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=DTYPES[self.left.dtype])
+        busiest = max(tiles * matrix, tiles * vector, transfer_cycles(buffers, slots, matrix + vector, target))
+        return busiest + vector + first_and_last(buffers, target)
 
     def take_buffers(self, plan: Plan) -> None:
-        sizes, slots = self.sizes(plan), self.slots(plan)
-        self.rings = {key: self.emitter.ring(sizes[key], slots[key]) for key in ("a", "b", "p", "y")}
+        buffers = self.buffers(plan)
+        slots = share_out(buffers, self.emitter.target, self.emitter.spm_free)
+        self.rings = {name: self.emitter.ring(buffer.bytes, slots[name]) for name, buffer in buffers.items() if name != "e"}
         self.acc_ring = self.emitter.acc_ring(4 * plan.rows * plan.columns)
-        self.chain.prepare(self._first_box(plan), 2)
+        self.chain.prepare(self._first_box(plan), slots["e"])
 
     def order(self, plan: Plan) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
         rows, columns = windows(self.rows, plan.rows), windows(self.columns, plan.columns)
@@ -182,10 +212,10 @@ class _Lowering:
     def emit_tile(self, plan: Plan, batch: tuple[int, ...], rows: tuple[int, int], columns: tuple[int, int]) -> None:
         emitter = self.emitter
         accumulator = Tile.dense("acc", self.acc_ring.next(), "s32", (rows[1], columns[1]))
-        parameters = self._parameters(batch, columns)
+        parameters, weights = self._block_of(plan, batch, columns) if plan.together else (self._parameters(batch, columns), None)
         for low, count in windows(self.depth, plan.depth):
-            a = emitter.load_once("a", (batch, rows, low), self._window(self.left, batch, rows, (low, count)), self.rings["a"])
-            b = self._right_tile(batch, rows[1], columns, (low, count))
+            a = emitter.load_once(self._window(self.left, batch, rows, (low, count)), self.rings["a"])
+            b = weights or self._right_tile(batch, rows[1], columns, (low, count))
             bias = (Tile("spm", parameters.address, "s32", (columns[1],), (4,)),) if low == 0 else ()
             emitter.issue("matmul", accumulator, _matrix(a), _matrix(b), *bias, za=self.zeros[0], zb=self.zeros[1], accumulate=int(low > 0))
         box = self._box(batch, rows, columns)
@@ -212,19 +242,36 @@ class _Lowering:
     def _right_tile(self, batch: tuple[int, ...], rows: int, columns: tuple[int, int], chunk: tuple[int, int]) -> Tile:
         if self.weights is None:
             window = self._window(self.right, batch, chunk, columns)
-            return self.emitter.load_once("b", window, window, self.rings["b"])
+            return self.emitter.load_once(window, self.rings["b"])
         key = (self._right_batch(batch), columns, chunk)
         if key not in self.weight_tiles:
             matrix = self.weights[key[0]]
             self.weight_tiles[key] = self.emitter.weights(matrix[chunk[0] : sum(chunk), columns[0] : sum(columns)], rows)
         return self.emitter.load_weights(key, self.weight_tiles[key], self.rings["b"], in_array=True)
 
+    def _block_of(self, plan: Plan, batch: tuple[int, ...], columns: tuple[int, int]) -> tuple[Tile, Tile]:
+        """Parameters and weights of these columns, which came in one transfer."""
+        assert self.weights is not None
+        emitter, index, (start, count) = self.emitter, self._right_batch(batch), columns
+        group, place = divmod(start // plan.columns, plan.together)
+        if (index, group) not in self.blocks:
+            chosen = windows(self.columns, plan.columns)[group * plan.together : (group + 1) * plan.together]
+            parts = [(self._rows_of(index, low, many), self.weights[index][:, low : low + many]) for low, many in chosen]
+            self.blocks[index, group] = emitter.constant(pack_blocks(parts, emitter.target), "s8")
+        loaded = emitter.load_once(self.blocks[index, group], self.rings["b"])
+        address = loaded.address + place * self._block(plan.columns).bytes
+        parameters = spm_tile(address, "s32", (1 + len(self.factors), count))
+        return parameters, spm_tile(address + self._block(count).offset, "s8", (self.depth, count))
+
+    def _rows_of(self, index: tuple[int, ...], start: int, count: int) -> np.ndarray:
+        """int32 [2 or 3, count]: biases and factors."""
+        return parameter_rows(self.biases[index][start : start + count], self.factors[:, start : start + count])
+
     def _parameters(self, batch: tuple[int, ...], columns: tuple[int, int]) -> Tile:
         key = ("p", self._right_batch(batch) if self.weights is not None else (), columns)
         if key not in self.blocks:
-            span = slice(columns[0], sum(columns))
-            self.blocks[key] = parameter_block(self.emitter, self.biases[key[1]][span], self.factors[:, span])
-        return self.emitter.load_once("p", key, self.blocks[key], self.rings["p"])
+            self.blocks[key] = self.emitter.constant(self._rows_of(key[1], *columns), "s32")
+        return self.emitter.load_once(self.blocks[key], self.rings["p"])
 
 
 def _matrix(tile: Tile) -> Tile:

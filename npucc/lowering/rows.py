@@ -95,7 +95,7 @@ def lower_softmax(emitter: Emitter, group: Group) -> None:
 
         def exponentials(start: int, size: int, *, index: tuple[int, ...] = index, count: int = count, top: Tile = top) -> Tile:
             window = rows.window(rows.view, index, count, start, size)
-            x = emitter.load_once("x", window, window, x_ring)
+            x = emitter.load_once(window, x_ring)
             d = spm_tile(d_ring.next(), distance, (count, size))
             e = spm_tile(e_ring.next(), "s32", (count, size))
             emitter.vector("sub", d, x, _spread(top, size))
@@ -104,7 +104,7 @@ def lower_softmax(emitter: Emitter, group: Group) -> None:
 
         for start, size in pieces:
             window = rows.window(rows.view, index, count, start, size)
-            emitter.issue("reduce", top, emitter.load_once("x", window, window, x_ring), op="max", accumulate=int(start > 0))
+            emitter.issue("reduce", top, emitter.load_once(window, x_ring), op="max", accumulate=int(start > 0))
         e = None
         for start, size in pieces:
             e = exponentials(start, size)
@@ -134,7 +134,7 @@ def lower_layer_norm(emitter: Emitter, group: Group) -> None:
         mean, deviation = _row_statistics(emitter, rows, index, count, source.zero, epsilon, rings[0], statistics)
         for start, size in windows(rows.length, rows.piece):
             window = rows.window(rows.view, index, count, start, size)
-            x = emitter.load_once("x", window, window, rings[0])
+            x = emitter.load_once(window, rings[0])
             value = spm_tile(rings[1].next(), "f32", (count, size))
             emitter.vector("sub", value, x, _spread(mean, size), qa=(1.0, source.zero))
             emitter.vector("mul", value, value, _spread(deviation, size))
@@ -154,10 +154,9 @@ def _row_constant(emitter: Emitter, data: np.ndarray | None, piece: int) -> Call
     assert data is not None
     view = emitter.constant(data.astype(np.float32).reshape(-1), "f32")
     ring = emitter.ring(4 * piece, 1)
-    name = f"row constant {ring.addresses[0]}"
 
     def operand(start: int, size: int, count: int) -> Tile:
-        tile = emitter.load_once(name, start, view.window((start,), (size,)), ring)
+        tile = emitter.load_once(view.window((start,), (size,)), ring)
         return Tile(tile.space, tile.address, "f32", (count, size), (0, 4))
 
     return operand
@@ -172,7 +171,7 @@ def _row_statistics(
     )
     for start, size in windows(rows.length, rows.piece):
         window = rows.window(rows.view, index, count, start, size)
-        x = emitter.load_once("x", window, window, x_ring)
+        x = emitter.load_once(window, x_ring)
         emitter.issue("reduce", sums, x, op="sum", zero=zero, accumulate=int(start > 0))
         emitter.issue("reduce", squares, x, op="sumsq", zero=zero, accumulate=int(start > 0))
     share = float(np.float32(1) / np.float32(rows.length))

@@ -49,7 +49,7 @@ def lower_pool(emitter: Emitter, group: Group) -> None:
         if min(tall, wide) == 0:
             raise CompileError("a pooling window lies wholly in the padding", node=node.name, hint="reduce the pads of the pooling node")
         window = x.window((batch, low, top, left), (1, many, tall, wide)).permute(IMAGE_ORDER)
-        tile = emitter.load_once("x", window, window, x_ring)
+        tile = emitter.load_once(window, x_ring)
         out = replace(box, order=IMAGE_ORDER).of(view, view.shape)
         target = emitter.result_tile(out, y_ring)
         emitter.issue(POOL_INSTRUCTIONS[node.op], _image(target), _image(tile), pad=(before, ahead, after, behind), **shared)  # type: ignore[arg-type]
@@ -94,9 +94,9 @@ def lower_interpolate(emitter: Emitter, group: Group) -> None:
         _, many, row_count, column_count = box.sizes
         (top, tall), (left, wide) = _span(axes[0], row, row_count), _span(axes[1], column, column_count)
         window = x.window((batch, low, top, left), (1, many, tall, wide)).permute(IMAGE_ORDER)
-        tile = emitter.load_once("x", window, window, x_ring)
-        r = emitter.load_once("r", row, emitter.constant(_weights(axes[0], row, row_count, top), "s32"), row_ring)
-        q = emitter.load_once("q", column, emitter.constant(_weights(axes[1], column, column_count, left), "s32"), column_ring)
+        tile = emitter.load_once(window, x_ring)
+        r = emitter.load_once(emitter.constant(_weights(axes[0], row, row_count, top), "s32"), row_ring)
+        q = emitter.load_once(emitter.constant(_weights(axes[1], column, column_count, left), "s32"), column_ring)
         out = replace(box, order=IMAGE_ORDER).of(view, view.shape)
         target = emitter.result_tile(out, y_ring)
         emitter.issue("resize", _image(target), _image(tile), r, q, qx=quant_pair(source), qy=quant_pair(result))
