@@ -82,9 +82,11 @@ REQUANT_NOTE = """The zero point is added after rounding. A target has one of fo
 
 The q31 modes work on exact integers of 64 bits. Of what s and r hold, the low 31 and 6 bits count. TOSA wants 2 <= r <= 62.
 Only `requant` has modes: additions, products and other elementwise steps, pooling, softmax and layer norm are float32 on every target.
-For these, integers would not be another rounding of the same formula but other formulas, which TFLite and TOSA define operator by operator: an
-addition rescales both operands to a common scale with 20 more bits, adds, and rescales the sum; an average pool divides a sum of integers, and
-its result must have the scale of its operand. A chip whose vector engine has no float32 needs instructions of its own for them."""
+For these, integers would not be another rounding of the same formula but other formulas, which TFLite and TOSA define operator by operator. A
+TFLite addition shifts both operands left by 20 bits, rescales each, adds, and rescales the sum; its average pool divides the sum by the number
+of taps, half away from zero, and its result must have the scale of its operand (TensorFlow, lite/kernels/internal/reference/integer_ops/add.h and
+pooling.h; LiteRT 8-bit quantization specification). TOSA 1.0 puts a RESCALE before and after ADD and MUL, and AVG_POOL2D multiplies by
+apply_scale_32(sum, reciprocal_scale(count)). A chip whose vector engine has no float32 needs instructions of its own for them."""
 
 
 def _quant(name: str, of: str) -> Attribute:
