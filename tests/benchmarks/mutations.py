@@ -1,6 +1,6 @@
 """How much the static checker sees: programs with one mistake each, and what becomes of them.
 
-    python -m tests.benchmarks.mutations [FILE.npu | MODEL.onnx …] [--target NAME] [--limit 100] [--orders 4] [--seed 0]
+    python -m tests.benchmarks.mutations [FILE.npu | MODEL.onnx …] [--input DATA.npz] [--target NAME] [--limit 100] [--orders 4] [--seed 0]
 
 The one big idea: a mutant is caught, or it is run: in line order and in random legal orders, and its output bytes are compared with
 those of the program it was made from. Bytes that depend on the order mean that the checker is wrong. Bytes that are the same mean
@@ -18,6 +18,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from isa.discipline import suspicions
 from isa.geometry import footprint, overlaps
 from isa.program import DTYPES
 from npucc import demo
+from npucc.feeds import open_dataset
+from npucc.signature import ports_of_program
 from runtime import Machine, RuntimeFault
 from runtime.boundary import to_real
 
@@ -244,11 +247,20 @@ def mutants(program: Program, *, limit: int, seed: int) -> Iterator[Mutant]:
 # ── what becomes of them ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def random_inputs(program: Program, seed: int) -> dict[str, Any]:
-    """Inputs whose stored values are spread over the whole range of a byte."""
-    choose = np.random.default_rng(seed)
-    stored = {record.name: choose.integers(-100, 100, record.tile.shape).astype(np.int8) for record in program.inputs}
-    return {record.name: to_real(record, stored[record.name]) for record in program.inputs}
+def two_inputs(program: Program, data: Path | None, seed: int) -> tuple[dict[str, Any], ...]:
+    """The first two samples of the data; without data random ones: reals over the whole range of a byte, integers that any table of tokens has."""
+    if data is not None:
+        return tuple(islice(open_dataset(data, ports_of_program(program), limit=2), 2))
+    return tuple(_random_inputs(program, np.random.default_rng(seed + number)) for number in range(2))
+
+
+def _random_inputs(program: Program, choose: np.random.Generator) -> dict[str, Any]:
+    inputs = {}
+    for record in program.inputs:
+        low, high = (-100, 100) if np.dtype(record.dtype).kind == "f" else (0, 2)
+        stored = choose.integers(low, high, record.tile.shape)
+        inputs[record.name] = to_real(record, stored.astype(np.int8)) if low else stored.astype(record.dtype)
+    return inputs
 
 
 def output_bytes(machine: Machine, inputs: Sequence[dict[str, Any]], *, order: str = "program", seed: int = 0) -> list[Bytes]:
@@ -266,8 +278,8 @@ class Judge:
     orders: int
 
     @staticmethod
-    def of(package: Package, *, orders: int, seed: int) -> Judge:
-        inputs = tuple(random_inputs(package.program, seed + number) for number in range(2))
+    def of(package: Package, *, orders: int, seed: int, data: Path | None = None) -> Judge:
+        inputs = two_inputs(package.program, data, seed)
         return Judge(package.constants, inputs, output_bytes(Machine(package), inputs), orders)
 
     def judge(self, mutant: Mutant) -> Judged:
@@ -291,9 +303,9 @@ class Judge:
         return Judged(mutant, PROVED if mutant.keeps_values else SAME, "")
 
 
-def judge_all(package: Package, *, limit: int, orders: int, seed: int) -> list[Judged]:
+def judge_all(package: Package, *, limit: int, orders: int, seed: int, data: Path | None = None) -> list[Judged]:
     """Every sampled mutant of the package's program with its verdict."""
-    judge = Judge.of(package, orders=orders, seed=seed)
+    judge = Judge.of(package, orders=orders, seed=seed, data=data)
     return [judge.judge(mutant) for mutant in mutants(package.program, limit=limit, seed=seed)]
 
 
@@ -344,6 +356,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, default=[Path(demo.MODEL)], help=".npu packages or .onnx models; the bundled network if none")
+    parser.add_argument("--input", type=Path, help="samples that the programs are run on (.npz), instead of random values")
     parser.add_argument("--target", default="edge", help="for ONNX models")
     parser.add_argument("--limit", type=int, default=100, help="mutants of each kind and program")
     parser.add_argument("--orders", type=int, default=4, help="random orders that a mutant which passes the checker is run in")
@@ -352,7 +365,7 @@ def main() -> None:
     everything: list[Judged] = []
     for path in options.files:
         package = open_package(path, options.target)
-        judged = judge_all(package, limit=options.limit, orders=options.orders, seed=options.seed)
+        judged = judge_all(package, limit=options.limit, orders=options.orders, seed=options.seed, data=options.input)
         everything += judged
         print(f"{path.name} on {package.program.target.name}\n{table(judged)}\n{survivors(judged)}\n", flush=True)
     if len(options.files) > 1:
