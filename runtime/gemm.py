@@ -17,7 +17,7 @@ from runtime.memory import Array
 from runtime.scratch import Scratch
 
 #: the largest sum that each type holds exactly
-EXACT = {np.dtype(np.int16): (1 << 15) - 1, np.dtype(np.float32): 1 << 24, np.dtype(np.float64): 1 << 53}
+EXACT: dict[np.dtype[Any], int] = {np.dtype(np.float32): 1 << 24, np.dtype(np.float64): 1 << 53}
 #: the largest magnitude of a stored value
 LARGEST = {np.dtype(np.int8): 1 << 7, np.dtype(np.int16): 1 << 15}
 
@@ -86,10 +86,10 @@ class FloatSums:
     stored: bool = True
 
 
-def float_sums(parts: list[Part], bias: tuple[Any, Array] | None) -> FloatSums | None:
-    """Whether the sums of all `parts` and the bias are exact in float32: then their record, its values still to come."""
-    bound = sum(part.bound for part in parts) + (int(np.abs(bias[1].astype(np.int64)).max()) if bias else 0)
-    return FloatSums(bias) if parts[0].left.dtype == np.float32 and bound <= EXACT[np.dtype(np.float32)] else None
+def float_sums(dtype: np.dtype[Any], bound: int, bias: tuple[Any, Array] | None) -> FloatSums | None:
+    """Whether sums of this type, at most `bound`, and the bias are exact in float32: then their record, its values still to come."""
+    largest = bound + (int(np.abs(bias[1].astype(np.int64)).max()) if bias else 0)
+    return FloatSums(bias) if dtype == np.float32 and largest <= EXACT[np.dtype(np.float32)] else None
 
 
 def bind_product(
@@ -104,29 +104,39 @@ def bind_product(
     groups = [[(part.left, part.right) for part in group] for group in sums(parts)]
     product = scratch.take("product", shape, dtype)
     partial = scratch.take("partial", shape, dtype) if len(parts) > len(groups) else product
-    whole = scratch.take("integers", shape, np.int32) if accumulate or len(groups) > 1 else y
-    kept = floats or FloatSums(None)
-    kept.values = product
+    first = bind_store(product, y, scratch, bias=bias, accumulate=accumulate, floats=floats)
+    others = bind_store(product, y, scratch, bias=None, accumulate=True) if len(groups) > 1 else first
+    work = [(group, others if number else first) for number, group in enumerate(groups)]
 
     def run() -> None:
-        keep = accumulate
-        for (left, right), *more in groups:
+        for ((left, right), *more), store in work:
             np.matmul(left, right, out=product)
             for other_left, other_right in more:
                 np.matmul(other_left, other_right, out=partial)
                 np.add(product, partial, out=product)
-            if not kept.stored:
-                return
-            if keep:
-                to_int32(product, whole)
-                np.add(y, whole, out=y)
-            else:
-                to_int32(product, y)
-            keep = True
+            store()
+
+    return run
+
+
+def bind_store(
+    product: Array, y: Array, scratch: Scratch, *, bias: Array | None, accumulate: bool, floats: FloatSums | None = None
+) -> Callable[[], None]:
+    """A closure for y = (bias, or y if `accumulate`) + product, wrapping in 32 bits; for nothing where a requant takes `floats` instead."""
+    whole = scratch.take("integers", product.shape, np.int32) if accumulate else y
+    kept = floats or FloatSums(None)
+    kept.values = product
+
+    def store() -> None:
+        if not kept.stored:
+            return
+        to_int32(product, whole)
+        if accumulate:
+            np.add(y, whole, out=y)
         if bias is not None:
             np.add(y, bias, out=y)
 
-    return run
+    return store
 
 
 def to_int32(product: Array, out: Array) -> None:

@@ -14,17 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from runtime.gemm import EXACT, LARGEST, FloatSums, Part, bind_product, cut, cut_evenly, float_sums, to_int32, working_type
+from runtime.gemm import EXACT, LARGEST, FloatSums, Part, bind_product, bind_store, cut, cut_evenly, float_sums, working_type
 from runtime.memory import Array
 from runtime.scratch import PIECE
 from runtime.site import Site
-from runtime.windows import Geometry, gather, geometry, pad, tap
+from runtime.windows import Geometry, gather, geometry, pad
 
 Run = Callable[[], None]
 #: below this many values per row of windows the BLAS calls get too small: gather whole windows instead
 SHORT_WINDOW = 48
-#: a float32 sum of this many int8 x int8 products is always exact
-EXACT_TAPS = 1 << 10
 
 
 def bind_conv(site: Site) -> Run:
@@ -48,16 +46,16 @@ def _product(site: Site, parts: list[Part], y: Array, bias: Array | None, shape:
         height, width = shape.outputs
         parts = [Part(part.left.reshape(height, width, -1), part.right, part.bound) for part in parts]
     accumulate = bool(site.attributes["accumulate"])
-    floats = None if accumulate or y.ndim > 2 else _float_sums(site, parts)
+    floats = None if accumulate or y.ndim > 2 else _float_sums(site, parts[0].left.dtype, sum(part.bound for part in parts))
     return bind_product(parts, y, site.scratch, bias=bias, accumulate=accumulate, floats=floats)
 
 
-def _float_sums(site: Site, parts: list[Part]) -> FloatSums | None:
-    """Offer the sums as float32 where they and the bias are exact in it."""
+def _float_sums(site: Site, dtype: np.dtype[Any], bound: int) -> FloatSums | None:
+    """Offer sums of this type and largest magnitude as float32, where they and the bias are exact in it."""
     name = "c" if site.instruction.name == "matmul" else "b"
     if name in site.views and name not in site.constants:
         return None
-    floats = float_sums(parts, site.constants.get(name) if name in site.views else None)
+    floats = float_sums(dtype, bound, site.constants.get(name) if name in site.views else None)
     if floats is not None:
         site.offered.append(floats)
     return floats
@@ -215,97 +213,51 @@ def bind_matmul(site: Site) -> Run:
 
 
 def bind_dwconv(site: Site) -> Run:
-    """y[h,w,c] = (b[c] or y) + windows of each channel times its taps: one multiply-add over whole rows per tap."""
-    shape = geometry(site, site.views["w"].shape[:2])
-    dtype, groups = _tap_groups(site, shape)
-    repeat = shape.outputs[1]
-    weights = _weights(site, "w", dtype, lambda stored: np.tile(stored.reshape(shape.taps, -1), (1, repeat)), variant=repeat)
-    refresh, taps = _tap_rows(site, shape, dtype)
-    terms = [[(taps[index], weights.matrix[index]) for index in group] for group in groups]
-    return _sequence(refresh, weights.refresh, _multiply_add(site, terms, dtype))
+    """y[h,w,c] = (b[c] or y) + windows of each channel times its taps, summed over the taps of whole rows at once."""
+    y, x, shape = site.views["y"], site.views["x"], geometry(site, site.views["w"].shape[:2])
+    bound = shape.taps * LARGEST[x.dtype] * LARGEST[np.dtype(np.int8)]
+    dtype = next(kind for kind, limit in EXACT.items() if bound <= limit)
+    refresh_taps, taps = _tap_rows(site, shape, dtype)
+    refresh_weights, weights = _repeated_taps(site, dtype)
+    product = site.scratch.take("product", y.shape, dtype)
+    total, block = product.reshape(len(y), -1), max(1, PIECE // y[0].size)
+    work = [(taps[:, :, row : row + block], total[row : row + block]) for row in range(0, len(y), block)]
+    floats = None if site.attributes["accumulate"] else _float_sums(site, dtype, bound)
+
+    def multiply() -> None:
+        for windows, sums in work:
+            np.einsum("klhw,klw->hw", windows, weights, out=sums)
+
+    store = bind_store(product, y, site.scratch, bias=site.views.get("b"), accumulate=bool(site.attributes["accumulate"]), floats=floats)
+    return _sequence(refresh_taps, refresh_weights, multiply, store)
 
 
-def _tap_groups(site: Site, shape: Geometry) -> tuple[np.dtype[Any], list[list[int]]]:
-    """The type to multiply in, and the taps in groups whose sums it holds exactly.
+def _tap_rows(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run, Array]:
+    """The values that each tap multiplies, as [k, l, h, w·c], and the closure that brings them up to date.
 
-    Known int8 weights: int16, the fastest, with groups from their magnitudes; else float32 or float64, all taps in one group.
+    With a stride across, each of the l taps gets a copy of its own, so that those of neighbouring outputs lie side by side.
     """
-    everything = list(range(shape.taps))
-    if site.views["x"].dtype != np.int8 or ("w" not in site.constants and shape.taps > EXACT_TAPS):
-        return np.dtype(np.float64), [everything]
-    if "w" not in site.constants:
-        return np.dtype(np.float32), [everything]
-    key, content = site.constants["w"]
-    memo = ("taps", key)
-    if memo not in site.memo:
-        site.memo[memo] = _grouped(LARGEST[np.dtype(np.int8)] * np.abs(content.reshape(shape.taps, -1).astype(np.int32)), EXACT[np.dtype(np.int16)])
-    return np.dtype(np.int16), site.memo[memo]
+    zero, (height, width) = int(site.attributes["zero"]), shape.outputs
+    channels = site.views["x"].shape[2]
+    if shape.stride[1] == 1:
+        padded = pad(site, shape, zero, dtype)
+        rows, (row, across, _) = padded.array, padded.array.strides
+        refresh, step = padded.refresh, across * shape.dilation[1]
+    else:
+        padded = pad(site, shape, zero)
+        line = Geometry((shape.reach(0), width), (1, shape.kernel[1]), (1, shape.stride[1]), shape.dilation, shape.pad)
+        rows = site.scratch.take("taps", (shape.kernel[1], shape.reach(0), width, channels), dtype)
+        step, row = rows.strides[:2]
+        refresh = _gathering(padded.refresh, [(rows.transpose(1, 2, 0, 3), gather(padded.array, line)[:, :, 0])])
+    strides = (row * shape.dilation[0], step, row * shape.stride[0], rows.itemsize)
+    return refresh, as_strided(rows, (*shape.kernel, height, width * channels), strides)
 
 
-def _grouped(magnitudes: Array, limit: int) -> list[list[int]]:
-    """Consecutive rows of `magnitudes` [taps, c] in groups that sum to at most `limit` in every column."""
-    groups: list[list[int]] = []
-    total = magnitudes[0]
-    for index, row in enumerate(magnitudes):
-        if groups and (total + row).max() <= limit:
-            groups[-1].append(index)
-            total = total + row
-        else:
-            groups.append([index])
-            total = row
-    return groups
-
-
-def _tap_rows(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run, list[Array]]:
-    """For each tap the values it multiplies as [h, w·c] rows, and the closure that converts the input to float."""
-    padded = pad(site, shape, int(site.attributes["zero"]))
-    stride, width = shape.stride[1], shape.outputs[1]
-    starts = [tap_index * shape.dilation[1] for tap_index in range(shape.kernel[1])]
-    converted, copies = {}, []
-    for phase in sorted({start % stride for start in starts}):
-        source = padded.array[:, phase::stride]
-        converted[phase] = site.scratch.take(f"phase{phase}", source.shape, dtype)
-        copies.append((converted[phase], source))
-    taps = []
-    for k in range(shape.kernel[0]):
-        for start in starts:
-            chosen = converted[start % stride][:, start // stride :][:, :width]
-            rows = tap(chosen, shape, 0, k)
-            taps.append(_join_columns(rows))
-    return _gathering(padded.refresh, copies), taps
-
-
-def _join_columns(rows: Array) -> Array:
-    """[h, w, c] with dense (w, c) as [h, w·c] in place."""
-    height, width, channels = rows.shape
-    return as_strided(rows, (height, width * channels), (rows.strides[0], rows.itemsize))
-
-
-def _multiply_add(site: Site, groups: list[list[tuple[Array, Array]]], dtype: np.dtype[Any]) -> Run:
-    """Sum of taps [h, w·c] times weights [w·c] into y, in blocks of rows that stay in the cache; groups are added as int32."""
-    y, bias, keep = site.views["y"], site.views.get("b"), bool(site.attributes["accumulate"])
-    height, width, channels = y.shape
-    block = max(1, PIECE // (width * channels))
-    work = []
-    for start in range(0, height, block):
-        part = y[start : start + block]
-        total, product = (site.scratch.take(role, (part.shape[0], width * channels), dtype) for role in ("total", "term"))
-        terms = [[(rows[start : start + block], weights) for rows, weights in group] for group in groups]
-        work.append((part, total, product, total.reshape(part.shape), site.scratch.take("integers", part.shape, np.int32), terms))
-
-    def run() -> None:
-        for part, total, product, shaped, whole, terms in work:
-            adding = keep
-            for (first, weights), *others in terms:
-                np.multiply(first, weights, out=total)
-                for rows, weights in others:
-                    np.multiply(rows, weights, out=product)
-                    np.add(total, product, out=total)
-                to_int32(shaped, whole if adding else part)
-                if adding:
-                    np.add(part, whole, out=part)
-                adding = True
-            if bias is not None:
-                np.add(part, bias, out=part)
-
-    return run
+def _repeated_taps(site: Site, dtype: np.dtype[Any]) -> tuple[Run | None, Array]:
+    """The taps [k, l, c] once for each output of a row, as [k, l, w·c], and how to bring them up to date (None: they are)."""
+    width = site.views["y"].shape[1]
+    stored = site.views["w"]
+    repeated = site.scratch.take("matrix", (*stored.shape[:2], width, stored.shape[2]), dtype)
+    key = (site.constants["w"][0], dtype, site.instruction.name, width) if "w" in site.constants else None
+    refresh = None if site.scratch.holds(repeated, key) else lambda: np.copyto(repeated, stored[:, :, None])
+    return refresh, repeated.reshape(*stored.shape[:2], -1)

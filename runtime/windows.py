@@ -7,6 +7,7 @@ single copy, and "one tap for all outputs" is a slice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -63,20 +64,21 @@ class Padded:
     fill: int
 
     def refresh(self) -> None:
-        """Copy the tile in, with the padding around it; nothing where there is no padding."""
+        """Copy the tile in, with the padding around it; nothing where it is read in place."""
         if self.interior is not None:
-            self.array[...] = self.fill
+            if self.interior.shape != self.array.shape:
+                self.array[...] = self.fill
             np.copyto(self.interior, self.source)
 
 
-def pad(site: Site, shape: Geometry, fill: int) -> Padded:
-    """Operand x with `fill`, a value of its type, around it."""
+def pad(site: Site, shape: Geometry, fill: int, dtype: np.dtype[Any] | None = None) -> Padded:
+    """Operand x with `fill`, a value of its type, around it; as numbers of `dtype`, if there is one."""
     x = site.views["x"]
-    if not shape.padded:
+    if not shape.padded and dtype is None:
         return Padded(x, x, None, fill)
     top, left, bottom, right = shape.pad
     height, width, channels = x.shape
-    array = site.scratch.take("padded", (height + top + bottom, width + left + right, channels), x.dtype)
+    array = site.scratch.take("padded", (height + top + bottom, width + left + right, channels), dtype or x.dtype)
     return Padded(array, x, array[top : top + height, left : left + width], fill)
 
 
