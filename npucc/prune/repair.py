@@ -15,8 +15,8 @@ import numpy as np
 
 from npucc.graph import Graph, Node
 from npucc.prune.moments import Moments, Pair, Stream, pair_moments, with_constants
-from npucc.prune.patterns import NeighbourPattern, Pattern
-from npucc.prune.solve import refit, sweep, thin_out
+from npucc.prune.patterns import Pattern
+from npucc.prune.solve import refit, thin_out
 from npucc.sites import MOST_COLUMNS, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -125,14 +125,10 @@ def fit(halves: Sequence[Moments], start: Array, pattern: Pattern | None, order:
         return (best_fit(halves, start, mask) if plan.repair else start * mask), mask
     whole = best_fit(halves, start, there) if plan.repair else start
     rows = np.append(order, len(order))
-    kept, swept = (np.empty(start.shape[1:], each) for each in (bool, float))
-    gram, dense, allowed = both.gram[0][np.ix_(rows, rows)], whole[0, rows], there[0, rows]
-    if isinstance(pattern, NeighbourPattern):
-        kept[rows], swept[rows] = sweep(gram, dense, pattern, allowed)
-    else:
-        kept[rows], swept[rows] = thin_out(gram, dense, pattern, allowed)
+    kept, found = (np.empty(start.shape[1:], each) for each in (bool, float))
+    kept[rows], found[rows] = thin_out(both.gram[0][np.ix_(rows, rows)], whole[0, rows], pattern, there[0, rows])
     mask = _mask(start, kept[None])
-    return (best_fit(halves, whole, mask, first=swept[None]) if plan.repair else start * mask), mask
+    return (best_fit(halves, whole, mask, first=found[None]) if plan.repair else start * mask), mask
 
 
 def masked(graph: Graph, patterns: Mapping[str, Pattern]) -> Graph:
