@@ -19,15 +19,17 @@ from npucc.errors import PruneError
 from npucc.graph import Editor, Graph, Node
 from npucc.operations import node_macs
 from npucc.ops import OPS
-from npucc.prune.channels import Curve, Family, Statistics, draw_curves, find_families
+from npucc.prune.attempt import Job
+from npucc.prune.channels import Curve, draw_curves
 from npucc.prune.compiled import Clock
+from npucc.prune.families import Family, Statistics, find_families
 from npucc.prune.measure import OutputMeter
 from npucc.prune.moments import input_moments
 from npucc.prune.options import PruneOptions
 from npucc.prune.price import PriceList
 from npucc.prune.report import FamilyRow, LayerRow, PruneReport
-from npucc.prune.search import Found, Job, search
-from npucc.prune.slots import find_slots
+from npucc.prune.search import Found, search
+from npucc.prune.ties import find_slots
 from npucc.prune.zeros import remove_zero_channels
 from npucc.quantize import QuantizeOptions
 from npucc.sites import MOST_COLUMNS, find_sites

@@ -14,7 +14,8 @@ from npucc import ops, scalar
 from npucc.graph import Graph, Node
 from npucc.ops import OPS
 from npucc.prune.shrink import shrink
-from npucc.prune.slots import FIXED, Slots, find_slots
+from npucc.prune.slots import FIXED, Slots
+from npucc.prune.ties import find_slots
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -16,13 +16,14 @@ from npucc.export import to_onnx
 from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
 from npucc.prune import PruneOptions, prune
-from npucc.prune.channels import find_families
+from npucc.prune.families import find_families
 from npucc.prune.measure import OutputMeter
 from npucc.prune.patterns import BlockPattern, NeighbourPattern
 from npucc.prune.repair import joined_to
 from npucc.prune.shrink import shrink
-from npucc.prune.slots import FIXED, find_slots
+from npucc.prune.slots import FIXED
 from npucc.prune.solve import damped, eliminate, refit, thin_out
+from npucc.prune.ties import find_slots
 from npucc.prune.zeros import remove_zero_channels
 from npucc.quantize.calibrate import tensor_runner
 from npucc.sites import find_sites
@@ -372,7 +373,7 @@ def test_repair_beats_magnitude_on_a_trained_network() -> None:
 
     def accuracy(pruned: Graph) -> float:
         infer = tensor_runner(pruned, pruned.outputs)
-        return float(np.mean([infer(sample.feed)[pruned.outputs[0]].argmax() == np.ravel(sample.labels)[0] for sample in samples]))
+        return float(np.mean([infer(sample.feed)[pruned.outputs[0]].argmax() == np.asarray(sample.labels).item() for sample in samples]))
 
     specs = ("2:4,samples=24,rows=2048", "2:4,samples=2,criterion=magnitude,repair=no")
     repaired, plain = (accuracy(prune(graph, feeds, target=TINY, options=PruneOptions.parse(spec)).graph) for spec in specs)
