@@ -25,6 +25,7 @@ from isa.target import Target, load_target
 from npucc.errors import CompileError, PruneError, QuantizeError
 from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
+from npucc.ops import OPS
 from npucc.package import FROM_DATA, FROM_MODEL, SYNTHETIC, Package, Refused
 from npucc.signature import ports_of_model
 
@@ -142,7 +143,7 @@ def steps(
         yield Step(stage.name, graph, here)
 
     pruned: PruneReport | None = None
-    if pruning and any(tensor.given for tensor in graph.tensors.values()):
+    if pruning and any(graph.tensors[name].given for node in graph if OPS[node.op].matrix for name in node.inputs if name):
         raise PruneError("the model is quantized already", hint="prune the float model; npucc quantizes what is left")
     if pruning and feeds is not None:
         feeds = _repeatable(feeds, max(pruning.samples, options.samples))

@@ -9,6 +9,7 @@ from npucc.frontend.operators import (
     blocks,
     elementwise,
     indexing,
+    integers,
     layout,
     linear,
     matrix,
@@ -25,7 +26,7 @@ from npucc.frontend.operators import (
 GROUPS: dict[str, tuple[Importer, ...]] = {
     module.__name__.rpartition(".")[2]: module.TABLE
     for module in (
-        matrix, linear, elementwise, pooling, reduction, normalization, layout, indexing, resize, recurrent, transformer, quantized, blocks,
+        matrix, linear, elementwise, integers, pooling, reduction, normalization, layout, indexing, resize, recurrent, transformer, quantized, blocks,
     )
 }  # fmt: skip
 TABLE: tuple[Importer, ...] = tuple(record for group in GROUPS.values() for record in group)

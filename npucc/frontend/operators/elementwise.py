@@ -111,11 +111,7 @@ def mean(node: NodeImport) -> str:
 def _arithmetic(op: str) -> Run:
     """A two-operand operator. Before opset 7 operands were not broadcast as in numpy, which is why older opsets are refused."""
 
-    def run(node: NodeImport) -> str:
-        result = node.binary(op, node.input(0), node.input(1))
-        return node.table(("trunc", "x"), result) if op == "div" and node.is_integer(0) else result
-
-    return run
+    return lambda node: node.binary(op, node.input(0), node.input(1))
 
 
 def power(node: NodeImport) -> str:
@@ -167,16 +163,6 @@ def is_nan(node: NodeImport) -> str:
     tensor, axis = scores
     masked = node.emit("compare", (node.reduce("reduce_max", tensor, [axis]), node.new_constant(-np.inf, "masked")), ops.Compare("eq"), dtype="bool")
     return node.emit("expand", (masked,), ops.Expand(node.shape(0)))
-
-
-def modulo(node: NodeImport) -> str:
-    """a − b · floor(a / b), or with fmod the truncated quotient, for a constant divisor."""
-    if not node.is_constant(1) or node.floats(1, "divisor").size != 1:
-        raise node.refuse("its divisor is not a single constant")
-    divisor = float(node.floats(1, "divisor").reshape(()))
-    quotient = ("trunc" if node.integer("fmod", 0) else "floor", ("div", "x", divisor))
-    remainder = node.table(("sub", "x", ("mul", divisor, quotient)), node.input(0))
-    return node.reshape(remainder, np.broadcast_shapes(node.shape(0), node.shape(1)))
 
 
 def _compare(kind: str) -> Run:
@@ -236,7 +222,7 @@ _COMPARISONS = {"Equal": "eq", "Greater": "gt", "GreaterOrEqual": "ge", "Less": 
 
 TABLE: tuple[Importer, ...] = (
     *(Importer(name, _table((function, "x"))) for name, function in _SIMPLE.items()),
-    *(Importer(name, _arithmetic(name.lower())) for name in ("Add", "Sub", "Mul", "Div")),
+    *(Importer(name, _arithmetic(name.lower())) for name in ("Add", "Sub", "Mul")),
     *(Importer(name, _variadic(op)) for name, op in (("Max", "max"), ("Min", "min"), ("Sum", "add"))),
     *(Importer(name, _compare(kind)) for name, kind in _COMPARISONS.items()),
     Importer("Identity", _identity),
@@ -257,7 +243,6 @@ TABLE: tuple[Importer, ...] = (
     Importer("Clip", clip),
     Importer("Mean", mean),
     Importer("Pow", power, "base or exponent constant"),
-    Importer("Mod", modulo, "constant divisor"),
     Importer("IsNaN", is_nan, "never true, but of a softmax: where its row is masked whole"),
     Importer("IsInf", never, "integers are never infinite"),
     Importer("Not", logical_not),

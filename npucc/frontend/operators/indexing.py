@@ -12,6 +12,7 @@ import numpy as np
 
 from npucc import ops
 from npucc.frontend.node import Importer, NodeImport
+from npucc.frontend.operators.integers import remainder
 
 Array = np.ndarray
 MOST_ROUNDS = 64  # of a loop that is written out
@@ -119,6 +120,26 @@ def _turn(node: NodeImport, op: str, x: str, updates: str, targets: Array, chose
     base = x if op in ("max", "min") else node.new_constant(np.full(node.shape(0), neutral), "neutral")
     picked = pick(node, updates, chosen)
     return _overwritten(node, base, picked, targets[chosen])
+
+
+def tensor_scatter(node: NodeImport) -> str:
+    """A cache with `update` written from the position on that the third input gives for each batch entry."""
+    cache, update = node.input(0), node.input(1)
+    shape, axis = node.shape(0), node.axis(node.integer("axis", -2), node.rank())
+    steps = node.shape(1)[axis]
+    if not node.has(2):
+        rest = [node.slice(cache, axis, steps, shape[axis] - steps)] if steps < shape[axis] else []
+        return node.emit("concat", (update, *rest), ops.Concat(axis)) if rest else update
+    if steps > MOST_ROUNDS:
+        raise node.refuse(f"writes {steps} steps; supported are up to {MOST_ROUNDS} at computed positions")
+    start, circular = node.reshape(node.input(2), (shape[0], *(1 for _ in shape[1:]))), node.word("mode", "linear") == "circular"
+    if circular:
+        start = remainder(node, start, shape[axis])
+    for step in range(steps):
+        first = np.arange(shape[axis]) - step  # the position to begin at, for this step to be written here
+        wanted = (first % shape[axis] if circular else first).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        cache = select(node, equal(node, start, node.new_constant(wanted, "first")), node.slice(update, axis, step, 1), cache)
+    return cache
 
 
 def _overwritten(node: NodeImport, x: str, updates: str, targets: Array) -> str:
@@ -289,6 +310,7 @@ TABLE: tuple[Importer, ...] = (
     Importer("ScatterElements", scatter_elements, "constant indices"),
     Importer("Scatter", scatter_elements, "constant indices"),
     Importer("ScatterND", scatter_nd, "constant indices"),
+    Importer("TensorScatter", tensor_scatter, f"up to {MOST_ROUNDS} steps, or all from the first on"),
     Importer("ArgMax", _arg("reduce_max")),
     Importer("ArgMin", _arg("reduce_min")),
     Importer("Hardmax", hardmax),

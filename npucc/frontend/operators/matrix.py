@@ -22,6 +22,8 @@ from npucc.frontend.operators.windows import (
     unfold_depth,
 )  # fmt: skip
 
+MOST_TAPS = 64  # of a kernel that is computed
+
 
 def _weights(node: NodeImport) -> np.ndarray:
     """Convolution weights, [a, b, kh, kw], or [a, b, kd, kh, kw]."""
@@ -43,7 +45,9 @@ def _bias(node: NodeImport, channels: int) -> tuple[str, ...]:
 
 
 def conv(node: NodeImport) -> str:
-    """Convolution over one or two spatial dimensions."""
+    """Convolution over one to three spatial dimensions."""
+    if not node.is_constant(1):
+        return _conv_with_computed_weights(node)
     weights = _weights(node)
     groups = node.integer("group", 1)
     channels = node.shape(0)[1]
@@ -65,6 +69,36 @@ def conv(node: NodeImport) -> str:
         return unfold_depth(node, node.emit("conv", (images, flat, *bias), attributes), node.shape(0)[0])
     inputs = (_weight_input(node, weights), *bias)
     return in_2d(node, node.input(0), lambda x: node.emit("conv", (x, *inputs), attributes))
+
+
+def _conv_with_computed_weights(node: NodeImport) -> str:
+    """As a product of two activations: the weights of each group with what its windows see."""
+    weights, x, groups = node.shape(1), node.input(0), node.integer("group", 1)
+    if node.rank() not in (3, 4) or len(weights) != node.rank() or math.prod(weights[2:]) > MOST_TAPS:
+        raise node.refuse(f"has computed weights of shape {list(weights)}; supported are 1-D and 2-D ones of up to {MOST_TAPS} taps")
+    outputs, depth, *kernel = weights
+    if groups < 1 or depth * groups != node.shape(0)[1] or outputs % groups:
+        raise node.refuse(f"has weights of shape {list(weights)} and {groups} groups for {node.shape(0)[1]} input channels", hint="check the shapes")
+    windows = read_windows(node, kernel)
+    left = node.reshape(node.input(1), (groups, outputs // groups, depth * math.prod(kernel)))
+
+    def product(image: str) -> str:
+        top, first, bottom, last = windows.pads
+        padded = node.emit("pad", (image,), ops.Pad((0, 0, top, first), (0, 0, bottom, last))) if any(windows.pads) else image
+        batch, _, *size = node.shape_of(padded)
+        counts = [(each - span) // stride + 1 for each, span, stride in zip(size, windows.spans(), windows.strides, strict=True)]
+        taps = []
+        for tap in np.ndindex(*windows.kernel):
+            part = padded
+            for i in (0, 1):
+                part = node.slice(part, 2 + i, tap[i] * windows.dilations[i], counts[i], windows.strides[i])
+            taps.append(node.reshape(part, (batch, groups, depth, 1, math.prod(counts))))
+        seen = node.emit("concat", taps, ops.Concat(3)) if len(taps) > 1 else taps[0]
+        right = node.reshape(seen, (batch, groups, depth * len(taps), math.prod(counts)))
+        return node.reshape(node.emit("matmul", (left, right), ops.MatMul()), (batch, outputs, *counts))
+
+    result = in_2d(node, x, product)
+    return node.binary("add", result, node.reshape(node.input(2), (outputs, *(1 for _ in kernel)))) if node.has(2) else result
 
 
 def _weight_input(node: NodeImport, weights: np.ndarray) -> str:
@@ -291,7 +325,7 @@ def _product(node: NodeImport, left: _Term, right: _Term, wanted: set[str]) -> _
 
 
 TABLE: tuple[Importer, ...] = (
-    Importer("Conv", conv, "1-D to 3-D, constant weights"),
+    Importer("Conv", conv, f"1-D to 3-D; computed weights: 1-D and 2-D, up to {MOST_TAPS} taps"),
     Importer("ConvTranspose", conv_transpose, "1-D to 3-D, constant weights"),
     Importer("Gemm", gemm),
     Importer("MatMul", matmul),
