@@ -15,7 +15,7 @@ import onnxruntime
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from npucc.errors import ImportModelError
-from npucc.frontend.load import external_bytes
+from npucc.frontend.load import external_array
 from npucc.frontend.prepare import FLOATS
 from npucc.graph import Given
 
@@ -93,9 +93,7 @@ class Constants:
 
     def _array(self, tensor: TensorProto) -> np.ndarray:
         try:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                tensor = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, raw_data=external_bytes(tensor))
-            value = numpy_helper.to_array(tensor)
+            value = external_array(tensor) if tensor.data_location == TensorProto.EXTERNAL else numpy_helper.to_array(tensor)
             return value.astype(np.float32, copy=False) if tensor.data_type in FLOATS else value
         except (ValueError, TypeError, KeyError) as error:
             raise ImportModelError(

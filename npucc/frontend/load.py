@@ -6,16 +6,24 @@ The one big idea: nothing in the file is believed. Sizes are checked before memo
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, numpy_helper
 
 from npucc.errors import ImportModelError
 
 LARGEST_FILE = 2**31 - 1  # protobuf's own limit
 OLDEST_OPSET = 7
+#: element types whose stored bytes are those of a numpy array
+MAPPED = {
+    getattr(TensorProto, name): np.dtype(stored)
+    for name, stored in (("FLOAT", "<f4"), ("INT8", "i1"), ("UINT8", "u1"), ("INT16", "<i2"), ("UINT16", "<u2"), ("INT32", "<i4"), ("INT64", "<i8"))
+}
 
 
 def load_model(model: str | Path | ModelProto, *, any_opset: bool = False) -> tuple[ModelProto, str]:
@@ -127,6 +135,16 @@ def _take_external_data(model: ModelProto, folder: Path | None, file: str) -> No
             tensor.raw_data = external_bytes(tensor)
             tensor.data_location = TensorProto.DEFAULT
             tensor.ClearField("external_data")
+
+
+def external_array(tensor: TensorProto) -> np.ndarray[Any, np.dtype[Any]]:
+    """The value of a tensor that `load_model` left outside. Where the file has it as numpy does, it is mapped, and takes no memory."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype, offset, length = MAPPED.get(tensor.data_type), int(place["offset"]), int(place["length"])
+    if dtype is None or not length or offset % dtype.itemsize or length != dtype.itemsize * math.prod(tensor.dims):
+        inside = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, raw_data=external_bytes(tensor))
+        return numpy_helper.to_array(inside)
+    return np.asarray(np.memmap(place["location"], dtype, "r", offset, tuple(tensor.dims)))
 
 
 def external_bytes(tensor: TensorProto) -> bytes:

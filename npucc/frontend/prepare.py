@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -182,7 +183,10 @@ def bind_inputs(graph: GraphProto, shapes: Mapping[str, tuple[int, ...]], file: 
     for value in values:
         if value.name in shapes:
             _collect_symbols(value, tuple(shapes[value.name]), symbols, file)
-    return [_bind(value, shapes.get(value.name), symbols, file) for value in values]
+    bound = {value.name: _sizes(value, shapes.get(value.name), symbols, file) for value in values}
+    if any(sizes is None or not all(isinstance(size, int) for size in sizes) for sizes in bound.values()):
+        raise _unbound(bound, file)
+    return [Input(value.name, tuple(bound[value.name]), value.type.tensor_type.elem_type) for value in values]  # type: ignore[arg-type]
 
 
 def _known_input(name: str, known: list[str], file: str) -> None:
@@ -228,23 +232,25 @@ def _collect_symbols(value: ValueInfoProto, shape: tuple[int, ...], symbols: dic
             )
 
 
-def _bind(value: ValueInfoProto, shape: tuple[int, ...] | None, symbols: Mapping[str, int], file: str) -> Input:
+def _sizes(value: ValueInfoProto, shape: tuple[int, ...] | None, symbols: Mapping[str, int], file: str) -> list[int | str] | None:
+    """Per dimension its size, or its symbol where that is still open; None where not even the rank is known."""
     declared = _declared(value, file)
-    dtype = value.type.tensor_type.elem_type
-    if shape is not None:
-        return Input(value.name, tuple(shape), dtype)
-    if declared is None:
-        raise ImportModelError(
-            f"input {value.name!r} has no shape",
-            file=file,
-            hint=f"give it: --shape {value.name}=1,3,224,224 (or shapes={{{value.name!r}: (1, 3, 224, 224)}})",
-        )
-    sizes = [size if isinstance(size, int) else symbols.get(size) for size in declared]
-    if None in sizes:
-        shown = ", ".join(str(size) or "?" for size in declared)
-        example = ",".join(str(size or 1) for size in sizes)
-        raise ImportModelError(f"input {value.name!r} has the dynamic shape [{shown}]", file=file, hint=f"bind it: --shape {value.name}={example}")
-    return Input(value.name, tuple(size for size in sizes if size is not None), dtype)
+    return list(shape) if shape is not None else declared and [symbols.get(size, size) if isinstance(size, str) else size for size in declared]
+
+
+def _unbound(bound: Mapping[str, list[int | str] | None], file: str) -> ImportModelError:
+    """What to give for all inputs with open dimensions, ready to be pasted."""
+    told: list[str] = []
+    examples: list[tuple[str, tuple[int, ...]]] = []
+    for name, sizes in bound.items():
+        if sizes is None:
+            told.append(f"input {name!r} has no shape")
+            examples.append((name, (1, 3, 224, 224)))
+        elif not all(isinstance(size, int) for size in sizes):
+            told.append(f"input {name!r} has the dynamic shape [{', '.join(str(size) or '?' for size in sizes)}]")
+            examples.append((name, tuple(size if isinstance(size, int) else 1 for size in sizes)))
+    options = " ".join(f"--shape {shlex.quote(name + '=' + ','.join(map(str, sizes)))}" for name, sizes in examples)
+    return ImportModelError("; ".join(told), file=file, hint=f"bind it: {options} (in Python: shapes={dict(examples)})")
 
 
 def element_type(value: ValueInfoProto) -> int:

@@ -29,6 +29,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
 
 THREADS = 2
+MOST_COPIED = 1 << 28  # bytes of weights that onnxruntime may rearrange for speed, and so copy
 LOWEST = float(np.finfo(np.float32).min)
 SOFTMAX_DEPTH = 16.0  # exp(−16) is less than a ten-thousandth of an 8-bit step: what lies further below the largest score is as good as there
 
@@ -178,6 +179,8 @@ def float_session(model: onnx.ModelProto, weights: Mapping[str, Array], **entrie
     options.log_severity_level = 4  # what fails is raised
     for key, value in entries.items():
         options.add_session_config_entry(f"session.{key}", value)
+    if sum(value.nbytes for value in weights.values()) > MOST_COPIED:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
         options.add_external_initializers(list(weights), [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in weights.values()])
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

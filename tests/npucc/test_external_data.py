@@ -29,7 +29,7 @@ def saved(folder: Path) -> Path:
     return folder / "m.onnx"
 
 
-def test_weights_are_never_twice_in_memory(tmp_path: Path) -> None:
+def test_weights_stay_in_their_file(tmp_path: Path) -> None:
     path, stored = saved(tmp_path), 4 * LAYERS * SIZE**2
     assert load_model(path)[0].ByteSize() < 5000
     assert ports_of_model(path)["h0"] is not None
@@ -38,7 +38,7 @@ def test_weights_are_never_twice_in_memory(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert stored <= sum(tensor.data.nbytes for tensor in graph.tensors.values() if tensor.data is not None)
-    assert stored <= peak < 1.4 * stored
+    assert peak < 0.2 * stored, "the file is mapped"
 
 
 def test_float_mode_holds_them_once(tmp_path: Path) -> None:

@@ -156,7 +156,16 @@ def test_external_data_of_a_model_in_memory(tmp_path: Path) -> None:
 
 def test_dynamic_input() -> None:
     proto = model([node("Relu", "x", "y")], {"x": ("batch", 3, "h", "w")}, ["y"])
-    assert message(proto) == "input 'x' has the dynamic shape [batch, 3, h, w]\n  hint: bind it: --shape x=1,3,1,1"
+    hint = "bind it: --shape x=1,3,1,1 (in Python: shapes={'x': (1, 3, 1, 1)})"
+    assert message(proto) == f"input 'x' has the dynamic shape [batch, 3, h, w]\n  hint: {hint}"
+
+
+def test_all_dynamic_inputs_are_told_at_once_ready_to_be_pasted() -> None:
+    proto = model([node("Add", "x y", "a"), node("Add", "a z", "b")], {"x": ("batch", 3), "y": ("n", 3), "z": (1, 3)}, ["b"])
+    assert message(proto, shapes={"z": (1, 3)}) == (
+        "input 'x' has the dynamic shape [batch, 3]; input 'y' has the dynamic shape [n, 3]\n"
+        "  hint: bind it: --shape x=1,3 --shape y=1,3 (in Python: shapes={'x': (1, 3), 'y': (1, 3)})"
+    )
 
 
 def test_unnamed_dynamic_dimension() -> None:
@@ -168,7 +177,7 @@ def test_unnamed_dynamic_dimension() -> None:
 def test_input_without_shape() -> None:
     proto = model([node("Relu", "x", "y")], {"x": ()}, ["y"])
     proto.graph.input[0].type.tensor_type.ClearField("shape")
-    assert message(proto) == "input 'x' has no shape\n  hint: give it: --shape x=1,3,224,224 (or shapes={'x': (1, 3, 224, 224)})"
+    assert message(proto) == "input 'x' has no shape\n  hint: bind it: --shape x=1,3,224,224 (in Python: shapes={'x': (1, 3, 224, 224)})"
 
 
 def test_shape_for_an_unknown_input() -> None:
