@@ -15,10 +15,10 @@ from isa.finding import Finding, finding
 from isa.geometry import footprint, overlaps, writes_twice
 from isa.order import order_findings
 from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES, Event, Instruction, Loop, Program, TensorRecord, Tile, address_at
+from isa.reader import MAXIMUM_DYNAMIC
 from isa.shapes import Remark, attribute_values, may_replace, shape_remarks
 from isa.signature import operand_count_fault, operand_fault, packing_fault
 from isa.spec import SPEC, Operand
-from isa.text import MAXIMUM_DYNAMIC
 from isa.tokens import MAXIMUM_EVENT, did_you_mean, print_address, print_place, print_tile
 
 MAXIMUM_ITERATIONS = 4096

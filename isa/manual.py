@@ -10,7 +10,7 @@ import inspect
 import re
 from pathlib import Path
 
-from isa import shapes, target, text
+from isa import reader, shapes, target, text
 from isa.packing import FORMATS
 from isa.program import DTYPES, LOOP_VARIABLES, QUEUES, SPACES
 from isa.spec import TABLE, Attribute, InstructionSpec, Operand
@@ -87,7 +87,7 @@ One thing per line; `;` begins a comment. Strings stand in double quotes with JS
 floats are float32 in their shortest spelling. Attributes with their default value are left out.
 
 ```
-.npu {text.VERSION}                                                         the version; first line
+.npu {reader.VERSION}                                                         the version; first line
 .source "model.onnx"                                           what was compiled (optional)
 .target edge rows=16 …                                         name, then every field that is not the default of `Target`
 .memory dram=0x1200000 constants=0x400000+0x2f000              DRAM bytes used; address + size of the constants in it
@@ -165,8 +165,8 @@ a value past the last row, a product that is no s8) are a fault.
 
 def _limits() -> str:
     return f"""
-Limits: {MAXIMUM_DIMENSIONS} dimensions, {len(LOOP_VARIABLES)} nested loops of at most {text.MAXIMUM_LOOP_COUNT:,} iterations,
-{text.MAXIMUM_DYNAMIC:,} executed instructions, numbers below 2^48, {text.MAXIMUM_LINES:,} lines of {text.MAXIMUM_LINE:,} characters.
+Limits: {MAXIMUM_DIMENSIONS} dimensions, {len(LOOP_VARIABLES)} nested loops of at most {reader.MAXIMUM_LOOP_COUNT:,} iterations,
+{reader.MAXIMUM_DYNAMIC:,} executed instructions, numbers below 2^48, {text.MAXIMUM_LINES:,} lines of {text.MAXIMUM_LINE:,} characters.
 """
 
 

@@ -16,8 +16,8 @@ from isa.target import REQUANTIZE
 
 INTEGERS = ("s8", "u8", "s16", "s32")
 ANY = ("s8", "u8", "s16", "s32", "s64", "f32")
-#: what a host segment takes and gives, by numpy's names
-HOST_TYPES = ("float32", "float16", "float64", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+#: element types outside the NPU, by numpy's names: of a program's inputs and outputs, and of what a host segment takes and gives
+OUTSIDE_TYPES = ("float32", "float16", "float64", "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ TABLE: tuple[InstructionSpec, ...] = (
     ),
     InstructionSpec(
         "take", "host", (Operand("x", "read", DRAM, tuple(DTYPES), "*d"),),
-        (PORT, _quant("q", "x"), Attribute("type", "word", "float32", "element type that the segment's input has", words=HOST_TYPES)),
+        (PORT, _quant("q", "x"), Attribute("type", "word", "float32", "element type that the segment's input has", words=OUTSIDE_TYPES)),
         "input `port` of the next segment = real(x), rounded (half to even) where the type is an integer one", "transfer",
         "A float tile, or an integer one with q=1,0 and another type than float32, goes over unchanged. For bool: x - zero is not 0.",
         "take @0x0:s8[1,1000] port=0 q=0.05,-3 wait=st.0",

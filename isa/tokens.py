@@ -1,7 +1,7 @@
 """One token of npuasm to the value it spells and back: tiles, attribute values, events, strings.
 
 The one big idea: reading and printing of each kind stand side by side, and what one prints the other reads as the same value.
-Mistakes are raised as `TokenError`, whose offset counts characters from the start of the token; `isa.text` turns them into a ParseError.
+Mistakes are raised as `TokenError`, whose offset counts characters from the start of the token; `isa.reader` turns them into a ParseError.
 """
 
 from __future__ import annotations

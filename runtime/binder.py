@@ -8,8 +8,9 @@ next one that reads the very same bytes.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from runtime.kernels import KERNELS, Bind
 from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
 from runtime.packing import unpack
 from runtime.scratch import Scratch
-from runtime.site import Site
+from runtime.site import Run, Site, sequence
 from runtime.skipping import Meter
 from runtime.stream import Step
 
@@ -102,7 +103,7 @@ class Binder:
         self._decoded: dict[int, Decoded] = {}
         self._constants = (program.constants_address, program.constants_address + program.constants_bytes)
 
-    def bind(self, number: int, step: Step, index: int) -> Callable[[], None]:
+    def bind(self, number: int, step: Step, index: int) -> Run:
         """The closure of the step that executes as the `number`-th and stands `index`-th in the program. Raises RuntimeFault."""
         instruction = step.line.instruction
         decoded = self._decode(instruction)
@@ -125,7 +126,7 @@ class Binder:
         self._note_readers([at for name, at in (*others, *([result] if attributes.get("accumulate") else [])) if name not in known])
         self._follow_accumulators(number, site, step.line.queue, located)
         self._record(number, instruction, located)
-        return _after(unpacking, _after_copying(snapshots, run) if snapshots else run)
+        return sequence(*unpacking, *(partial(np.copyto, copy, original) for copy, original in snapshots), run)
 
     def finish(self) -> None:
         """All steps are bound: accumulators that only the taker of the float sums would read need not be stored."""
@@ -165,7 +166,7 @@ class Binder:
 
     def _bind_host(
         self, number: int, instruction: Instruction, views: dict[str, Array], located: dict[str, Located], attributes: dict[str, Any]
-    ) -> Callable[[], None]:
+    ) -> Run:
         """Instructions of the host queue: at most one tile, read or written."""
         if "y" in located:
             self.writers["dram"].write(*located["y"].extent, number)
@@ -200,7 +201,7 @@ class Binder:
 
     def _unpacking(
         self, instruction: Instruction, located: dict[str, Located], views: dict[str, Array], known: dict[str, tuple[Any, Array]]
-    ) -> list[Callable[[], None]]:
+    ) -> list[Run]:
         """Replace packed operands by their values; what then must be done before each execution: nothing where the bytes are constants.
 
         A load that leaves them packed moves the bytes as they are.
@@ -297,29 +298,8 @@ class Binder:
             self.loads[number] = (result, located[names[1]])
 
 
-def _refresh(values: Array, tile: Tile, stored: Array, line: int) -> Callable[[], None]:
+def _refresh(values: Array, tile: Tile, stored: Array, line: int) -> Run:
     return lambda: np.copyto(values, unpack(tile, stored, line=line))
-
-
-def _after(steps: list[Callable[[], None]], run: Callable[[], None]) -> Callable[[], None]:
-    """`run`, the other steps before it."""
-    if not steps:
-        return run
-
-    def all_in_order() -> None:
-        for step in (*steps, run):
-            step()
-
-    return all_in_order
-
-
-def _after_copying(copies: list[tuple[Array, Array]], run: Callable[[], None]) -> Callable[[], None]:
-    def copy_and_run() -> None:
-        for copy, original in copies:
-            np.copyto(copy, original)
-        run()
-
-    return copy_and_run
 
 
 def written_ranges(steps: Iterable[Step]) -> dict[str, list[tuple[int, int]]]:

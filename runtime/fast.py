@@ -18,10 +18,9 @@ from runtime.kernels_window import positions
 from runtime.memory import NAMES, Array
 from runtime.requantize import bounds
 from runtime.scratch import collapse
-from runtime.site import Site
+from runtime.site import Run, Site
 from runtime.windows import Geometry, geometry
 
-Run = Callable[[], None]
 HAS_PRODUCTS = compiled.has_dot_products()
 #: by how much the unsigned bytes that a product takes exceed what they stand for
 SHIFT = 128

@@ -14,7 +14,7 @@ import numpy as np
 from runtime.errors import RuntimeFault
 from runtime.memory import NAMES, Array
 from runtime.requantize import DEFAULT_CLAMP, round_and_clamp
-from runtime.site import Site
+from runtime.site import Run, Site
 
 #: (number of the segment, its inputs by port) → its outputs by port
 HostEngine = Callable[[int, Sequence[Array]], Sequence[Array]]
@@ -40,7 +40,7 @@ class Host:
         self.results = [np.asarray(value) for value in self.engine(segment, inputs)]
 
 
-def bind_take(site: Site) -> Callable[[], None]:
+def bind_take(site: Site) -> Run:
     """x as the segment's element type."""
     x, host, port = site.views["x"], _host(site), site.attributes["port"]
     (scale, zero), dtype = site.attributes["q"], np.dtype(site.attributes["type"])
@@ -51,13 +51,13 @@ def bind_take(site: Site) -> Callable[[], None]:
     return take
 
 
-def bind_host(site: Site) -> Callable[[], None]:
+def bind_host(site: Site) -> Run:
     """The segment itself."""
     host, segment, line = _host(site), site.attributes["segment"], site.instruction.line
     return lambda: host.run(segment, line=line)
 
 
-def bind_give(site: Site) -> Callable[[], None]:
+def bind_give(site: Site) -> Run:
     """A result of the last segment into its tile."""
     y, host, port = site.views["y"], _host(site), site.attributes["port"]
     scale, zero = site.attributes["q"]

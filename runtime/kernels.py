@@ -15,9 +15,9 @@ from runtime.kernels_elementwise import bind_copy, bind_elementwise, bind_fill, 
 from runtime.kernels_matrix import bind_conv, bind_dwconv, bind_matmul
 from runtime.kernels_window import bind_avgpool, bind_maxpool, bind_reduce, bind_resize
 from runtime.requantize import bind_requant
-from runtime.site import Site
+from runtime.site import Run, Site
 
-Bind = Callable[[Site], Callable[[], None]]
+Bind = Callable[[Site], Run]
 ENGINES = ("numpy", "numba")
 #: the environment variable that chooses the engine where no argument does
 VARIABLE = "NPU_ENGINE"
@@ -55,6 +55,6 @@ def kernels_of(engine: str | None = None) -> Mapping[str, Bind]:
     return KERNELS | {mnemonic: _either(bind, KERNELS[mnemonic]) for mnemonic, bind in fast.KERNELS.items()}
 
 
-def _either(first: Callable[[Site], Callable[[], None] | None], second: Bind) -> Bind:
+def _either(first: Callable[[Site], Run | None], second: Bind) -> Bind:
     """The closure of the first kernel, or of the second where the first has none."""
     return lambda site: first(site) or second(site)

@@ -15,7 +15,7 @@ import numpy as np
 from runtime.memory import NAMES, Array
 from runtime.requantize import real, round_and_clamp, store
 from runtime.scratch import collapse, pieces
-from runtime.site import Site
+from runtime.site import Run, Site
 
 Evaluate = Callable[..., Array]
 #: elements below which a look-up in a 256 x 256 table saves less than making the table costs
@@ -113,7 +113,7 @@ def _unary(site: Site) -> Evaluate:
     return evaluate
 
 
-def bind_elementwise(site: Site) -> Callable[[], None]:
+def bind_elementwise(site: Site) -> Run:
     """Any elementwise instruction: table look-ups where the operands are bytes, else its evaluator piece by piece."""
     table = byte_table(site)
     y, *sources = collapse(list(site.views.values()))
@@ -154,7 +154,7 @@ def _table(site: Site, evaluate: Evaluate, dtypes: list[np.dtype[Any]]) -> Array
     return table
 
 
-def _look_up_one(site: Site, y: Array, x: Array, table: Array) -> Callable[[], None]:
+def _look_up_one(site: Site, y: Array, x: Array, table: Array) -> Run:
     """Table entries by the unsigned code of x, which has one or two bytes."""
     take, codes = site.scratch.take, x.view(f"u{x.itemsize}")
     work = [(result, part, take("index", part.shape, np.intp), _dense(site, result)) for result, part in pieces([y, codes])]
@@ -174,7 +174,7 @@ def _dense(site: Site, result: Array) -> Array:
     return result if result.flags.c_contiguous else site.scratch.take("found", result.shape, result.dtype)
 
 
-def _look_up_two(site: Site, y: Array, sources: list[Array], table: Array) -> Callable[[], None]:
+def _look_up_two(site: Site, y: Array, sources: list[Array], table: Array) -> Run:
     """Table entries by the unsigned codes of two bytes, the first operand's in the high half."""
     take = site.scratch.take
     kinds = (("pair", np.uint16), ("low", np.uint16), ("index", np.intp))
@@ -197,7 +197,7 @@ def _look_up_two(site: Site, y: Array, sources: list[Array], table: Array) -> Ca
     return run
 
 
-def bind_lut(site: Site) -> Callable[[], None]:
+def bind_lut(site: Site) -> Run:
     """y = t[min(max(x - base, 0), e - 1)], or with a shift interpolated between two entries."""
     y, x, table = site.views["y"], site.views["x"], site.views["t"]
     evaluate = _reader(site)
@@ -264,20 +264,20 @@ def _reader(site: Site) -> Callable[[Array, Array], Array]:
     return interpolate
 
 
-def bind_fill(site: Site) -> Callable[[], None]:
+def bind_fill(site: Site) -> Run:
     """y = value."""
     y = site.views["y"]
     stored = y.dtype.type(site.attributes["value"])
     return lambda: np.copyto(y, stored)
 
 
-def bind_copy(site: Site) -> Callable[[], None]:
+def bind_copy(site: Site) -> Run:
     """ld and st: y[...] = x[...]."""
     y, x = collapse([site.views["y"], site.views["x"]])
     return lambda: np.copyto(y, x)
 
 
-def bind_gather(site: Site) -> Callable[[], None]:
+def bind_gather(site: Site) -> Run:
     """gather: y[n, :] = x[i[n], :]; a negative index counts from the end."""
     y, x, index = (site.views[name] for name in ("y", "x", "i"))
     rows = len(x)

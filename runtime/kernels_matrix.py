@@ -17,10 +17,9 @@ from numpy.lib.stride_tricks import as_strided
 from runtime.gemm import EXACT, LARGEST, FloatSums, Part, bind_product, bind_store, cut, cut_evenly, float_sums, working_type
 from runtime.memory import Array
 from runtime.scratch import PIECE
-from runtime.site import Site
+from runtime.site import Run, Site, sequence
 from runtime.windows import Geometry, gather, geometry, pad
 
-Run = Callable[[], None]
 #: below this many values per row of windows the BLAS calls get too small: gather whole windows instead
 SHORT_WINDOW = 48
 
@@ -38,7 +37,7 @@ def _plain_conv(site: Site, shape: Geometry) -> Run:
     columns, lefts = _columns(site, shape, dtype)
     depth = len(weights.matrix) // len(lefts)
     parts = [part for k, left in enumerate(lefts) for part in weights.cut(left, LARGEST[x.dtype], slice(k * depth, (k + 1) * depth))]
-    return _sequence(columns, weights.refresh, _product(site, parts, y.reshape(-1, w.shape[3]) if _mergeable(y) else y, site.views.get("b"), shape))
+    return sequence(columns, weights.refresh, _product(site, parts, y.reshape(-1, w.shape[3]) if _mergeable(y) else y, site.views.get("b"), shape))
 
 
 def _product(site: Site, parts: list[Part], y: Array, bias: Array | None, shape: Geometry | None = None) -> Run:
@@ -64,19 +63,6 @@ def _float_sums(site: Site, dtype: np.dtype[Any], bound: int) -> FloatSums | Non
 def _mergeable(y: Array) -> bool:
     """Whether [h, w, n] can be seen as [h·w, n] in place."""
     return bool(y.shape[0] == 1 or y.shape[1] == 1 or y.strides[0] == y.strides[1] * y.shape[1])
-
-
-def _sequence(*steps: Run | None) -> Run:
-    """One closure for several."""
-    present = [step for step in steps if step is not None]
-    if len(present) == 1:
-        return present[0]
-
-    def run() -> None:
-        for step in present:
-            step()
-
-    return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +92,7 @@ def _weights(site: Site, name: str, dtype: np.dtype[Any], arrange: Callable[[Arr
     Constants are decoded at each use, into memory that is still in the cache when the product reads it: keeping them as float32
     would take four times their size and be hardly faster.
     """
-    stored = site.constants[name][1] if name in site.constants else site.views[name]
+    stored = site.views[name]
     decoded = site.scratch.take("weights", stored.shape, dtype)
     arranged = arrange(decoded)
     in_place = np.may_share_memory(arranged, decoded)
@@ -182,11 +168,11 @@ def _grouped_conv(site: Site, shape: Geometry, groups: int) -> Run:
     target = shares.reshape(height * width, groups, outputs).swapaxes(0, 1) if _mergeable(y) else None
     bias = site.views["b"].reshape(groups, 1, outputs) if "b" in site.views else None
     if target is not None:
-        return _sequence(gathering, weights.refresh, _product(site, parts, target, bias))
+        return sequence(gathering, weights.refresh, _product(site, parts, target, bias))
     whole = site.scratch.take("accumulators", (groups, height * width, outputs), np.int32)
     rows = whole.reshape(groups, height, width, outputs).transpose(1, 2, 0, 3)
     fetch = (lambda: np.copyto(rows, shares)) if site.attributes["accumulate"] else None
-    return _sequence(gathering, weights.refresh, fetch, _product(site, parts, whole, bias), lambda: np.copyto(shares, rows))
+    return sequence(gathering, weights.refresh, fetch, _product(site, parts, whole, bias), lambda: np.copyto(shares, rows))
 
 
 def _split_channels(array: Array, groups: int) -> Array:
@@ -209,7 +195,7 @@ def bind_matmul(site: Site) -> Run:
         if zero_a:
             np.subtract(left, zero_a, out=left)
 
-    return _sequence(refresh_left, right.refresh, _product(site, parts, y, site.views.get("c")))
+    return sequence(refresh_left, right.refresh, _product(site, parts, y, site.views.get("c")))
 
 
 def bind_dwconv(site: Site) -> Run:
@@ -229,7 +215,7 @@ def bind_dwconv(site: Site) -> Run:
             np.einsum("klhw,klw->hw", windows, weights, out=sums)
 
     store = bind_store(product, y, site.scratch, bias=site.views.get("b"), accumulate=bool(site.attributes["accumulate"]), floats=floats)
-    return _sequence(refresh_taps, refresh_weights, multiply, store)
+    return sequence(refresh_taps, refresh_weights, multiply, store)
 
 
 def _tap_rows(site: Site, shape: Geometry, dtype: np.dtype[Any]) -> tuple[Run, Array]:

@@ -12,10 +12,8 @@ import numpy as np
 
 from runtime.memory import NAMES, Array
 from runtime.requantize import DEFAULT_CLAMP, real, round_and_clamp, store
-from runtime.site import Site
+from runtime.site import Run, Site
 from runtime.windows import Geometry, geometry, pad, tap
-
-Run = Callable[[], None]
 
 
 def bind_maxpool(site: Site) -> Run:

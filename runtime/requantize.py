@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.memory import NAMES, NUMPY, Array
 from runtime.scratch import collapse, pieces
-from runtime.site import Site
+from runtime.site import Run, Site
 
 DEFAULT_CLAMP = (-128, 127)
 #: elements of a row to which short rows are joined, with their scales repeated: numpy's inner loops want to be long
@@ -79,7 +79,7 @@ def _wide(rounded: Array, zero: int, dtype: str, low: int, high: int) -> Array:
     return limited.astype(NUMPY[dtype])
 
 
-def bind_requant(site: Site) -> Callable[[], None]:
+def bind_requant(site: Site) -> Run:
     """y[..., n] = clamp(round(a[..., n] * factor of n) + zero)."""
     if site.attributes["mode"] != "fp32.rne":
         return _requant_by_integers(site)
@@ -125,7 +125,7 @@ def _rows_at_once(part: Array) -> int:
 def _requant(
     site: Site, a: Array, y: Array, scale_for: Callable[[int], Array], quant: tuple[int, tuple[int, int]], *,
     bias_for: Callable[[int], Array] | None = None, join: bool = True,
-) -> Callable[[], None]:  # fmt: skip
+) -> Run:  # fmt: skip
     """`scale_for` so many rows taken as one (see `join`); `bias_for` them (of float sums, exact in float32): what to add to a first."""
     zero, clamp = quant
     dtype = NAMES[y.dtype]
@@ -202,7 +202,7 @@ def half_step(shift: Array) -> Array:
 ROUND: dict[str, Callable[[Array, Array, Array], Array]] = {"q31.rne": nearest_even, "q31.tosa": tosa, "q31.tfl": tfl}
 
 
-def _requant_by_integers(site: Site) -> Callable[[], None]:
+def _requant_by_integers(site: Site) -> Run:
     rescale, zero = ROUND[site.attributes["mode"]], int(site.attributes["zero"])
     views, y = site.views, site.views["y"]
     low, high = bounds(NAMES[y.dtype], tuple(site.attributes["clamp"]))

@@ -6,7 +6,7 @@ operands that the program provably loads from its constants), so that the closur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +18,9 @@ from runtime.scratch import Scratch
 
 if TYPE_CHECKING:
     from runtime.host import Host
+
+#: what a kernel returns: one execution of its instruction
+Run = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,16 @@ class Site:
     def fault(self, message: str, hint: str = "") -> NoReturn:
         """Refuse this instruction."""
         raise RuntimeFault(f"{self.instruction.name}: {message}", line=self.instruction.line, hint=hint)
+
+
+def sequence(*steps: Run | None) -> Run:
+    """One closure for several; None is nothing to do."""
+    present = [step for step in steps if step is not None]
+    if len(present) == 1:
+        return present[0]
+
+    def run() -> None:
+        for step in present:
+            step()
+
+    return run

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from isa import SPEC, TABLE, Event, Instruction, InstructionSpec, Layer, Loop, Program, Target, TensorRecord, Tile, dense_strides, unroll
 from isa.packing import Packing
 from isa.program import DTYPES, QUEUES
-from isa.spec import Attribute
-from isa.text import OUTSIDE_DTYPES
+from isa.spec import OUTSIDE_TYPES, Attribute
 
 CONSTANTS = 0x8000  # bytes of constants, at DRAM address 0
 DRAM = 0x20000
@@ -260,7 +259,7 @@ def records(draw: Any, *, outside: bool) -> TensorRecord:
     shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
     tile = replace(draw(tiles(shape, dtype, "dram", Allocator(), written=False)), space=draw(st.sampled_from(["dram", "spm"])))
     scale, zero = draw(st.floats(2.0**-20, 2.0**20, width=32)), draw(st.integers(-128, 127))
-    return TensorRecord(draw(names), tile, scale, zero, "" if outside else draw(names), draw(st.sampled_from(OUTSIDE_DTYPES)))
+    return TensorRecord(draw(names), tile, scale, zero, "" if outside else draw(names), draw(st.sampled_from(OUTSIDE_TYPES)))
 
 
 layers = st.builds(Layer, names, words, st.lists(names, max_size=3).map(tuple), st.integers(0, 2**40), bodies())
