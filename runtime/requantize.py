@@ -94,7 +94,7 @@ def bind_requant(site: Site) -> Run:
         live = site.views["s"]
         return _requant(site, a, y, lambda _: live, quant, join=False)
     key, scales = site.constants["s"]
-    if site.sums is None or not np.isfinite(scales).all():
+    if site.sums is None or not _bounded(scales):
         return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant)
     site.sums.taken = True
     a, y = collapse([site.sums.values.reshape(1, *site.views["a"].shape), site.views["y"].reshape(1, *site.views["y"].shape)], keep=1)
@@ -103,6 +103,11 @@ def bind_requant(site: Site) -> Run:
     bias_key, bias = site.sums.bias
     biases = bias.astype(np.float32)
     return _requant(site, a, y, lambda rows: _repeated(site, key, scales, rows), quant, bias_for=lambda rows: _repeated(site, bias_key, biases, rows))
+
+
+def _bounded(scales: Array) -> bool:
+    """Whether no product with an int32 can leave the range of float32 (and no scale is NaN)."""
+    return bool((np.abs(scales) < np.float32(2.0**96)).all())
 
 
 def _repeated(site: Site, key: Any, values: Array, rows: int) -> Array:
@@ -152,7 +157,7 @@ def _requant(
             np.copyto(result, shaped, casting="unsafe")
 
     def run_guarded() -> None:
-        if np.isfinite(work[0][1]).all():
+        if _bounded(work[0][1]):
             run()
             return
         with np.errstate(all="ignore"):
@@ -160,7 +165,7 @@ def _requant(
                 np.copyto(result, round_and_clamp(part.astype(np.float32) * scale, zero, dtype, clamp).reshape(shaped.shape))
 
     fixed = "s" not in site.views or "s" in site.constants
-    return run if fixed and np.isfinite(work[0][1]).all() else run_guarded
+    return run if fixed and _bounded(work[0][1]) else run_guarded
 
 
 # ---- the q31 modes ----------------------------------------------------------------------------------------------------

@@ -105,6 +105,16 @@ def test_requant_by_scales_that_are_not_finite() -> None:
     assert got.reshape(-1).tolist() == expected
 
 
+@pytest.mark.parametrize("constant", [(), ("s",)])
+@pytest.mark.parametrize("scale", [1e30, 3e38, np.inf])
+def test_scales_without_measure_saturate(scale: float, constant: tuple[str, ...]) -> None:
+    """In fp32.rne products may leave the range of float32, without a warning; nothing times infinity becomes the zero point."""
+    sums_there = np.array([[2**31 - 1, 1, 0, -1, -(2**31)]], np.int32)
+    operands = {"a": sums_there, "s": np.full(5, scale, np.float32)}
+    found = execute("requant", operands, result=((1, 5), "s8"), constant=constant, zero=3)
+    assert found.tolist() == [[127, 127, 3, -128, -128]]
+
+
 # ---- elementwise -------------------------------------------------------------------------------------------------------
 
 
