@@ -85,6 +85,12 @@ def conv(y: Tile = SUMS, *, bias: bool = True, accumulate: int = 0) -> Instructi
     return instruction("conv", y, X, Tile.dense("spm", WEIGHTS, "s8", (1, 1, CHANNELS, CHANNELS)), *operands, accumulate=accumulate)
 
 
+def dwconv(y: Tile = SUMS) -> Instruction:
+    """Every channel times two of the weights; the second column of taps meets the padding."""
+    w, bias = Tile.dense("spm", WEIGHTS, "s8", (1, 2, CHANNELS)), Tile.dense("spm", BIAS, "s32", (CHANNELS,))
+    return instruction("dwconv", y, X, w, bias, pad=(0, 0, 0, 1))
+
+
 def requant(place: int, a: Tile = SUMS) -> Instruction:
     """Into the place-th result."""
     y = Tile.dense("spm", 0x2000 + place * 256, "s8", a.shape)
@@ -142,6 +148,9 @@ PROGRAMS: dict[str, tuple[list[Instruction], int]] = {
     "a reader of a part": ([conv(), requant(0), requant(1, Tile.dense("acc", 0, "s32", (2, CHANNELS)))], 0),
     "only a part is read": ([conv(), requant(0, Tile.dense("acc", 0, "s32", (2, CHANNELS)))], 0),
     "accumulated upon later": ([conv(), requant(0), conv(bias=False, accumulate=1), requant(1)], 0),
+    "depthwise": ([dwconv(), requant(0)], 1),
+    "depthwise, two readers": ([dwconv(), requant(0), requant(1)], 0),
+    "depthwise, a padded tile": ([dwconv(PADDED), requant(0, PADDED)], 0),
     "a padded tile": ([conv(PADDED), requant(0, PADDED)], 0),
 }
 
