@@ -2,8 +2,10 @@
 
     python -m tests.benchmarks.trained_like {resnet50,mobilenetv2} OUTPUT.onnx [--size 96]
 
-Random weights are too kind to a quantizer. These have heavy tails (Student's t with five degrees of freedom), channels a hundred times louder
+Random weights are too kind to a quantizer: these have heavy tails (Student's t with five degrees of freedom), channels a hundred times louder
 than others that matter as much, channels that are dead, and batch normalization by the statistics of the data, as training leaves it.
+And they are too unkind, because a deep random network amplifies any noise while a trained one damps it (Arora et al., Stronger Generalization
+Bounds for Deep Nets, ICML 2018): gradient steps add inputs to the weights, so here each weight is in part a random sum of inputs.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 SAMPLES = 8  # that the statistics are taken from
 TAIL = 5  # degrees of freedom of the weights
+LEARNT, PATCHES = 0.25, 64  # share of the weights' energy that is sums of inputs, and of how many
 IMBALANCE = 100.0  # of the loudest channel over the faintest
 LOUDEST_6 = 2.0  # deviation before a ReLU6, most of which is not clipped
 COMPENSATION = 0.5  # how far the weights behind make up for it, as a power: 1 would make the faintest channel matter as much as the loudest
@@ -75,6 +78,9 @@ class Network:
         """Convolution and batch normalization. `loudest`: among the channels, unless each has its `loudness`."""
         depth = self.values[source].shape[1] // groups
         weights = self.generator.standard_t(TAIL, (channels, depth, kernel, kernel)) / np.sqrt(depth * kernel * kernel)
+        learnt = self.learnt(source, channels, kernel, groups)
+        learnt *= np.sqrt(np.square(weights).mean() / np.maximum(np.square(learnt).mean(axis=(1, 2, 3), keepdims=True), 1e-30))
+        weights = np.sqrt(1 - LEARNT) * weights + np.sqrt(LEARNT) * learnt
         expected = self.loudness[source] ** COMPENSATION
         weights /= expected[:, None, None, None] if groups > 1 else expected[None, :, None, None]
         pads = [kernel // 2] * 4
@@ -90,6 +96,18 @@ class Network:
         normal = self.add("BatchNormalization", [result, *constants])
         self.loudness[normal] = loud
         return normal
+
+    def learnt(self, source: str, channels: int, kernel: int, groups: int) -> Array:
+        """[channels, depth, kernel, kernel]: random sums of what the kernel meets in the samples, less its mean, all channels equally loud."""
+        around = kernel // 2
+        value = self.values[source] / self.loudness[source][:, None, None]
+        padded = np.pad(value, ((0, 0), (0, 0), (around, around), (around, around)))
+        height, width = (size - kernel + 1 for size in padded.shape[2:])
+        places = zip(*(self.generator.integers(0, end, PATCHES) for end in (len(padded), height, width)), strict=True)
+        patches = np.stack([padded[sample, :, y : y + kernel, x : x + kernel] for sample, y, x in places])
+        patches = (patches - patches.mean(axis=0)).reshape(PATCHES, groups, -1).swapaxes(0, 1)
+        sums = self.generator.standard_normal((groups, channels // groups, PATCHES)) @ patches
+        return np.asarray(sums.reshape(channels, -1, kernel, kernel))
 
     def activation(self, source: str, op: str = "Relu") -> str:
         inputs = [source] if op == "Relu" else [source, self.constant("low", np.array(0.0)), self.constant("high", np.array(6.0))]
