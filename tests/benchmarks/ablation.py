@@ -1,10 +1,9 @@
 """What each technique of the quantizer earns: alone (added to min/max with scales per channel) and removed (from all), in dB of the outputs' SQNR.
 
-    python -m tests.benchmarks.ablation --zoo FOLDER TASK [TASK …] [--calibration 48] [--samples 40]
-    python -m tests.benchmarks.ablation resnet mobilenet
+    python -m tests.benchmarks.ablation [NAME …] [--zoo FOLDER] [--calibration 48] [--samples 40]
 
-FOLDER has a `zoo.py` whose TASKS[name] give `path()`, `shapes()`, `calib(n)` and `evaluate(run, limit)`. Without it the names are small networks
-with the statistics of trained ones (`trained_like.py`). The samples measured on are not those calibrated with.
+FOLDER has a `zoo.py` whose TASKS[name] give `path()`, `shapes()`, `calib(n)` and `evaluate(run, limit)`. `resnet` and `mobilenet` are small networks
+with the statistics of trained ones (`trained_like.py`). The samples measured on are not those calibrated with. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from npucc import compiler
@@ -28,19 +28,21 @@ from tests.benchmarks import trained_like
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Feed = Mapping[str, Array]
+Options = Mapping[str, Any]
 
-#: technique → (option with it, without it)
-TECHNIQUES = {
-    "least-error ranges": ("method=mse", "method=minmax"),
-    "scales per channel": ("per_tensor=no", "per_tensor=yes"),
-    "equalization": ("equalize=yes", "equalize=no"),
-    "second-order rounding": ("rounding=second_order", "rounding=nearest"),
-    "biases from channel means": ("bias_correction=yes", "bias_correction=no"),
-    "biases from integer runs": ("bias_samples=32", "bias_samples=0"),
-    "16 bits by measurement": ("scheme=auto", "scheme=int8"),
+#: technique → (options with it, without it)
+TECHNIQUES: Mapping[str, tuple[Options, Options]] = {
+    "least-error ranges": ({"method": "mse"}, {"method": "minmax"}),
+    "scales per channel": ({"per_tensor": False}, {"per_tensor": True}),
+    "equalization": ({"equalize": True}, {"equalize": False}),
+    "second-order rounding": ({"rounding": "second_order"}, {"rounding": "nearest"}),
+    "biases from channel means": ({"bias_correction": True}, {"bias_correction": False}),
+    "biases from integer runs": ({"bias_samples": 32}, {"bias_samples": 0}),
+    "ranges by measurement": ({"scheme": "auto", "method": "auto", "budget": 0.0}, {}),
+    "16 bits by measurement": ({"scheme": "auto"}, {}),
 }
-BASIC = ("scales per channel",)  # "none" has it too: others build on it, and every tool has it
-NOT_BY_DEFAULT = ("16 bits by measurement",)  # "all" is without it: it has a price in cycles
+BASIC = "scales per channel"  # "none" has it too: others build on it, and every tool has it
+ADDED = ("ranges by measurement", "16 bits by measurement")  # "all" is without: the first needs scheme=auto, the second has a price in cycles
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,9 @@ class Case:
     unseen: Sequence[Feed]
     wanted: Sequence[Sequence[Array]]
 
-    def decibels(self, options: str) -> float:
+    def decibels(self, options: Options) -> float:
         """Signal to noise of the quantized graph, mean over outputs and samples, each at most 100."""
-        integer = quantize(self.graph, self.calibration, options=QuantizeOptions.parse(options)).graph
+        integer = quantize(self.graph, self.calibration, options=QuantizeOptions(**{"scheme": "int8"} | dict(options))).graph
         found = outputs(integer, self.unseen)
         return float(np.mean([ratio(exact, have) for pair in zip(self.wanted, found, strict=True) for exact, have in zip(*pair, strict=True)]))
 
@@ -77,13 +79,18 @@ def make_case(graph: Graph, calibration: Sequence[Feed], unseen: Sequence[Feed])
     return Case(graph, calibration, unseen, outputs(graph, unseen))
 
 
+BUILT: Mapping[str, Callable[[], onnx.ModelProto]] = {
+    "resnet": lambda: trained_like.resnet((1, 2), 16, size=48, classes=20),
+    "mobilenet": lambda: trained_like.mobilenet(((1, 16, 1, 1), (6, 24, 2, 2)), size=48, classes=20),
+}
+
+
 def built(name: str, samples: int) -> Case:
     """A small network with the statistics of a trained one."""
-    model = trained_like.resnet((1, 2), 16, size=48, classes=20) if name == "resnet" else trained_like.mobilenet(SMALL_MOBILENET, size=48, classes=20)
+    if name not in BUILT:
+        raise SystemExit(f"there is no network {name!r}: choose one of {', '.join(BUILT)}, or a task of a zoo")
+    model = BUILT[name]()
     return make_case(compiler.float_graph(model, {}), trained_like.images(32, 48, seed=100), trained_like.images(samples, 48, seed=200))
-
-
-SMALL_MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2))
 
 
 class _EnoughError(Exception):
@@ -109,19 +116,36 @@ def from_zoo(task: Any, calibration: int, samples: int) -> Case:
     return make_case(graph, feeds, unseen)
 
 
-def rows(case: Case) -> Iterable[str]:
-    """One line per technique: what it gains alone, and what its removal costs."""
-    plain = {name: with_it if name in BASIC else without for name, (with_it, without) in TECHNIQUES.items()}
-    whole = {name: with_it if name not in NOT_BY_DEFAULT else without for name, (with_it, without) in TECHNIQUES.items()}
-    least, most = (case.decibels(",".join(each.values())) for each in (plain, whole))
-    yield f"  {'none of them':28} {least:7.1f} dB"
-    yield f"  {'all of them':28} {most:7.1f} dB"
-    for name, (with_it, without) in TECHNIQUES.items():
-        other_way = case.decibels(",".join((plain | {name: without if name in BASIC else with_it}).values()))
-        alone = least - other_way if name in BASIC else other_way - least
-        change = case.decibels(",".join((whole | {name: with_it if name in NOT_BY_DEFAULT else without}).values())) - most
-        kind = "added to all" if name in NOT_BY_DEFAULT else "removed"
-        yield f"  {name:28} {alone:+7.1f} dB alone {change:+7.1f} dB {kind}"
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """Decibels with none and with all techniques; per technique: added to none, and taken from all (or added to them, see `ADDED`)."""
+
+    none: float
+    all: float
+    alone: Mapping[str, float]
+    change: Mapping[str, float]
+
+
+def measure(case: Case) -> Gains:
+    def merged(used: Iterable[str]) -> dict[str, Any]:
+        parts = [TECHNIQUES[name][0 if name in used else 1] for name in TECHNIQUES]
+        return {key: value for part in parts for key, value in part.items()}
+
+    plain, whole = {BASIC}, set(TECHNIQUES) - set(ADDED)
+    none, everything = (case.decibels(merged(each)) for each in (plain, whole))
+    alone = {name: case.decibels(merged(plain ^ {name})) - none for name in TECHNIQUES}
+    change = {name: case.decibels(merged(whole ^ {name})) - everything for name in TECHNIQUES}
+    return Gains(none, everything, alone | {BASIC: -alone[BASIC]}, change)
+
+
+def table(gains: Mapping[str, Gains]) -> Iterator[str]:
+    """Markdown lines: per network a column for what a technique gains alone and what its removal (or addition) changes."""
+    yield f"| technique | {' | '.join(f'{name}: alone | removed' for name in gains)} |"
+    yield "|---|" + "---|---|" * len(gains)
+    yield f"| none; all | {' | '.join(f'{each.none:.1f} | {each.all:.1f}' for each in gains.values())} |"
+    for name in TECHNIQUES:
+        note = " (added)" if name in ADDED else ""
+        yield f"| {name} | {' | '.join(f'{each.alone[name]:+.1f} | {each.change[name]:+.1f}{note}' for each in gains.values())} |"
 
 
 def main() -> None:
@@ -131,19 +155,19 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=48)
     parser.add_argument("--samples", type=int, default=40)
     args = parser.parse_args()
-    tasks: Mapping[str, Any] = {}
-    if args.zoo:
-        spec = importlib.util.spec_from_file_location("zoo", args.zoo / "zoo.py")
-        assert spec, f"{args.zoo} has no zoo.py"
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        tasks = module.TASKS
-    for name in args.names:
-        case = from_zoo(tasks[name], args.calibration, args.samples) if args.zoo else built(name, args.samples)
-        print(name, flush=True)
-        for row in rows(case):
-            print(row, flush=True)
+    tasks = tasks_of(args.zoo) if args.zoo else {}
+    cases = {name: from_zoo(tasks[name], args.calibration, args.samples) if name in tasks else built(name, args.samples) for name in args.names}
+    print("\n".join(table({name: measure(case) for name, case in cases.items()})))
+
+
+def tasks_of(folder: Path) -> Mapping[str, Any]:
+    """The tasks of a zoo."""
+    spec = importlib.util.spec_from_file_location("zoo", folder / "zoo.py")
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{folder} has no zoo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return dict(module.TASKS)
 
 
 if __name__ == "__main__":

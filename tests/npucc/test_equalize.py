@@ -11,7 +11,8 @@ from npucc import compiler, ops
 from npucc.export import to_onnx
 from npucc.graph import Graph
 from npucc.quantize import QuantizeOptions, quantize
-from npucc.quantize.equalize import equalize, find_chains
+from npucc.quantize.chains import find_chains
+from npucc.quantize.equalize import equalize
 from tests.benchmarks.trained_like import images, mobilenet, resnet
 
 from .float_graphs import FloatNet, exact_session, run_session
@@ -85,20 +86,21 @@ def test_where_a_scale_would_be_seen_nothing_is_done(graph: Graph) -> None:
     assert not find_chains(graph)
 
 
-PLAIN = QuantizeOptions.parse("method=minmax,per_tensor=yes,rounding=nearest,equalize=no,bias_correction=no,bias_samples=0")
+PLAIN = QuantizeOptions.parse("int8,method=minmax,per_tensor=yes,rounding=nearest,equalize=no,bias_correction=no,bias_samples=0")
 
 
 @pytest.mark.parametrize(
-    ("model", "plain", "sound"),
-    [(resnet((1, 2), 16, size=48, classes=20), 10, 30), (mobilenet(((1, 16, 1, 1), (6, 24, 2, 2)), size=48, classes=20), 10, 20)],
+    ("model", "sound"),
+    [(resnet((1, 2), 16, size=48, classes=20), 30), (mobilenet(((1, 16, 1, 1), (6, 24, 2, 2)), size=48, classes=20), 27)],
     ids=["residual", "inverted residual"],
 )
-def test_networks_with_trained_statistics_stay_sound_where_plain_scales_collapse(model: object, plain: float, sound: float) -> None:
+def test_networks_with_trained_statistics_stay_sound_where_plain_scales_collapse(model: object, sound: float) -> None:
     graph = compiler.float_graph(model, {})  # type: ignore[arg-type]
     samples, unseen = images(32, 48, seed=100), images(8, 48, seed=200)
     wanted = exact_session(to_onnx(graph))
-    assert decibels(graph, PLAIN, samples, unseen, wanted) < plain
-    assert decibels(graph, QuantizeOptions(scheme="int8"), samples, unseen, wanted) > sound  # onnxruntime is exact in 8 bits
+    plain, ours = (decibels(graph, options, samples, unseen, wanted) for options in (PLAIN, QuantizeOptions(scheme="int8")))
+    assert ours > sound  # onnxruntime is exact in 8 bits
+    assert plain < sound - 15
 
 
 def decibels(graph: Graph, options: QuantizeOptions, samples: list, unseen: list, wanted: object) -> float:
