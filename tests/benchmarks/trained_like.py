@@ -2,6 +2,8 @@
 
     python -m tests.benchmarks.trained_like {resnet50,mobilenetv2} OUTPUT.onnx [--size 96]
 
+writes OUTPUT.calibration.npz and OUTPUT.data.npz, too, for `accuracy.py`.
+
 Random weights are too kind to a quantizer: these have heavy tails (Student's t with five degrees of freedom), channels a hundred times louder
 than others that matter as much, channels that are dead, and batch normalization by the statistics of the data, as training leaves it.
 And they are too unkind, because a deep random network amplifies any noise while a trained one damps it (Arora et al., Stronger Generalization
@@ -11,7 +13,7 @@ Bounds for Deep Nets, ICML 2018): gradient steps add inputs to the weights, so h
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,17 +186,23 @@ def mobilenet(stages: Sequence[tuple[int, int, int, int]], *, size: int, classes
 
 MOBILENET_V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
+FULL_SIZE: Mapping[str, Callable[[int], onnx.ModelProto]] = {
+    "resnet50": lambda size: resnet((3, 4, 6, 3), 64, size=size, classes=1000),
+    "mobilenetv2": lambda size: mobilenet(MOBILENET_V2, size=size, classes=1000),
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=("resnet50", "mobilenetv2"))
+    parser.add_argument("network", choices=FULL_SIZE)
     parser.add_argument("output", type=Path)
     parser.add_argument("--size", type=int, default=96)
     args = parser.parse_args()
-    if args.network == "resnet50":
-        onnx.save(resnet((3, 4, 6, 3), 64, size=args.size, classes=1000), args.output)
-    else:
-        onnx.save(mobilenet(MOBILENET_V2, size=args.size, classes=1000), args.output)
+    model = FULL_SIZE[args.network](args.size)
+    onnx.save(model, args.output)
+    for stem, count, seed in (("calibration", 32, 100), ("data", 24, 200)):
+        pictures = [feed["image"] for feed in images(count, args.size, seed=seed)]
+        np.savez(args.output.with_suffix(f".{stem}.npz"), image=np.concatenate(pictures))
 
 
 if __name__ == "__main__":
