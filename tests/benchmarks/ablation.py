@@ -38,11 +38,12 @@ TECHNIQUES: Mapping[str, tuple[Options, Options]] = {
     "second-order rounding": ({"rounding": "second_order"}, {"rounding": "nearest"}),
     "biases from channel means": ({"bias_correction": True}, {"bias_correction": False}),
     "biases from integer runs": ({"bias_samples": 32}, {"bias_samples": 0}),
-    "ranges by measurement": ({"scheme": "auto", "method": "auto", "budget": 0.0}, {}),
+    "measured ranges, free 16 bits": ({"scheme": "auto", "method": "auto", "budget": 0.0}, {}),
     "16 bits by measurement": ({"scheme": "auto"}, {}),
 }
 BASIC = "scales per channel"  # "none" has it too: others build on it, and every tool has it
-ADDED = ("ranges by measurement", "16 bits by measurement")  # "all" is without: the first needs scheme=auto, the second has a price in cycles
+#: "all" is without: both need scheme=auto, which takes 16 bits where they cost no cycles, too
+ADDED = ("measured ranges, free 16 bits", "16 bits by measurement")
 
 
 @dataclass(frozen=True, slots=True)
