@@ -63,7 +63,7 @@ LOWERINGS: dict[str, Callable[[Emitter, Group], None]] = {
 
 
 #: shares of the scratchpad that may hold whole tensors: each is compiled, the fewest simulated cycles win
-RESIDENT_SHARES = (0.0, 0.5, 0.75)
+RESIDENT_SHARES = (0.5, 0.75, 0.92)
 
 
 @dataclass(frozen=True, slots=True)
