@@ -28,7 +28,7 @@ from npucc.frontend.steps import DYNAMIC, FORMS, whole
 from npucc.graph import Editor, Graph, Node, Quant, Tensor
 from npucc.ops import Reshape, Table
 
-LARGEST_TENSOR = 1 << 31  # elements
+LARGEST_TENSOR = 1 << 28  # elements
 CONTROL_FLOW = ("If", "Loop", "Scan")
 #: operators that need no importer: their results are known when the model is compiled
 FOLDED = {
@@ -98,6 +98,9 @@ class _Importer:
     def _add_input(self, value: Input) -> None:
         if value.dtype not in NUMBERS:
             raise ImportModelError(f"input {value.name!r} has element type {type_name(value.dtype)}", file=self.file, hint="inputs must be numbers")
+        if math.prod(value.shape) > LARGEST_TENSOR:
+            message = f"input {value.name!r} has shape {list(value.shape)}, more than {LARGEST_TENSOR} elements"
+            raise ImportModelError(message, file=self.file, hint="give smaller shapes, or export the model again")
         self.editor.add_tensor(Tensor(value.name, value.shape, numpy_name(value.dtype), source=value.name))
         self.editor.inputs.append(value.name)
         self.tensors[value.name] = value.name

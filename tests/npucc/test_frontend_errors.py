@@ -168,6 +168,11 @@ def test_all_dynamic_inputs_are_told_at_once_ready_to_be_pasted() -> None:
     )
 
 
+def test_a_huge_input_is_refused_before_memory_is_asked_for() -> None:
+    proto = model([node("Relu", "x", "y")], {"x": (2**62,)}, ["y"])
+    assert message(proto).startswith(f"input 'x' has shape [{2**62}], more than {1 << 28} elements")
+
+
 def test_unnamed_dynamic_dimension() -> None:
     proto = model([node("Relu", "x", "y")], {"x": (1, 3)}, ["y"])
     proto.graph.input[0].type.tensor_type.shape.dim[0].Clear()
@@ -298,7 +303,7 @@ def test_random_numbers() -> None:
         ([node("Softmax", "x", "y", axis=5)], (2, 3), {}, "Softmax: axis 5 is outside a tensor of rank 2"),
         ([node("Slice", "x a b", "y")], (2, 3), {"a": [2], "b": [2]}, "Slice yields a tensor of shape [0, 3], which has no elements"),
         ([node("Expand", "x s", "y")], (2, 1), {"s": [1 << 20, 1 << 12]}, "does not fit its inputs"),
-        ([node("Expand", "x s", "y")], (1, 1), {"s": [1 << 20, 1 << 12]}, "which has more than 2147483648 elements"),
+        ([node("Expand", "x s", "y")], (1, 1), {"s": [1 << 20, 1 << 12]}, "which has more than 268435456 elements"),
         ([node("Reshape", "x s", "y")], (2, 3), {"s": [-5]}, "Reshape: can't turn shape [2, 3] into [-5]"),
         ([node("MaxPool", "x", "y", kernel_shape=[0, 0])], (1, 2, 4, 4), {}, "must be positive"),
         ([node("Gather", "x i", "y")], (2, 3), {"i": [7]}, "Gather: an index is outside 0 to 1"),
