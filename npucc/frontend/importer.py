@@ -17,6 +17,7 @@ from npucc.frontend import control
 from npucc.frontend.constants import NOT_CONSTANT, Constants
 from npucc.frontend.functions import body_of
 from npucc.frontend.hosting import NO_TENSORS, Hosting, MustBeHosted, title
+from npucc.frontend.merging import merge_weights
 from npucc.frontend.load import default_opset, load_model
 from npucc.frontend.node import Emitted, Importer, Known, NodeImport
 from npucc.frontend.operators import OPERATORS
@@ -92,6 +93,7 @@ class _Importer:
             self._take(node)
         for output in self.outputs:
             self._add_output(output.name, element_type(output))
+        merge_weights(self.editor)
         graph = self.editor.freeze()
         return self.hosting.gather(graph, self.tensors, self.types) if self.hosting and self.hosting.nodes else graph
 

@@ -22,6 +22,7 @@ from npucc.graph import Editor, Graph, Node
 from npucc.ops import OPS, Table
 from npucc.passes.infinities import may_be_infinite
 from npucc.quantize.ranges import Histogram
+from npucc.quantize.repeats import Repeats
 from npucc.segments import untouched
 from npucc.signature import ports_of_graph
 
@@ -49,35 +50,62 @@ class Calibration:
     loudness: dict[str, list[float]] = field(default_factory=dict)
 
 
-def calibrate(graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, keep: int = 0, progress: Progress | None = None) -> Calibration:
-    """Run at most `limit` samples of the float graph; hand back the first `keep`. Raises QuantizeError for samples that do not fit, and for NaN."""
-    histograms = {name: Histogram() for name in measured(graph)}
+def calibrate(
+    graph: Graph, feeds: Iterable[Mapping[str, Any]], *, limit: int, keep: int = 0, repeats: Repeats | None = None, progress: Progress | None = None
+) -> Calibration:
+    """Run at most `limit` samples of the float graph; hand back the first `keep`. Raises QuantizeError for samples that do not fit, and for NaN.
+
+    `repeats`: tensors that are counted in one histogram.
+    """
+    repeats = repeats or {}
+    histograms = _histograms(measured(graph), repeats)
     axes = channel_axes(graph)
     sums = {(name, axis): np.zeros(graph.tensors[name].shape[axis]) for name, several in axes.items() for axis in several}
     scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
-    operands = {name: Histogram() for name in moved_operands(graph) if name not in histograms}
+    operands = _histograms([name for name in moved_operands(graph) if name not in histograms], repeats)
     loudness: dict[str, list[float]] = {name: [] for name in graph.inputs if np.dtype(graph.tensors[name].dtype).kind == "f"}
     run = tensor_runner(graph, sorted({*histograms, *axes, *operands}))
     total, count = _total(feeds, limit), 0
     first: list[Mapping[str, Array]] = []
     for feed in checked(graph, islice(feeds, limit)):
-        for name, value in run(feed).items():
+        values = run(feed)
+        for name, value in values.items():
             _refuse_nan(graph, name, value)
             for axis in axes.get(name, ()):
                 sums[name, axis] += _channel_means(value, axis)
-            if name in histograms:
-                histograms[name].add(_near_the_top(value, scores[name]) if name in scores else value)
-            if name in operands:
-                operands[name].add(value)
             if name in loudness:
                 loudness[name].append(float(np.sqrt(np.mean(np.square(value, dtype=np.float64)))))
+        _count(histograms, {name: _near_the_top(value, scores[name]) if name in scores else value for name, value in values.items()})
+        _count(operands, values)
         first += [feed] if count < keep else []
         count += 1
         if progress:
             progress("calibrate", count, total)
     if not count:
         raise QuantizeError("there are no calibration samples", hint="give at least one feed {input name: array}, or None for made-up inputs")
-    return Calibration(histograms, {key: value / count for key, value in sums.items()}, count, tuple(first), operands, loudness)
+    means = {(name, axis): _mean_of_all(sums, repeats.get(name, (name,)), axis) / count for name, axis in sums}
+    return Calibration(histograms, means, count, tuple(first), operands, loudness)
+
+
+def _histograms(names: Iterable[str], repeats: Repeats) -> dict[str, Histogram]:
+    """An empty one for each tensor; those that repeat each other have the same."""
+    made: dict[str, Histogram] = {}
+    return {name: made.setdefault(repeats.get(name, (name,))[0], Histogram()) for name in names}
+
+
+def _count(histograms: Mapping[str, Histogram], values: Mapping[str, Array]) -> None:
+    """Count the values of one sample; what goes into one histogram is counted at once."""
+    together: dict[int, list[str]] = {}
+    for name, histogram in histograms.items():
+        together.setdefault(id(histogram), []).append(name)
+    for names in together.values():
+        flat = [values[name].reshape(-1) for name in names]
+        histograms[names[0]].add(flat[0] if len(flat) == 1 else np.concatenate(flat))
+
+
+def _mean_of_all(sums: Mapping[tuple[str, int], Array], names: Sequence[str], axis: int) -> Array:
+    return np.asarray(np.mean([sums[name, axis] for name in names if (name, axis) in sums], axis=0))
+
 
 
 def measured(graph: Graph) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ through counts: an error far below a ReLU's zero is none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,12 +25,19 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DOUBT = 4.0  # how many times its variance the mean of few samples is distrusted
 FEWEST = 8  # samples, if so many are allowed
 WORK = 1e10  # multiply-accumulates to spend, with more samples than that
+NODE = 1e6  # what it takes to run a node, whatever it computes, in multiply-accumulates
 SMALLEST_SHARE = 0.3  # of a channel's values within the clamp: below, a bias says too little about their mean
 
 
-def correct_biases(graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, progress: Progress | None = None) -> Graph:
-    """The integer graph with corrected biases. `graph`: the float graph that it was made from, with the same nodes."""
-    nodes = [node for node in integer if _has_bias(integer, node) and graph.tensors[graph.nodes[node.name].inputs[1]].given is None]
+def correct_biases(
+    graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, repeats: Container[str] = (), progress: Progress | None = None
+) -> Graph:
+    """The integer graph with corrected biases. `graph`: the float graph that it was made from, with the same nodes.
+
+    `repeats`: results that keep theirs, as one step's error is no bias of all steps.
+    """
+    corrected = [node for node in integer if _has_bias(integer, node) and node.outputs[0] not in repeats]
+    nodes = [node for node in corrected if graph.tensors[graph.nodes[node.name].inputs[1]].given is None]
     if not nodes or not feeds:
         return integer
     wanted = _float_means(graph, nodes, feeds)
@@ -56,7 +63,7 @@ def correct_biases(graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Ar
 
 def bias_samples(graph: Graph, most: int) -> int:
     """How many samples to correct with; depends on the graph only."""
-    return min(most, max(FEWEST, int(WORK / max(work(graph), 1))))
+    return min(most, max(FEWEST, int(WORK / (work(graph) + NODE * len(graph.nodes)))))
 
 
 def _forget(stored: dict[str, Array], node: Node, last_use: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from npucc import arithmetic
 from npucc.graph import Editor, Graph, Node
 from npucc.ops import OPS, Table
 from npucc.quantize.calibrate import Calibration
-from npucc.quantize.ranges import STEPS, Histogram, least_error_range
+from npucc.quantize.ranges import STEPS, Histogram, least_error_range, merged
 from npucc.quantize.share import Groups
 from npucc.scalar import Expression
 
@@ -44,6 +44,7 @@ def widen(graph: Graph, groups: Groups, calibration: Calibration, *, direct: Set
     """
     wide = wide_roots(graph, groups)
     copies: dict[str, str] = {}
+    first_copies: dict[tuple[str, ...], str] = {}  # of what is repeated
     editor = Editor(graph)
     for node in graph:
         for name in dict.fromkeys(_matrix_operands(graph, node)):
@@ -51,6 +52,7 @@ def widen(graph: Graph, groups: Groups, calibration: Calibration, *, direct: Set
                 continue
             if name not in copies:
                 copies[name] = _copy(editor, groups, node, name)
+                groups.join(first_copies.setdefault(groups.repeats.get(name, (name,)), copies[name]), copies[name])
             current = editor.nodes[node.name]
             editor.add_node(replace(current, inputs=tuple(copies[name] if each == name else each for each in current.inputs)))
     long = _powers(graph, groups, wide)
@@ -257,8 +259,4 @@ def group_histogram(calibration: Calibration, groups: Groups, name: str) -> Hist
     for known in (calibration.histograms, calibration.operands):
         if name in known:
             return known[name]
-    merged = Histogram()
-    for member in groups.members(name):
-        if member in calibration.histograms:
-            merged.merge(calibration.histograms[member])
-    return merged
+    return merged(calibration.histograms[member] for member in groups.members(name) if member in calibration.histograms)

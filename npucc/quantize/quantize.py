@@ -31,6 +31,7 @@ from npucc.quantize.mixed import Mixed, byte_groups, candidates, choose
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import Operand, uneven_operands, widen
 from npucc.quantize.price import measure_prices, total_cycles
+from npucc.quantize.repeats import Repeats, repeated
 from npucc.quantize.rounding import Evidence, collect
 from npucc.quantize.scales import EACH_DEFAULT, Scales, alternatives, choose_scales, is_index, known_beforehand, observed_ranges
 from npucc.quantize.sensitivity import SAMPLES, measure
@@ -111,17 +112,19 @@ def quantize(
     ordered = in_digits(spread_out)
     needs_samples = bool(_unknown(ordered)) or (feeds is not None and bool(channel_axes(ordered)))
     calibration = Calibration({}, {}, 0)
+    repeats: Repeats = {}
     equalized: tuple[ScaledChannels, ...] = ()
     if needs_samples:
         samples = made_up(imported or graph) if feeds is None else feeds
         if options.equalize and not options.per_tensor and feeds is not None:
             ordered, equalized, samples = _equalized(ordered, feeds, options, progress)
+        repeats = repeated(ordered)
         keep = max(options.bias_samples, options.round_samples, SAMPLES)
-        calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, progress=progress)
+        calibration = calibrate(ordered, samples, limit=options.samples, keep=keep, repeats=repeats, progress=progress)
         if feeds is None:
             leave_room(calibration, ordered)
             options = replace(options, method="minmax") if options.method == MEASURED else options
-    shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration))
+    shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), repeats)
     network = _Network(shared, groups, calibration, options)
     mixed, learned = Mixed(), feeds is not None and needs_samples
     if options.scheme == "auto" and learned:
@@ -135,7 +138,7 @@ def quantize(
     integer = rounded.integer
     if options.bias_samples:
         few = calibration.first[: bias_samples(rounded.graph, options.bias_samples)]
-        integer = correct_biases(rounded.graph, integer, few, progress=progress)
+        integer = correct_biases(rounded.graph, integer, few, repeats=repeats, progress=progress)
     activations = (name for name, tensor in rounded.graph.tensors.items() if not tensor.is_constant)
     anew = (*not_kept(rounded.graph, {name: rounded.scales.of(rounded.graph, name) for name in activations}), *narrowed(spread_out))
     rows = tuple(_rows(rounded, options, mixed))
@@ -240,7 +243,7 @@ def _measured(network: _Network, target: Target, progress: Progress | None) -> t
         return roots, replace(mixed, price=100 * (cycles / max(prices.cycles, 1) - 1))
 
     roots, mixed = dearest_within(attempt, allowed, len(groups))
-    copied = {plain.copies[root] for root in roots if root in plain.copies}
+    copied = {plain.copies[name] for root in roots for name in groups[root] if name in plain.copies}
     direct = {(node.name, name) for node in network.graph if OPS[node.op].matrix for name in node.inputs if name in copied}
     return network.rounded(direct=direct, more=set(roots) - set(plain.copies), methods=found.methods), mixed
 

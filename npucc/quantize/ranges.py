@@ -122,6 +122,17 @@ class Histogram:
         return centres, self.counts[index]
 
 
+def merged(histograms: Iterable[Histogram]) -> Histogram:
+    """Of all that they counted; one that several tensors share counts once. The only one is handed back itself."""
+    different = list({id(each): each for each in histograms}.values())
+    if len(different) == 1:
+        return different[0]
+    whole = Histogram()
+    for each in different:
+        whole.merge(each)
+    return whole
+
+
 @dataclass(frozen=True, slots=True)
 class RangeMethod:
     """A way to choose what 8 bits cover: of a histogram, what its values go through next (see `Fit`), and the percentile of the options."""

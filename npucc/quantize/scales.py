@@ -21,7 +21,7 @@ from npucc.quantize.calibrate import Calibration, softmax_axis
 from npucc.quantize.masks import Masks
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.precision import group_histogram
-from npucc.quantize.ranges import LARGEST, METHODS, SMALLEST, Fit, Histogram, Range, activation_quant, choose_range
+from npucc.quantize.ranges import LARGEST, METHODS, SMALLEST, Fit, Histogram, Range, activation_quant, choose_range, merged
 from npucc.quantize.share import Groups, moved_inputs
 from npucc.scalar import Expression
 from npucc.segments import raw_quant, untouched
@@ -165,10 +165,7 @@ def _covered(
 
 def _histogram(graph: Graph, names: Sequence[str], calibration: Calibration) -> Histogram:
     """Of all values of a group's tensors."""
-    merged = Histogram()
-    for source in filter(None, (_source(graph, name, calibration) for name in names)):
-        merged.merge(calibration.histograms[source])
-    return merged
+    return merged(calibration.histograms[source] for source in filter(None, (_source(graph, name, calibration) for name in names)))
 
 
 def _source(graph: Graph, name: str, calibration: Calibration) -> str | None:
@@ -198,10 +195,10 @@ def _is_whole_number(graph: Graph, name: str) -> bool:
 
 
 def _next_function(graph: Graph, names: Sequence[str]) -> Expression:
-    """The table that all readers of a group's only tensor compute, or "x"."""
-    expressions = [node.attributes.expression if isinstance(node.attributes, Table) else "x" for node in graph.users(names[0])]
-    alone = len(names) == 1 and names[0] not in graph.outputs and expressions and all(each == expressions[0] for each in expressions)
-    return expressions[0] if alone else "x"
+    """The table that all readers of a group's tensors compute, or "x"."""
+    expressions = {node.attributes.expression if isinstance(node.attributes, Table) else "x" for name in names for node in graph.users(name)}
+    alone = len(expressions) == 1 and not any(name in graph.outputs for name in names)
+    return expressions.pop() if alone else "x"
 
 
 def _clipping_pays(histogram: Histogram, chosen: Range) -> bool:

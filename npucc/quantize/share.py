@@ -14,16 +14,19 @@ import numpy as np
 from npucc.graph import Editor, Graph, Node
 from npucc.ops import OPS, Table
 from npucc.quantize.ranges import Range
+from npucc.quantize.repeats import Repeats
 
 NARROWER = 4.0  # times, and an input of a Concat that others read too keeps its own scale: two bits are more than the rescaling costs
 
 
 @dataclass(slots=True)
 class Groups:
-    """Disjoint sets of tensors; `root` names a tensor's set. `sets`: the members of each, by root."""
+    """Disjoint sets of tensors; `root` names a tensor's set. `sets`: the members of each, by root; `repeats`: tensors that are in one set
+    because they are the same at different steps."""
 
     parents: dict[str, str] = field(default_factory=dict)
     sets: dict[str, list[str]] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=dict)
 
     def root(self, tensor: str) -> str:
         if tensor not in self.parents:
@@ -48,11 +51,13 @@ def moved_inputs(node: Node) -> tuple[str, ...]:
     return tuple(name for index, name in enumerate(node.inputs) if index not in OPS[node.op].indices)
 
 
-def share_scales(graph: Graph, ranges: Mapping[str, Range]) -> tuple[Graph, Groups, tuple[str, ...]]:
+def share_scales(graph: Graph, ranges: Mapping[str, Range], repeats: Repeats | None = None) -> tuple[Graph, Groups, tuple[str, ...]]:
     """(graph with rescaling nodes, groups, names of the tensors that are rescaled). `ranges`: observed, of the measured tensors."""
-    groups = Groups()
+    groups = Groups(repeats=repeats or {})
     for name in graph.tensors:
         groups.root(name)
+    for name, names in groups.repeats.items():
+        groups.join(names[0], name)
     for node in graph:
         if OPS[node.op].moves_data and len(moved_inputs(node)) == 1:
             groups.join(node.inputs[0], node.outputs[0])
