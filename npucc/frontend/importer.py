@@ -17,8 +17,8 @@ from npucc.frontend import control
 from npucc.frontend.constants import NOT_CONSTANT, Constants
 from npucc.frontend.functions import body_of
 from npucc.frontend.hosting import NO_TENSORS, Hosting, MustBeHosted, title
-from npucc.frontend.merging import merge_weights
 from npucc.frontend.load import default_opset, load_model
+from npucc.frontend.merging import merge_weights
 from npucc.frontend.node import Emitted, Importer, Known, NodeImport
 from npucc.frontend.operators import OPERATORS
 from npucc.frontend.operators.quantized import BY_NAME as EXPANSIONS

@@ -68,6 +68,36 @@ def test_a_recurrence_keeps_its_state_in_16_bits() -> None:
     assert decibels(package.run(feeds[0]).outputs, run(proto, feeds[0])) > 25
 
 
+def unrolled_cell(steps: int) -> ModelProto:
+    """A recurrence as an exporter writes it out: each step transposes its own copy of the weights and picks its own input; a mask holds states."""
+    constants: dict[str, np.ndarray] = {"bias": normal(5, seed=1)}
+    nodes, state = [], "h"
+    for step in range(steps):
+        constants |= {f"w{step}": normal(5, 5, seed=2) * 0.4, f"i{step}": np.array(step)}
+        nodes += [
+            node("Gather", f"x i{step}", f"x{step}", axis=0), node("Gemm", f"{state} w{step} bias", f"p{step}", transB=1),
+            node("Add", f"x{step} p{step}", f"s{step}"), node("Tanh", f"s{step}", f"t{step}"), node("Gather", f"mask i{step}", f"m{step}", axis=0),
+            node("Where", f"m{step} t{step} {state}", f"h{step}"),
+        ]  # fmt: skip
+        state = f"h{step}"
+    nodes.append(node("Identity", state, "y"))
+    return model(nodes, {"x": (steps, 1, 5), "h": (1, 5), "mask": (steps, 1, 1)}, ["y"], constants, dtypes={"mask": "bool"})
+
+
+def test_all_steps_of_a_recurrence_have_one_scale() -> None:
+    proto = unrolled_cell(24)
+    masks = [np.arange(24).reshape(24, 1, 1) < 10 + seed for seed in range(8)]
+    feeds = [{"x": normal(24, 1, 5, seed=seed), "h": normal(1, 5, seed=seed + 9), "mask": mask} for seed, mask in enumerate(masks)]
+    package = npucc.compile(proto, target="tiny", calibration=feeds)
+    products = [n for n in package.graph if n.op == "matmul"]
+    assert len({n.inputs[1] for n in products}) == 1, "one copy of the weights"
+    for stem, first in (("p", 0), ("s", 0), ("t", 0), ("h", 6)):  # what the first states are made of differs
+        assert len({package.graph.quant(f"{stem}{step}").key for step in range(first, 23)}) == 1
+    assert decibels(package.run(feeds[0]).outputs, run(proto, feeds[0])) > 30
+    apart = npucc.compile(unrolled_cell(8), target="tiny", calibration=[{**feed, "x": feed["x"][:8], "mask": feed["mask"][:8]} for feed in feeds])
+    assert len({apart.graph.quant(f"p{step}").key for step in range(8)}) > 1, "layers that share weights keep their own ranges"
+
+
 def decibels(found: Any, wanted: list[np.ndarray]) -> float:
     """The worst output's signal over its error."""
     pairs = zip(found.values(), wanted, strict=True)
