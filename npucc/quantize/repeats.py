@@ -40,7 +40,7 @@ def _kinds(graph: Graph) -> dict[str, int]:
         kinds = {}
         for node in graph:
             weights = _weights(graph, node)
-            reads = weights or tuple(_operand(graph, known, name) for name in node.inputs)
+            reads: tuple[object, ...] = weights or tuple(_operand(graph, known, name) for name in node.inputs)
             attributes = node.attributes
             if isinstance(attributes, Slice) and counts[known.get(node.inputs[0], 0)] <= 1:
                 attributes = replace(attributes, starts=())  # of what is there once, each step picks its own part
