@@ -7,7 +7,7 @@ reference, the backend and the exported model cannot disagree.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -122,17 +122,33 @@ def quantize(real: np.ndarray, quant: Quant) -> np.ndarray:
 class LookUp:
     """A table as the `lut` instruction reads it: entry i stands at x = base + (i << shift); between entries it is interpolated.
 
-    Entries are results in steps of 2^-fraction_bits.
+    Entries are results in steps of 2^-fraction_bits. `missing`: what is added where interpolation is far off, zero at its ends.
     """
 
     entries: np.ndarray  # int64
     base: int
     shift: int = 0
     fraction_bits: int = 0
+    missing: LookUp | None = None
+
+    def at(self, stored: np.ndarray) -> np.ndarray:
+        """Entries at each stored value, int64; between entries, linear interpolation rounded to nearest."""
+        position = np.clip(np.asarray(stored, np.int64) - self.base, 0, (len(self.entries) - 1) << self.shift)
+        if self.shift:
+            index = np.minimum(position >> self.shift, len(self.entries) - 2)
+            low, high = self.entries[index], self.entries[index + 1]
+            found = low + (((high - low) * (position - (index << self.shift)) + (1 << (self.shift - 1))) >> self.shift)
+        else:
+            found = self.entries[position]
+        return np.asarray(found if self.missing is None else found + self.missing.at(stored))
 
 
 #: int16 inputs: an entry per 64 values, that is 1,025 instead of 65,536
 WIDE_SHIFT = 6
+#: a logarithm or reciprocal is far from a line next to zero: the values of x around there that may have entries of their own
+EXACT_PART = 512
+#: by element type of the result: an error of interpolation that is not worth it, in steps of 16 bits
+SMALL_ERROR = {"s8": 128, "s16": 32}
 
 
 def table(expression: scalar.Expression, source: Quant, result: Quant) -> LookUp:
@@ -140,13 +156,42 @@ def table(expression: scalar.Expression, source: Quant, result: Quant) -> LookUp
     low, high = RANGES[source.dtype]
     if source.dtype != "s16":
         return LookUp(quantize(_values(expression, np.arange(low, high + 1), source), result), low)
-    value = _values(expression, np.arange(low, high + 2, 1 << WIDE_SHIFT), source)
+    entries = _entries(expression, np.arange(low, high + 2, 1 << WIDE_SHIFT), source, result)
+    values = LookUp(entries, low, WIDE_SHIFT, 0 if result.dtype == "s16" else 8)
+    return replace(values, missing=_missing(values, expression, source, result))
+
+
+def _entries(expression: scalar.Expression, stored: np.ndarray, source: Quant, result: Quant) -> np.ndarray:
+    """Results in steps of 16 bits: those of 8 bits with 8 more behind the point."""
+    value = _values(expression, stored, source)
     if result.dtype == "s16":
-        return LookUp(quantize(value, result), low, WIDE_SHIFT)
+        return quantize(value, result)
     with np.errstate(invalid="ignore", over="ignore"):
         fine = np.rint((value / F32(result.scale) + F32(result.zero)) * F32(256))
     fine = np.where(np.isnan(fine), F32(256 * result.zero), fine)
-    return LookUp(np.asarray(np.clip(fine, *RANGES["s16"]), np.int64), low, WIDE_SHIFT, 8)
+    return np.asarray(np.clip(fine, *RANGES["s16"]), np.int64)
+
+
+def _missing(values: LookUp, expression: scalar.Expression, source: Quant, result: Quant) -> LookUp | None:
+    """What interpolation lacks in the neighbouring values of x where it lacks most; None where it lacks little, or as much elsewhere."""
+
+    def lacking(stored: np.ndarray) -> np.ndarray:
+        return np.asarray(_entries(expression, stored, source, result) - values.at(stored))
+
+    low, high = RANGES["s16"]
+    if np.abs(lacking(np.arange(low + (1 << WIDE_SHIFT) // 2, high, 1 << WIDE_SHIFT))).max() <= SMALL_ERROR[result.dtype]:
+        return None
+    missing = lacking(np.arange(low, high + 1))
+    total = np.cumsum(np.concatenate([[0], np.abs(missing)]))
+    inside = total[EXACT_PART:] - total[:-EXACT_PART]
+    start = int(np.argmax(inside))
+    if 2 * inside[start] < total[-1]:
+        return None
+    first, last = max(start - 1, 0), min(start + EXACT_PART, high - low)
+    part = np.clip(missing[first : last + 1], low, high)
+    part[: start - first] = 0
+    part[start + EXACT_PART - first :] = 0
+    return LookUp(part, low + first)
 
 
 #: expression → the instruction that computes it (mul: of x with itself)

@@ -371,18 +371,8 @@ def _table(call: Call) -> Array:
         bounds = arithmetic.direct_bounds(call.attributes.expression, call.quant)
         return np.clip(call.quantized(functions[direct](real) if direct in functions else real), *bounds)
     values = arithmetic.table(call.attributes.expression, source, call.quant)
-    found = _look_up(values, call.operand(0).stored)
+    found = values.at(call.operand(0).stored)
     return call.clamp(np.rint(found.astype(F32) * F32(2.0**-values.fraction_bits)).astype(np.float64)) if values.fraction_bits else found
-
-
-def _look_up(values: arithmetic.LookUp, stored: Array) -> Array:
-    """Entries at each stored value; between entries, linear interpolation rounded to nearest."""
-    position = np.asarray(stored, np.int64) - values.base
-    if not values.shift:
-        return np.asarray(values.entries[position])
-    index = np.minimum(position >> values.shift, len(values.entries) - 2)
-    low, high = values.entries[index], values.entries[index + 1]
-    return np.asarray(low + (((high - low) * (position - (index << values.shift)) + (1 << (values.shift - 1))) >> values.shift))
 
 
 # ---- windows and reductions -------------------------------------------------------------------------------------------
@@ -427,7 +417,7 @@ def _reduce_sum(call: Call) -> Array:
 def _softmax(call: Call) -> Array:
     source, axis = call.operand(0), call.attributes.axis
     values = arithmetic.softmax_exponentials(source.scaled, source.stored.shape[axis])
-    exponential = _look_up(values, source.stored - source.stored.max(axis=axis, keepdims=True))
+    exponential = values.at(source.stored - source.stored.max(axis=axis, keepdims=True))
     total = exponential.sum(axis=axis, keepdims=True)
     probability = exponential.astype(F32) / total.astype(F32)
     return call.clamp(np.rint(probability / F32(arithmetic.softmax_steps(call.quant).scale)).astype(np.float64) + call.quant.zero)

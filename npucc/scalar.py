@@ -347,6 +347,30 @@ def bounds(expression: Expression) -> tuple[float, float]:
     return FUNCTIONS[name].bounds
 
 
+STEEP = frozenset({"sqrt", "log", "reciprocal"})
+SMALL_OFFSET = 1e-3  # what is added to keep a logarithm finite, or a lower limit
+
+
+def is_steep_at_zero(expression: Expression) -> bool:
+    """Whether a root, logarithm or reciprocal is taken of x itself, scaled or kept from zero: small values then matter as much as large."""
+    if not isinstance(expression, tuple):
+        return False
+    function, *arguments = expression
+    root = function == "pow" and isinstance(arguments[1], float) and arguments[1] < 1
+    return ((root or function in STEEP) and _vanishes_with_x(arguments[0])) or any(map(is_steep_at_zero, arguments))
+
+
+def _vanishes_with_x(expression: Expression) -> bool:
+    """Whether it is x, times a positive number, plus next to nothing, or no less than that."""
+    if not isinstance(expression, tuple):
+        return bool(expression == "x")
+    function, inner, *others = expression
+    if function == "mul":
+        return inner == others[0] == "x" or (isinstance(others[0], float) and others[0] > 0 and _vanishes_with_x(inner))
+    low = others[0] if others else None
+    return function in ("add", "max", "clip") and isinstance(low, float) and 0 <= low <= SMALL_OFFSET and _vanishes_with_x(inner)
+
+
 def size(expression: Expression) -> int:
     """Number of function applications, shared ones counted each time."""
     count, waiting = 0, [expression]

@@ -272,6 +272,10 @@ def _table(call: Call) -> None:
         call.model.op("Gather", (call.number(values.entries + shift, dtype), position), into=call.into)
         return
     found = _looked_up(call, values, position)
+    if values.missing:
+        last = call.number(len(values.missing.entries) - 1, "int32")
+        place = call.op("Max", call.less(position, values.missing.base - values.base, "int32"), call.number(0, "int32"))
+        found = call.op("Add", found, call.op("Gather", call.number(values.missing.entries, "int32"), call.op("Min", place, last)))
     if values.fraction_bits:  # the zero point is in the entries
         steps = call.op("Round", call.op("Mul", call.model.cast(found, FLOAT), call.number(2.0**-values.fraction_bits)))
         call.model.op("QuantizeLinear", (steps, call.number(1.0), call.number(shift, dtype)), into=call.into)

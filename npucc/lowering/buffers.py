@@ -48,6 +48,7 @@ def operand_buffer(chain: Chain, box: Box, tiles: int, run: int, target: Target)
     """The operands from outside of a chain that works on tiles of at most that box; `run`: contiguous bytes of them in DRAM."""
     loaded = [size for size in chain.operand_bytes(box) if size]
     size = chain.bytes_per_slot(box) + 64 * len(chain.operands())
+    tiles = max(tiles, 2) if len(chain.widths) > 1 else tiles  # a node works from one spare slot into another
     return Buffer(size, tiles, tiles, sum(cost.dma_cycles(target, each, run) for each in loaded), requests=len(loaded))
 
 

@@ -13,7 +13,7 @@ from itertools import product
 from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.graph import Node, Quant
-from npucc.lowering.emitter import Emitter, Ring, spm_tile, windows
+from npucc.lowering.emitter import SLOT_ALIGNMENT, Emitter, Ring, spm_tile, windows
 from npucc.lowering.layers import Group
 from npucc.lowering.views import View, merge_dimensions
 from npucc.ops import Binary, Clamp, Compare, Table
@@ -58,6 +58,8 @@ class Chain:
     incoming: str | None = None  # the tensor that the anchor hands over, if there is an anchor
     tables: dict[str, LoadedTable] = field(default_factory=dict)
     rings: dict[str, Ring] = field(default_factory=dict)
+    values: dict[str, arithmetic.LookUp] = field(default_factory=dict)
+    added: Ring | None = None  # for what is added to an interpolated table
     spare: Ring | None = None  # where a node works whose result has another width than the tile before it
 
     @property
@@ -77,9 +79,11 @@ class Chain:
         """Scratchpad bytes that one set of operand tiles takes for a block of these sizes."""
         graph = self.emitter.graph
         spare = box.elements * max(self.widths) if len(self.widths) > 1 else 0
-        looked_up = (n.inputs[0] for n in self.nodes if isinstance(n.attributes, Table) and not self._direct(n, n.attributes))
-        tables = sum(TABLE_BYTES[graph.quant(name).dtype] for name in looked_up)
-        return spare + tables + sum(self.operand_bytes(box))
+        looked_up = [node for node in self.nodes if isinstance(node.attributes, Table) and not self._direct(node, node.attributes)]
+        tables = sum(TABLE_BYTES[graph.quant(node.inputs[0]).dtype] for node in looked_up)
+        parts = [part for node in looked_up if (part := self._values(node).missing)]
+        tables += sum(2 * len(part.entries) + SLOT_ALIGNMENT for part in parts)
+        return spare + tables + (2 * box.elements if parts else 0) + sum(self.operand_bytes(box))
 
     def operand_bytes(self, box: Box) -> list[int]:
         """Of each operand the bytes that are loaded from DRAM for a block of these sizes."""
@@ -108,18 +112,29 @@ class Chain:
             self.spare = self.emitter.ring(largest.elements * max(self.widths), slots)
         for node in self.nodes:
             if isinstance(node.attributes, Table) and not self._direct(node, node.attributes):
-                self.tables[node.name] = self._load_table(node, node.attributes)
+                self.tables[node.name] = self._load_table(node)
+        if any(table.missing for table in self.tables.values()):
+            self.added = self.emitter.ring(2 * largest.elements, slots)
 
     def _direct(self, node: Node, attributes: Table) -> str:
         return arithmetic.without_table(attributes.expression, self.emitter.graph.quant(node.inputs[0]))
 
-    def _load_table(self, node: Node, attributes: Table) -> LoadedTable:
-        graph = self.emitter.graph
-        result = graph.quant(node.outputs[0])
-        values = arithmetic.table(attributes.expression, graph.quant(node.inputs[0]), result)
-        dtype = "s16" if values.fraction_bits else result.dtype
+    def _values(self, node: Node) -> arithmetic.LookUp:
+        assert isinstance(node.attributes, Table)
+        if node.name not in self.values:
+            source, result = (self.emitter.graph.quant(name) for name in (node.inputs[0], node.outputs[0]))
+            self.values[node.name] = arithmetic.table(node.attributes.expression, source, result)
+        return self.values[node.name]
+
+    def _load_table(self, node: Node) -> LoadedTable:
+        values = self._values(node)
+        dtype = "s16" if values.fraction_bits else self.emitter.graph.quant(node.outputs[0]).dtype
+        missing = LoadedTable(self._load_entries(values.missing, "s16"), values.missing) if values.missing else None
+        return LoadedTable(self._load_entries(values, dtype), values, missing)
+
+    def _load_entries(self, values: arithmetic.LookUp, dtype: str) -> Tile:
         view = self.emitter.constant(values.entries.astype(NUMPY[dtype]), dtype)
-        return LoadedTable(self.emitter.load(view, self.emitter.ring(view.bytes, 1)), values)
+        return self.emitter.load(view, self.emitter.ring(view.bytes, 1))
 
     def apply(self, box: Box, value: Tile | None, work: Ring, result: Tile | None) -> Tile:
         """Run the nodes on one block. `value`: the incoming tile; `work` has a slot to compute in when there is none;
@@ -139,14 +154,19 @@ class Chain:
         return current
 
     def _emit_table(self, table: LoadedTable, target: Tile, source: Tile) -> None:
-        """One look-up; int16 to int8 takes a second step that drops the fraction."""
-        if not table.values.fraction_bits:
-            look_up(self.emitter, target, source, table)
-            return
-        assert self.spare is not None
-        fine = spm_tile(self.spare.next(), "s16", target.shape)
-        look_up(self.emitter, fine, source, table)
-        self.emitter.vector("cvt", target, fine, qx=(2.0**-table.values.fraction_bits, 0))
+        """One look-up, and a second one that is added where the first is rough; int16 to int8 takes another step that drops the fraction."""
+        added, found = None, target
+        if table.missing and self.added:
+            added = spm_tile(self.added.next(), "s16", target.shape)
+            look_up(self.emitter, added, source, table.missing)
+        if table.values.fraction_bits:
+            assert self.spare is not None
+            found = spm_tile(self.spare.next(), "s16", target.shape)
+        look_up(self.emitter, found, source, table)
+        if added:
+            self.emitter.vector("add", found, found, added)
+        if found is not target:
+            self.emitter.vector("cvt", target, found, qx=(2.0**-table.values.fraction_bits, 0))
 
     def _target(self, node: Node, box: Box, current: Tile | None, work: Ring) -> Tile:
         """In place where the element width stays the same, else a slot of its own."""
@@ -188,6 +208,7 @@ class LoadedTable:
 
     tile: Tile
     values: arithmetic.LookUp
+    missing: LoadedTable | None = None
 
 
 def emit_elementwise(emitter: Emitter, node: Node, result: Tile, tiles: Sequence[Tile]) -> None:

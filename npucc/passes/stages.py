@@ -8,6 +8,7 @@ from npucc.passes.layout import LAYOUT_RULES
 from npucc.passes.padding import PADDING_RULES
 from npucc.passes.parts import PART_RULES
 from npucc.passes.patterns import PATTERN_RULES
+from npucc.passes.powers import POWER_RULES
 from npucc.passes.rewrite import Stage, stage
 from npucc.passes.scales import ROUNDING_RULES, SCALES_STAGE
 from npucc.passes.tables import TABLE_RULES
@@ -23,7 +24,7 @@ STAGES: tuple[Stage, ...] = (
     stage("patterns", (*LAYOUT_RULES, *PATTERN_RULES), "LayerNorm and Softmax keep their precision only as one operation"),
     stage(
         "finish",
-        (*ROUNDING_RULES, *LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES, *FORWARD_RULES, *DEPTHWISE_RULES, *PART_RULES),
+        (*ROUNDING_RULES, *LAYOUT_RULES, *PADDING_RULES, *FOLD_RULES, *FORWARD_RULES, *DEPTHWISE_RULES, *PART_RULES, *POWER_RULES),
         "what has become foldable is folded; a scale per channel becomes a depthwise convolution; products are cut where their results are",
     ),
     SCALES_STAGE,

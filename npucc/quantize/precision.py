@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from npucc import arithmetic
+from npucc import arithmetic, scalar
 from npucc.graph import Editor, Graph, Node
 from npucc.ops import OPS, Table
 from npucc.quantize.calibrate import Calibration
 from npucc.quantize.ranges import STEPS, Histogram, least_error_range, merged
 from npucc.quantize.share import Groups
-from npucc.scalar import Expression
 
 Operand = tuple[str, str]  # (matrix operator, tensor that it reads)
 
@@ -77,7 +76,6 @@ def wide_roots(graph: Graph, groups: Groups) -> set[str]:
 
 BULK = 0.99  # of the values
 SMALLEST_BULK = 28.0  # dB; an even distribution without outliers has 45 and more, a normal one about 38
-STEEP = frozenset({"sqrt", "log", "reciprocal"})
 SUMS = frozenset({"add", "sub"})
 PRODUCTS = frozenset({"add", "mul"})
 MEANS = frozenset({"reduce_sum", "reduce_mean", "mul", "table"})
@@ -94,8 +92,8 @@ def _starts(graph: Graph) -> Iterator[tuple[str, frozenset[str]]]:
         elif node.op == "div" and not any(graph.tensors[name].is_constant for name in node.inputs):
             yield node.inputs[0], MEANS
             yield node.inputs[1], MEANS
-        elif isinstance(node.attributes, Table) and _is_steep_at_zero(node.attributes.expression):
-            yield node.inputs[0], SCORES
+        elif isinstance(node.attributes, Table) and scalar.is_steep_at_zero(node.attributes.expression):
+            yield node.inputs[0], SCORES | MEANS
     for name, tensor in graph.tensors.items():
         if tensor.wide:
             yield name, PRODUCTS
@@ -174,7 +172,7 @@ def _quiet_ratio(histogram: Histogram, loudness: Sequence[float]) -> float:
 
 def _behind_root(graph: Graph, names: list[str]) -> bool:
     producers = [node for node in map(graph.producer, names) if node]
-    return any(isinstance(node.attributes, Table) and _is_steep_at_zero(node.attributes.expression) for node in producers)
+    return any(isinstance(node.attributes, Table) and scalar.is_steep_at_zero(node.attributes.expression) for node in producers)
 
 
 def _bulk_ratio(histogram: Histogram) -> float:
@@ -187,15 +185,6 @@ def _bulk_ratio(histogram: Histogram) -> float:
     energy = float(np.dot(centres[kept] ** 2, counts[kept]) / counts[kept].sum())
     step = least_error_range(histogram).width / STEPS
     return 10 * float(np.log10(max(energy, 1e-30) / max(step * step / 12, 1e-30)))
-
-
-def _is_steep_at_zero(expression: Expression) -> bool:
-    """Whether a root, logarithm or reciprocal is taken of x itself, possibly shifted or scaled: small values then matter as much as large."""
-    if not isinstance(expression, tuple):
-        return False
-    function, *arguments = expression
-    root = function == "pow" and arguments[0] == "x" and isinstance(arguments[1], float) and arguments[1] < 1
-    return root or (function in STEEP and arguments[0] == "x") or any(map(_is_steep_at_zero, arguments))
 
 
 def _feeds_product(graph: Graph, name: str, depth: int = 8) -> bool:
