@@ -161,7 +161,7 @@ class Chain:
             look_up(self.emitter, added, source, table.missing)
         if table.values.fraction_bits:
             assert self.spare is not None
-            found = spm_tile(self.spare.next(), "s16", target.shape)
+            found = spm_tile(_other_slot(self.spare, target), "s16", target.shape)
         look_up(self.emitter, found, source, table)
         if added:
             self.emitter.vector("add", found, found, added)
@@ -173,13 +173,19 @@ class Chain:
         dtype = self.emitter.graph.quant(node.outputs[0]).dtype
         if current is not None and DTYPES[current.dtype] == DTYPES[dtype]:
             return Tile(current.space, current.address, dtype, current.shape, current.strides)
-        ring = work if current is None or self.spare is None else self.spare
-        return spm_tile(ring.next(), dtype, [box.sizes[d] for d in box.order])
+        address = work.next() if current is None or self.spare is None else _other_slot(self.spare, current)
+        return spm_tile(address, dtype, [box.sizes[d] for d in box.order])
 
     def _load(self, name: str, box: Box) -> Tile:
         window = box.of(self.view(name), self.shape)
         ring = self.rings.get(name) or Ring((0,))
         return self.emitter.load_once(window, ring)
+
+
+def _other_slot(ring: Ring, used: Tile) -> int:
+    """A slot of the ring, which has two or more, that the tile does not lie in."""
+    address = ring.next()
+    return ring.next() if (used.space, used.address) == ("spm", address) else address
 
 
 def operand_view(emitter: Emitter, name: str) -> View:
