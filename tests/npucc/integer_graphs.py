@@ -210,6 +210,16 @@ def sixteen_bits(net: Net) -> Graph:
     return net.graph(b, d, e, f, g, h, i, j, k, *last, narrowed, widened)
 
 
+def widths_in_turn(net: Net) -> Graph:
+    """16 and 8 bits after each other in one layer; logarithms of 16 bits, whose tables have a second part."""
+    x, logarithm = net.input(1, 8, 20, 20), ops.Table(("log", ("max", ("abs", "x"), 1e-3)))
+    a = net.op("conv", [x, weights := net.weights((4, 8, 1, 1), 0), net.bias(x, weights, 4)], ops.Conv(), quant=Quant("s16", np.float32(2e-4)))
+    b = net.op("table", [a], ops.Table(("mul", "x", ("sigmoid", "x"))))
+    c = net.op("add", [b, net.input(1, 4, 20, 20)], ops.Binary(), quant=Quant("s16", np.float32(5e-4)))
+    d = net.op("table", [c], logarithm, quant=Quant("s16", np.float32(3e-4), 5))
+    return net.graph(c, d, net.op("table", [d], logarithm))
+
+
 def gathered(net: Net) -> Graph:
     """Rows of constant tables and of a computed tensor, along several axes; and functions of int16 values that need no table."""
     index, wide, long = Quant("s32", np.float32(1.0)), Quant("s16", np.float32(0.001), 7), Quant("s32", np.float32(1e-6))
@@ -241,6 +251,7 @@ GRAPHS: dict[str, Callable[[Net], Graph]] = {
         resizing,
         residual,
         sixteen_bits,
+        widths_in_turn,
         gathered,
     )
 }
