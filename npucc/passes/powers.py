@@ -47,13 +47,18 @@ def root_of_power(editor: Editor, node: Node) -> Result:
 
 
 def _is_power(editor: Editor, tensor: str) -> bool:
-    """Whether the tensor is made of squares by sums and moves alone."""
+    """Whether the tensor is made of squares by sums and moves alone, on which nothing else is done."""
     node = editor.producer(tensor)
-    if node is None or editor.tensors[tensor].given or not editor.is_read_once(tensor):
+    if node is None or editor.tensors[tensor].given or tensor in editor.outputs:
         return False
     if isinstance(node.attributes, Table):
         return DIRECT.get(node.attributes.expression) == "mul"
-    return (node.op == "add" or (OPS[node.op].moves_data and node.op != "concat")) and all(_is_power(editor, name) for name in node.inputs)
+    known = _keeps_power(node) and all(all(map(_keeps_power, editor.readers(name))) for name in node.inputs)
+    return known and all(_is_power(editor, name) for name in node.inputs)
+
+
+def _keeps_power(node: Node) -> bool:
+    return node.op == "add" or (OPS[node.op].moves_data and len(node.inputs) == 1)
 
 
 POWER_RULES: tuple[Rule, ...] = (
