@@ -37,6 +37,16 @@ def test_integers_stay_exact(operator: str, number: int, attributes: dict[str, A
         assert np.array_equal(real.run([feed["x"]])[0], wanted)
 
 
+def test_any_and_all_of_booleans() -> None:
+    nodes = [node("ReduceMax", "x axes", "any", keepdims=0), node("ReduceMin", "x axes", "all")]
+    dtypes = dict.fromkeys(("x", "any", "all"), "bool")
+    proto = model(nodes, {"x": [8, 3]}, ["any", "all"], {"axes": np.array([1])}, opset=20, dtypes=dtypes)
+    feed = {"x": np.array([[bool(number >> bit & 1) for bit in range(3)] for number in range(8)])}
+    found = npucc.compile(proto, calibration=[feed], host=False).run(feed).outputs
+    assert np.array_equal(found["any"], feed["x"].any(axis=1))
+    assert np.array_equal(found["all"], feed["x"].all(axis=1, keepdims=True))
+
+
 def test_a_computed_divisor_is_left_to_the_host() -> None:
     proto = model([node("Div", "x z", "y")], {"x": [4], "z": [4]}, ["y"], dtypes={"x": "int64", "z": "int64", "y": "int64"})
     feeds = [{"x": np.arange(100, 104), "z": np.array([3, 7, 9, seed + 2])} for seed in range(4)]

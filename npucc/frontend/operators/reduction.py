@@ -14,8 +14,6 @@ from npucc.frontend.node import Importer, NodeImport
 def _axes(node: NodeImport) -> list[int]:
     """The axes to reduce over, non-negative. None given means all, unless noop_with_empty_axes is set."""
     rank = node.rank()
-    if node.element_type(0) == TensorProto.BOOL:
-        raise node.refuse("reduces booleans", hint="cast them to float first")
     axes = node.integers_of("axes", 1)
     if not axes:
         return [] if node.integer("noop_with_empty_axes", 0) == 1 else list(range(rank))
@@ -30,13 +28,14 @@ def _finish(node: NodeImport, reduced: str, axes: list[int]) -> str:
 
 
 def _reduce(op: str, *, before: scalar.Expression = "x", after: scalar.Expression = "x") -> Callable[[NodeImport], str]:
-    """after(reduction of before(x))."""
+    """after(reduction of before(x)). Booleans are 0 and 1."""
 
     def run(node: NodeImport) -> str:
-        axes = _axes(node)
-        x = node.input(0) if before == "x" else node.table(before, node.input(0))
+        axes, logical = _axes(node), node.element_type(0) == TensorProto.BOOL
+        x = node.table(before, node.input(0)) if logical or before != "x" else node.input(0)
         reduced = node.reduce(op, x, axes)
-        return _finish(node, reduced if after == "x" else node.table(after, reduced), axes)
+        result = _finish(node, reduced if after == "x" else node.table(after, reduced), axes)
+        return node.emit("compare", (result, node.new_constant(0.0, "zero")), ops.Compare("ne"), dtype="bool") if logical else result
 
     return run
 
