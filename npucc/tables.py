@@ -80,12 +80,12 @@ def precision(quantized: Mapping[str, Any]) -> str:
     """How many activations have more than 8 bits, what that was worth and what it costs."""
     mixed, wide = quantized["mixed"], [row for row in quantized["tensors"] if row["dtype"] in ("s16", "s32")]
     text = f"{len(quantized['tensors'])} activations, {len(wide)} of them in 16 bits"
-    if not mixed["before"]:
+    if not mixed["judged"]:
         return text
     bought = sum(len(each["tensors"]) for each in mixed["chosen"])
     chosen = f" ({bought} by measurement, {mixed['price']:+.1f}% cycles)" if bought else ""
     figures = f"{mixed['before']:.1f} → {mixed['after']:.1f} dB" if bought else f"{mixed['after']:.1f} dB"
-    return f"{text}{chosen}; outputs estimated at {figures}, {mixed['loss']:.2f} points lost"
+    return f"{text}{chosen}; outputs measured at {figures}, at most {mixed['loss']:.2f} points lost"
 
 
 def host(nodes: Sequence[HostNode], *, onnx_nodes: int, cycles: int, total: int) -> Table:

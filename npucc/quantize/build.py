@@ -39,7 +39,15 @@ from npucc.quantize.scales import BOOLEAN, INDEX, Scales
 from npucc.sites import Site, find_sites
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Solved = dict[tuple[str, bytes], Array]  # by the weights' name and the digest of their steps
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """What was solved, kept from one call of `build` to the next: weights by their name and the digest of their steps, and the constants of
+    matrix operators by their name and what they read."""
+
+    weights: dict[tuple[str, bytes], Array] = field(default_factory=dict)
+    constants: dict[tuple[str, Any], MatrixConstants] = field(default_factory=dict)
 
 
 def build(
@@ -57,7 +65,7 @@ def build(
     from one call to the next.
     """
     sites = {site.weights: site for site in find_sites(graph).values()}
-    builder = _Builder(graph, scales, means, options, evidence or {}, sites, Editor(graph), {} if solved is None else solved)
+    builder = _Builder(graph, scales, means, options, evidence or {}, sites, Editor(graph), solved or Solved())
     for name, tensor in graph.tensors.items():
         if not tensor.is_constant:
             builder.editor.tensors[name] = replace(tensor, quant=scales.of(graph, name), given=None, moments=None)
@@ -117,21 +125,25 @@ class _Builder:
     # ---- matrix operators with constant weights
 
     def _matrix_inputs(self, node: Node) -> tuple[str, ...]:
+        key = (node.name, self.scales.of(self.graph, node.inputs[0]).key)
+        if key not in self.solved.constants:
+            self.solved.constants[key] = self._matrix_constants(node)
+        constants = self.solved.constants[key]
+        stored = self._store(node.inputs[1], constants.weights, constants.weights_quant)
+        if constants.bias is None:
+            return (node.inputs[0], stored)
+        return (node.inputs[0], stored, self._store_bias(node, constants.bias, constants.bias_quant))
+
+    def _matrix_constants(self, node: Node) -> MatrixConstants:
         weights, bias = self._data(node.inputs[1]), self._bias(node)
         _refuse_not_finite(node, weights, bias)
         source = self.scales.of(self.graph, node.inputs[0])
         kept = kept_matrix(node, self.graph, source)
         if isinstance(kept, MatrixConstants):
-            constants = kept
-        else:
-            axes = axes_of(node, weights.ndim, per_tensor=self.options.per_tensor)
-            constants = quantize_matrix(weights, bias, source, axes, rounding=partial(self._rounded, node.inputs[1]))
-            if self.options.bias_correction and self.means:
-                constants = self._corrected(node, weights, bias, source, constants)
-        stored = self._store(node.inputs[1], constants.weights, constants.weights_quant)
-        if constants.bias is None:
-            return (node.inputs[0], stored)
-        return (node.inputs[0], stored, self._store_bias(node, constants.bias, constants.bias_quant))
+            return kept
+        axes = axes_of(node, weights.ndim, per_tensor=self.options.per_tensor)
+        constants = quantize_matrix(weights, bias, source, axes, rounding=partial(self._rounded, node.inputs[1]))
+        return self._corrected(node, weights, bias, source, constants) if self.options.bias_correction and self.means else constants
 
     def _rounded(self, name: str, steps: Array) -> Array:
         """Weights over their scale as integers; solved once for all layers that read them on the same scale."""
@@ -140,13 +152,13 @@ class _Builder:
         if site is None or (evidence is None and not grouped):
             return nearest(steps)
         key = (name, hashlib.sha256(np.ascontiguousarray(steps).data).digest())
-        if key not in self.solved:
+        if key not in self.solved.weights:
             columns, lattice = site.by_column(steps.astype(np.float64)), Lattice(np.ones(()), LARGEST_WEIGHT)
             if grouped:
                 lattice = grouped_lattice(columns, site, self.options.group, evidence)
             matrix = round_weights(columns, lattice, evidence) if evidence else lattice.nearest(columns)
-            self.solved[key] = site.as_stored(matrix, steps.shape)
-        return self.solved[key]
+            self.solved.weights[key] = site.as_stored(matrix, steps.shape)
+        return self.solved.weights[key]
 
     def _bias(self, node: Node) -> Array | None:
         return self._data(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None

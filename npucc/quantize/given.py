@@ -14,8 +14,8 @@ import numpy as np
 
 from npucc.graph import Editor, Given, Graph, Node, Quant
 from npucc.ops import OPS, Table
+from npucc.quantize.candidates import left_may_be_wide
 from npucc.quantize.constants import LARGEST_SUM, MatrixConstants, axes_of, fits, source_of, stored_bias
-from npucc.quantize.mixed import left_may_be_wide
 from npucc.quantize.share import moved_inputs
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -89,6 +89,11 @@ class QuantizeOptions:
             raise QuantizeError(f"bias_samples is {self.bias_samples}", hint="expected 0 (no correction) or more")
 
     @property
+    def limits_drop(self) -> bool:
+        """Whether a drop of accuracy decides about 16 bits, and no budget of cycles."""
+        return self.drop >= 0
+
+    @property
     def default_method(self) -> str:
         """The range method of tensors for which none is measured."""
         return METHODS[0].name if self.method == MEASURED else self.method

@@ -46,14 +46,12 @@ class Sensitivity:
     """Error energy over signal energy, per row: a row is one output in one sample, `outputs` names the output of each.
 
     `groups`: what 8 bits in that group alone cause, by the group's root. `weights`: what the stored weights alone cause.
-    `wanted`: the float model's value in each row. `methods`: by root, the range method that errs less than the one in use;
-    `groups` has its error.
+    `methods`: by root, the range method that errs less than the one in use; `groups` has its error.
     """
 
     outputs: tuple[str, ...]
     groups: Mapping[str, Array]
     weights: Array
-    wanted: tuple[Array, ...] = ()
     methods: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -65,8 +63,7 @@ class Sensitivity:
         """Only the outputs that some error reaches: what merely passes on an input says nothing."""
         rows = np.flatnonzero(self.total > NOTHING).tolist()
         groups = {root: noise[rows] for root, noise in self.groups.items()}
-        outputs, wanted = tuple(self.outputs[row] for row in rows), tuple(self.wanted[row] for row in rows)
-        return Sensitivity(outputs, groups, self.weights[rows], wanted, self.methods)
+        return Sensitivity(tuple(self.outputs[row] for row in rows), groups, self.weights[rows], self.methods)
 
     def important(self, share: float = MATTERS) -> list[str]:
         """The groups with at least this share in some row's error, the largest first."""
@@ -88,28 +85,28 @@ def measure(
     chosen = tuple(roots)
     stored = tensor_runner(_with_stored_weights(graph, integer), graph.outputs)
     probe = _Probe(graph, _switched_runner(graph, scales, chosen), tensor_runner(graph, graph.outputs), stored, progress)
-    first = _first_round(probe, feeds, chosen)
+    first = _first_round(probe.on(spread(feeds, affordable_samples(graph, min(len(chosen), BUNDLES), most=FIRST))), chosen)
     important = first.important()
-    second = probe.errors(_spread(feeds, affordable_samples(graph, len(important), most=SAMPLES)), _bundles(important, 1))
-    found = _completed(second, first)
+    second = probe.on(spread(feeds, affordable_samples(graph, len(important))))
+    found = _completed(second.errors(_bundles(important, 1)), first)
     if alternatives is None:
         return found
     tried = {root: _different(alternatives(root), scales.quants[root]) for root in found.important(LOUD)[:TRIED]}
-    samples = _spread(feeds, affordable_samples(graph, sum(map(len, tried.values())), most=SAMPLES))
+    samples = spread(feeds, affordable_samples(graph, sum(map(len, tried.values()))))
     if len(samples) < FEWEST_TO_JUDGE:
         return found
-    return probe.with_better_ranges(found, samples, tried)
+    trial = second if len(samples) == len(second.samples) else probe.on(samples)
+    return trial.with_better_ranges(found, tried)
 
 
-def _first_round(probe: _Probe, feeds: Sequence[Mapping[str, Array]], roots: Sequence[str]) -> Sensitivity:
+def _first_round(trial: _Trial, roots: Sequence[str]) -> Sensitivity:
     """Every group on a sample or two. Of a bundle that does not matter only the first root has an entry, with the error of all of it."""
     bundles = _bundles(roots, -(-len(roots) // BUNDLES))
-    samples = _spread(feeds, affordable_samples(probe.graph, len(bundles), most=FIRST))
-    found = probe.errors(samples, bundles)
+    found = trial.errors(bundles)
     while halved := [bundles[root] for root in found.important() if len(bundles[root]) > 1]:
         parts = {part[0]: part for bundle in halved for part in (bundle[: len(bundle) // 2], bundle[len(bundle) // 2 :])}
         bundles |= parts
-        found = replace(found, groups={**found.groups, **probe.errors(samples, parts).groups})
+        found = replace(found, groups={**found.groups, **trial.errors(parts).groups})
     return found
 
 
@@ -137,42 +134,55 @@ class _Probe:
     stored: Run
     progress: Progress | None
 
-    def errors(self, samples: Sequence[Mapping[str, Array]], bundles: Mapping[str, Sequence[str]]) -> Sensitivity:
-        """What the groups of each bundle cause together in these samples, and what the weights cause."""
-        wanted, rows = self._wanted(samples)
+    def on(self, samples: Sequence[Mapping[str, Array]]) -> _Trial:
+        """Ready to try groups on these samples."""
+        wanted = [self.exact(feed) for feed in samples]
+        rows = [(name, index) for index, outputs in enumerate(wanted) for name in self.graph.outputs if has_signal(outputs[name])]
+        weights = _ratios([self.stored(feed) for feed in samples], wanted, rows)
+        return _Trial(self.switched, samples, wanted, rows, weights, self.progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Samples, what the exact model makes of them, the (output, sample) that have a signal, and what the weights cost in each."""
+
+    switched: SwitchedRun
+    samples: Sequence[Mapping[str, Array]]
+    wanted: Sequence[Outputs]
+    rows: Sequence[tuple[str, int]]
+    weights: Array
+    progress: Progress | None
+
+    def noise(self, roots: Sequence[str], quant: Quant | None = None) -> Array:
+        """What these groups cause together."""
+        return _ratios([self.switched(feed, roots, quant) for feed in self.samples], self.wanted, self.rows)
+
+    def errors(self, bundles: Mapping[str, Sequence[str]]) -> Sensitivity:
+        """What the groups of each bundle cause together."""
         noise = {}
         for done, (name, roots) in enumerate(bundles.items(), start=1):
-            noise[name] = _ratios([self.switched(feed, roots) for feed in samples], wanted, rows)
+            noise[name] = self.noise(roots)
             if self.progress:
                 self.progress("sensitivity", done, len(bundles))
-        weights = _ratios([self.stored(feed) for feed in samples], wanted, rows)
-        return Sensitivity(tuple(name for name, _ in rows), noise, weights, tuple(wanted[index][name] for name, index in rows))
+        return Sensitivity(tuple(name for name, _ in self.rows), noise, self.weights)
 
-    def with_better_ranges(self, found: Sensitivity, samples: Sequence[Mapping[str, Array]], tried: Mapping[str, Mapping[str, Quant]]) -> Sensitivity:
+    def with_better_ranges(self, found: Sensitivity, tried: Mapping[str, Mapping[str, Quant]]) -> Sensitivity:
         """`found` with the range method that errs least in each group that was tried, if it is better in either half of the samples."""
-        wanted, rows = self._wanted(samples)
         methods, groups = {}, dict(found.groups)
         for done, (root, quants) in enumerate(tried.items(), start=1):
-            used = _ratios([self.switched(feed, (root,)) for feed in samples], wanted, rows)
-            best = BETTER
+            used, best = self.noise((root,)), BETTER
             for method, quant in quants.items():
-                errors = _ratios([self.switched(feed, (root,), quant) for feed in samples], wanted, rows)
-                relative = (errors + NOTHING) / (used + NOTHING)
-                halves = [float(np.mean(relative[[index % 2 == half for _, index in rows]])) for half in (0, 1)]
+                relative = (self.noise((root,), quant) + NOTHING) / (used + NOTHING)
+                halves = [float(np.mean(relative[[index % 2 == half for _, index in self.rows]])) for half in (0, 1)]
                 if max(halves) < best:
                     best, methods[root], groups[root] = max(halves), method, found.groups[root] * float(np.mean(relative))
             if self.progress:
                 self.progress("ranges", done, len(tried))
         return replace(found, groups=groups, methods=methods)
 
-    def _wanted(self, samples: Sequence[Mapping[str, Array]]) -> tuple[list[Outputs], list[tuple[str, int]]]:
-        """The float outputs of each sample, and (output, sample) of those that are not all zero."""
-        wanted = [self.exact(feed) for feed in samples]
-        return wanted, [(name, index) for index, outputs in enumerate(wanted) for name in self.graph.outputs if _has_signal(outputs[name])]
-
 
 def _ratios(found: Sequence[Outputs], wanted: Sequence[Outputs], rows: Sequence[tuple[str, int]]) -> Array:
-    return np.array([_ratio(found[index][name], wanted[index][name]) for name, index in rows])
+    return np.array([error_ratio(found[index][name], wanted[index][name]) for name, index in rows])
 
 
 def _completed(second: Sensitivity, first: Sensitivity) -> Sensitivity:
@@ -212,12 +222,14 @@ def _work(graph: Graph, name: str) -> int:
     return multiply_accumulates(graph, name) + OVERHEAD * elements
 
 
-def _spread(feeds: Sequence[Mapping[str, Array]], count: int) -> list[Mapping[str, Array]]:
+def spread(feeds: Sequence[Mapping[str, Array]], count: int) -> list[Mapping[str, Array]]:
+    """So many of the feeds, evenly spread."""
     count = min(count, len(feeds))
     return [feeds[index * len(feeds) // count] for index in range(count)]
 
 
-def _has_signal(output: Array) -> bool:
+def has_signal(output: Array) -> bool:
+    """Whether an error can be held against the output."""
     return output.dtype != bool and bool(np.any(_finite(output)))
 
 
@@ -225,7 +237,8 @@ def _finite(values: Array) -> Array:
     return np.asarray(np.where(np.isfinite(values), values, 0).astype(np.float64))
 
 
-def _ratio(found: Array, wanted: Array) -> float:
+def error_ratio(found: Array, wanted: Array) -> float:
+    """Error energy over signal energy, what is not finite left out, to `DIGITS`."""
     exact = _finite(wanted)
     error = _finite(found) - exact
     mantissa, exponent = math.frexp(float(np.sum(error * error) / np.sum(exact * exact)))
