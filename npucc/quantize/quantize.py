@@ -20,6 +20,7 @@ from npucc.ops import OPS
 from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, checked, measured
 from npucc.quantize.candidates import candidates
 from npucc.quantize.constants import source_of
+from npucc.quantize.correct import FEWEST, bias_samples
 from npucc.quantize.digits import in_digits
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import ScaledChannels, equalize
