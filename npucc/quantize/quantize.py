@@ -20,7 +20,6 @@ from npucc.ops import OPS
 from npucc.quantize.calibrate import Calibration, calibrate, channel_axes, checked, measured
 from npucc.quantize.candidates import candidates
 from npucc.quantize.constants import source_of
-from npucc.quantize.correct import FEWEST, bias_samples
 from npucc.quantize.digits import in_digits
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import ScaledChannels, equalize
@@ -149,8 +148,7 @@ def _stored(network: Network, target: Target | None) -> tuple[Rounded, Mixed]:
     several = [rounded]
     if measures:
         rounded, mixed = mixed_precision(network, rounded, judge, _priced_on(options, target))
-        again = mixed.chosen and bias_samples(rounded.graph, options.bias_samples) > FEWEST  # it is quick
-        several = [network.with_corrected_biases(rounded), rounded] if again else [rounded]
+        several = [network.with_corrected_biases(rounded), rounded] if mixed.chosen else [rounded]
     verdict, best = max(((judge.verdict(each.integer), each) for each in several), key=lambda pair: pair[0].worth)
     return best, replace(mixed, after=verdict.decibels, loss=verdict.loss, judged=len(judge.samples))
 
