@@ -82,7 +82,8 @@ def precision(quantized: Mapping[str, Any]) -> str:
     text = f"{len(quantized['tensors'])} activations, {len(wide)} of them in 16 bits"
     if not mixed["judged"]:
         return text
-    bought = sum(len(each["tensors"]) for each in mixed["chosen"])
+    names = {name for each in mixed["chosen"] for name in each["tensors"]}  # those that only pass on another's values among them
+    bought = sum(row["name"] in names for row in wide)
     chosen = f" ({bought} by measurement, {mixed['price']:+.1f}% cycles)" if bought else ""
     figures = f"{mixed['before']:.1f} → {mixed['after']:.1f} dB" if bought else f"{mixed['after']:.1f} dB"
     return f"{text}{chosen}; outputs measured at {figures}, at most {mixed['loss']:.2f} points lost"
