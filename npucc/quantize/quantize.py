@@ -222,4 +222,4 @@ def _rows(rounded: Rounded, options: QuantizeOptions, mixed: Mixed) -> Iterator[
 
 
 def _estimate(wide: Wide) -> str:
-    return f"{wide.gain:+.2f} dB estimated for {wide.price:+.2f}% cycles"
+    return f"{wide.gain:+.2f} dB for {wide.price:+.2f}% cycles"

@@ -74,7 +74,6 @@ HOSTED: dict[str, Small] = {
     "NonMaxSuppression": Small([node("NonMaxSuppression", "b x many half", "found"), node("Shape", "found", "size"), to_real("size")],
                                {"b": reals([[[0, 0, 1, 1], [0, 0, 1, 1.1], [2, 2, 3, 3]]]), "many": integers([9]), "half": reals([0.5])}, (1, 1, 3)),
     "NonZero": Small([node("NonZero", "x", "found"), node("ReduceSum", "found axis", "sum"), to_real("sum")], {"axis": integers([1])}),
-    "TensorScatter": Small([node("TensorScatter", "x u at", "y", axis=2)], {"u": normal(1, 2, 2, 3), "at": integers([1])}, (1, 2, 5, 3), 24),
     "TfIdfVectorizer": Small([*WHOLE, node("TfIdfVectorizer", "n", "y", mode="TF", min_gram_length=1, max_gram_length=1, max_skip_count=0,
                                            ngram_counts=[0], ngram_indexes=[0, 1, 2], pool_int64s=[3, 4, 5])], TEN),
     "Unique": Small([node("Unique", "x", "u"), node("ReduceMax", "u", "y", keepdims=1)]),
@@ -214,6 +213,16 @@ ELSEWHERE: dict[str, Small] = {
                                                node("DequantizeLinear", "r s z", "y")], STEPS, (1, 3, 5, 5)),
     "com.microsoft.QLinearGlobalAveragePool": Small([X8, node("QLinearGlobalAveragePool", "q s z s z", "r", **MICROSOFT),
                                                      node("DequantizeLinear", "r s z", "y")], STEPS, (1, 3, 5, 5)),
+}  # fmt: skip
+ELSEWHERE |= {
+    "TensorScatter": Small([node("TensorScatter", "x u at", "y", axis=2)], {"u": normal(1, 2, 2, 3), "at": integers([1])}, (1, 2, 5, 3), 24),
+    "bits of constants": Small([*WHOLE, node("BitwiseXor", "n seven", "c"), node("Abs", "c", "p"), node("Cast", "p", "u", to=TensorProto.UINT8),
+                                node("BitShift", "u one", "e", direction="RIGHT"), to_real("e")], {**TEN, "one": np.uint8(1)}),
+    "com.microsoft.MatMulNBits": Small([node("MatMulNBits", "x b s", "y", K=32, N=4, bits=4, block_size=32, **MICROSOFT)],
+                                       {"b": np.arange(64, dtype=np.uint8).reshape(4, 1, 16), "s": np.full((4, 1), 0.1, np.float32)}, (3, 32)),
+    "com.microsoft.GatherBlockQuantized": Small([*WHOLE, node("Abs", "n", "i"), node("GatherBlockQuantized", "b i s", "y", block_size=16, bits=4,
+                                                 gather_axis=0, quantize_axis=1, **MICROSOFT)],
+                                                {**TEN, "b": np.full((99, 8), 0x5A, np.uint8), "s": np.full((99, 1), 0.1, np.float32)}),
 }  # fmt: skip
 ALL = {**HOSTED, **RANDOM, **ELSEWHERE}
 

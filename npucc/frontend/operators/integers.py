@@ -17,6 +17,8 @@ from npucc.graph import Given
 
 LARGEST_DIVISOR = 1 << 15
 BYTES = (TensorProto.INT8, TensorProto.UINT8)
+#: types in which a negative number is one that takes more than 16 bits
+WRAPPING = (TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64)
 
 
 def _multiple(node: NodeImport, x: str, divisor: int, *, up: bool = False) -> str:
@@ -92,6 +94,8 @@ def remainder(node: NodeImport, x: str, divisor: int) -> str:
 def bit_shift(node: NodeImport) -> str:
     """Times or over a power of two."""
     count, x, kind = _single(node, 1, "shift"), node.input(0), node.element_type(0)
+    if kind in WRAPPING:
+        raise node.refuse("its integers may have wrapped around to more than 16 bits")
     if node.word("direction", "") == "RIGHT":
         return _broadcast(node, _over(node, _multiple(node, x, 1 << count), 1 << count))
     if kind == TensorProto.INT8:
@@ -103,7 +107,7 @@ def bit_shift(node: NodeImport) -> str:
 def bitwise_not(node: NodeImport) -> str:
     """−1 − x, or 255 − x of unsigned bytes."""
     kind = node.element_type(0)
-    if kind in (TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64):
+    if kind in WRAPPING:
         raise node.refuse("its result has more than 16 bits")
     return node.table(("sub", 255.0 if kind == TensorProto.UINT8 else -1.0, "x"), node.input(0))
 
