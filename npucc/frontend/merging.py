@@ -34,5 +34,5 @@ def merge_weights(editor: Editor) -> None:
 def _digest(tensor: Tensor) -> bytes:
     assert tensor.data is not None
     digest = hashlib.sha256(repr((tensor.shape, tensor.dtype)).encode())
-    digest.update(memoryview(np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8)))  # no copy: the data may lie in a file
+    digest.update(np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8).data)  # no copy: the data may lie in a file
     return digest.digest()
