@@ -38,7 +38,6 @@ class Buffer:
         """Transfers with this many slots."""
         return 0 if not self.cycles else self.contents if slots >= self.contents else self.transfers
 
-
     def held(self, target: Target) -> float:
         """Cycles that one transfer holds its queue."""
         return max(self.cycles, self.requests * target.dram_latency) if self.cycles else 0.0

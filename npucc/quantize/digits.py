@@ -60,7 +60,7 @@ def _whole_numbers(weights: Array, given: Given, axis: int | None) -> tuple[Arra
 
 def _digits(steps: Array, scale: Array, bias: Array | None, source: Quant, axes: Axes) -> list[tuple[Array, Array]]:
     """(digit, its scale), the lowest first, in the largest base that keeps all sums within 32 bits: one, if the integers can stay as they are.
-    None, if no base does (tens of thousands of products in a sum)."""
+    Empty, if no base does (tens of thousands of products in a sum)."""
     for base in BASES:
         digits = in_base(steps, base)
         found = [(digit, (scale * np.float32(base**place)).astype(np.float32)) for place, digit in enumerate(digits)]
