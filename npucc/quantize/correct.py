@@ -1,8 +1,8 @@
 """Biases that take back the mean error of everything before them.
 
 The one big idea: run the integer graph on a few samples, node by node; where a matrix operator's result is off on average from the float
-model's, per output channel, its bias takes the difference, and the nodes after it see the corrected values. Only what the clamp lets
-through counts: an error far below a ReLU's zero is none.
+model's, per output channel, its bias takes the difference, and the nodes after it see the corrected values. Only what gets through
+the clamp and the function behind it counts: an error far below zero is none to a ReLU or a hard-swish.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from npucc import reference
+from npucc import reference, scalar
 from npucc.graph import Editor, Graph, Node, Quant, Tensor
-from npucc.ops import OPS
+from npucc.ops import OPS, Table
 from npucc.quantize.calibrate import Progress, tensor_runner
 from npucc.quantize.constants import LARGEST_SUM
 from npucc.quantize.sensitivity import work
@@ -26,21 +26,27 @@ DOUBT = 4.0  # how many times its variance the mean of few samples is distrusted
 FEWEST = 8  # samples, if so many are allowed
 WORK = 1e10  # multiply-accumulates to spend, with more samples than that
 NODE = 1e6  # what it takes to run a node, whatever it computes, in multiply-accumulates
-SMALLEST_SHARE = 0.3  # of a channel's values within the clamp: below, a bias says too little about their mean
+NUDGE = 2.0**-8  # of the largest value: what slopes are taken over
+SMALLEST_SLOPE = 0.3  # by which a channel's mean follows its bias: below, a bias says too little about it
 
 
 def correct_biases(
-    graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, repeats: Container[str] = (), progress: Progress | None = None
-) -> Graph:
+    graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *,
+    repeats: Container[str] = (), means: dict[str, list[Array]] | None = None, progress: Progress | None = None,
+) -> Graph:  # fmt: skip
     """The integer graph with corrected biases. `graph`: the float graph that it was made from, with the same nodes.
 
-    `repeats`: results that keep theirs, as one step's error is no bias of all steps.
+    `repeats`: results that keep theirs, as one step's error is no bias of all steps; `means`: keeps the float model's from one call with these
+    feeds to the next.
     """
     corrected = [node for node in integer if _has_bias(integer, node) and node.outputs[0] not in repeats]
     nodes = [node for node in corrected if graph.tensors[graph.nodes[node.name].inputs[1]].given is None]
     if not nodes or not feeds:
         return integer
-    wanted = _float_means(graph, nodes, feeds)
+    ends = {node.outputs[0]: _end(graph, graph.nodes[node.name]) for node in nodes}
+    wanted = {} if means is None else means
+    places = [(node, ends[node.outputs[0]].outputs[0]) for node in nodes]
+    wanted |= _float_means(graph, [(node, name) for node, name in places if name not in wanted], feeds)
     editor, tensors = Editor(integer), dict(integer.tensors)
     working = replace(integer, tensors=tensors)
     samples = [{name: reference.store_input(tensors[name], feed) for name in integer.inputs} for feed in feeds]
@@ -48,8 +54,9 @@ def correct_biases(
     for index, node in enumerate(integer):
         if progress:
             progress("correct biases", index, len(integer.nodes))
-        if node.outputs[0] in wanted:
-            bias = _correct(working, node, wanted[node.outputs[0]], samples)
+        if node.outputs[0] in ends:
+            end = ends[node.outputs[0]]
+            bias = _correct(working, node, end, wanted[end.outputs[0]], samples)
             tensors[bias.name] = bias
             editor.add_tensor(bias)
             editor.add_node(replace(node, inputs=(*node.inputs[:2], bias.name)))
@@ -80,14 +87,21 @@ def _has_bias(graph: Graph, node: Node) -> bool:
     return node.op != "matmul" or len(graph.tensors[node.inputs[1]].shape) == 2
 
 
-def _float_means(graph: Graph, nodes: Sequence[Node], feeds: Sequence[Mapping[str, Array]]) -> dict[str, list[Array]]:
-    """Per result of the nodes and per sample: the mean of each output channel."""
-    run = tensor_runner(graph, [node.outputs[0] for node in nodes])
-    means: dict[str, list[Array]] = {node.outputs[0]: [] for node in nodes}
-    for feed in feeds:
+def _end(graph: Graph, node: Node) -> Node:
+    """Where the mean counts: behind the function that alone reads the node's result, else at the node itself."""
+    users = graph.users(node.outputs[0])
+    alone = len(users) == 1 and isinstance(users[0].attributes, Table) and node.outputs[0] not in graph.outputs
+    return users[0] if alone else node
+
+
+def _float_means(graph: Graph, places: Sequence[tuple[Node, str]], feeds: Sequence[Mapping[str, Array]]) -> dict[str, list[Array]]:
+    """Per tensor (the end of a node) and per sample: the mean of each of the node's output channels."""
+    means: dict[str, list[Array]] = {name: [] for _, name in places}
+    run = tensor_runner(graph, list(means))
+    for feed in feeds if places else ():
         values = run(feed)
-        for node in nodes:
-            means[node.outputs[0]].append(_channel_means(values[node.outputs[0]], node))
+        for node, name in places:
+            means[name].append(_channel_means(values[name], node))
     return means
 
 
@@ -100,12 +114,13 @@ def _channel_means(value: Array, node: Node) -> Array:
     return np.asarray(value.mean(axis=tuple(i for i in range(value.ndim) if i != axis), dtype=np.float64))
 
 
-def _correct(graph: Graph, node: Node, wanted: Sequence[Array], samples: Sequence[dict[str, Array]]) -> Tensor:
+def _correct(graph: Graph, node: Node, end: Node, wanted: Sequence[Array], samples: Sequence[dict[str, Array]]) -> Tensor:
     """The node's bias plus what its result lacks on average, as a constant of the node's own; its result goes into the samples."""
     scale = (np.float32(graph.quant(node.inputs[0]).scale) * graph.quant(node.inputs[1]).scale).astype(np.float32)
     sums = [reference.sums(graph, node, stored).astype(np.int32) for stored in samples]
-    means, shares = zip(*(_clamped_means(each, scale, node) for each in sums), strict=True)
-    lacking = shrunk_mean(np.array(wanted) - np.array(means)) / np.maximum(np.mean(shares, axis=0), SMALLEST_SHARE)
+    means, slopes = zip(*(_means_and_slopes(each, scale, node, end) for each in sums), strict=True)
+    slope = np.mean(slopes, axis=0)
+    lacking = shrunk_mean(np.array(wanted) - np.array(means)) * slope / np.maximum(slope, SMALLEST_SLOPE) ** 2
     name, old = (node.inputs[2], graph.tensors[node.inputs[2]].data) if len(node.inputs) > 2 and node.inputs[2] else ("", None)
     before = np.zeros(len(lacking)) if old is None else old.astype(np.float64)
     bias = np.clip(np.rint(before + lacking / scale.astype(np.float64)), -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
@@ -123,13 +138,17 @@ def _along_channels(values: Array, node: Node) -> Array:
     return values if node.op == "matmul" or values.ndim == 0 else values.reshape(-1, 1, 1)
 
 
-def _clamped_means(sums: Array, scale: Array, node: Node) -> tuple[Array, Array]:
-    """Per channel: the mean of the real result after the clamp, and the share of values that the clamp leaves as they are."""
+def _means_and_slopes(sums: Array, scale: Array, node: Node, end: Node) -> tuple[Array, Array]:
+    """Per channel: the mean of the real result at the end, and how much of a small change of the bias it takes over."""
     low, high = getattr(node.attributes, "clamp", None) or (-np.inf, np.inf)
     real = sums.astype(np.float32) * _along_channels(scale, node)
-    if (low, high) == (-np.inf, np.inf):
-        return _channel_means(real, node), np.ones(real.shape[_channel_axis(node)])
-    return _channel_means(np.clip(real, low, high), node), _channel_means((real > low) & (real < high), node)
+    through = (real > low) & (real < high)
+    clamped = np.clip(real, low, high)
+    if end.name == node.name or not isinstance(end.attributes, Table):
+        return _channel_means(clamped, node), _channel_means(through, node)
+    step = np.float32(NUDGE * max(float(np.abs(clamped).max()), 1e-30))
+    values, nudged = (scalar.evaluate(end.attributes.expression, each) for each in (clamped, clamped + step))
+    return _channel_means(values, node), _channel_means(np.where(through, nudged - values, 0), node) / float(step)
 
 
 def shrunk_mean(samples: Array) -> Array:

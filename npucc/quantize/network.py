@@ -45,7 +45,7 @@ class Rounded:
 @dataclass(frozen=True, slots=True)
 class Network:
     """`learns`: weights are rounded on what their layers read in the samples, which the first way decides (`evidence`); `solved`: those weights;
-    `corrections`: per matrix operator what is added to its bias."""
+    `corrections`: per matrix operator what is added to its bias; `float_means`: see `correct_biases`."""
 
     graph: Graph
     groups: Groups
@@ -56,6 +56,7 @@ class Network:
     evidence: dict[str, Evidence] = field(default_factory=dict)
     solved: Solved = field(default_factory=Solved)
     corrections: dict[str, Array] = field(default_factory=dict)
+    float_means: dict[str, list[Array]] = field(default_factory=dict)
 
     def rounded(
         self, *, direct: Set[Operand] = frozenset(), more: Set[str] = frozenset(), methods: Mapping[str, str] = EACH_DEFAULT
@@ -73,8 +74,10 @@ class Network:
         """The same with biases corrected on the first samples, if the options say so; ways that are made later have the same corrections."""
         if not self.options.bias_samples:
             return rounded
-        few = self.calibration.first[: bias_samples(rounded.graph, self.options.bias_samples)]
-        integer = correct_biases(rounded.graph, rounded.integer, few, repeats=self.groups.repeats, progress=self.progress)
+        few = self.calibration.first[: bias_samples(self.graph, self.options.bias_samples)]
+        integer = correct_biases(
+            rounded.graph, rounded.integer, few, repeats=self.groups.repeats, means=self.float_means, progress=self.progress
+        )
         self.corrections.update(bias_shifts(rounded.integer, integer))
         return replace(rounded, integer=integer)
 
