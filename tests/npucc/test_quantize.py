@@ -17,7 +17,7 @@ from npucc.export import to_onnx
 from npucc.graph import Graph, Quant
 from npucc.quantize import QuantizeOptions, quantize
 from npucc.quantize.constants import Axes, constant_quant, quantize_matrix
-from npucc.quantize.correct import shrunk_mean
+from npucc.quantize.correct import correct_biases, shrunk_mean
 from npucc.quantize.ranges import METHODS, Fit, Histogram, Range, activation_quant, choose_range, least_error_range, percentile_range
 
 from .float_graphs import FloatNet, classifier, classifier_feeds, exact_session, run_session
@@ -335,6 +335,21 @@ def test_padding_with_minus_infinity_does_not_widen_the_range() -> None:
 
 
 CORRECTIONS = {"from channel means": QuantizeOptions(bias_samples=0), "from samples": QuantizeOptions(bias_correction=False)}
+
+
+def test_bias_correction_counts_what_a_function_lets_through() -> None:
+    """The layer errs by what its input clips, and all of that lies where the function is flat: there is nothing to make up for."""
+    net = FloatNet(1)
+    net.input("x", 1, 1, 8, 8)
+    net.op("conv", ["x", net.constant("w", np.full((1, 1, 1, 1), -1.0, np.float32))], "y", ops.Conv())
+    net.op("table", ["y"], "z", ops.Table(("max", "x", -3.0)))
+    graph = net.graph("z")
+    feeds = feeds_of((1, 1, 8, 8), 8)
+    plain = quantize(graph, feeds, options=QuantizeOptions(scheme="int8", bias_samples=0)).graph
+    for feed in feeds:
+        feed["x"][0, 0, 0] = 50
+    corrected = correct_biases(graph, plain, feeds)
+    assert np.array_equal(corrected.tensors["y/bias"].data, [0])
 
 
 @pytest.mark.parametrize("clamp", [None, (0.0, float("inf"))], ids=["plain", "relu"])
