@@ -349,7 +349,8 @@ def test_bias_correction_counts_what_a_function_lets_through() -> None:
     for feed in feeds:
         feed["x"][0, 0, 0] = 50
     corrected = correct_biases(graph, plain, feeds)
-    assert np.array_equal(corrected.tensors["y/bias"].data, [0])
+    bias = corrected.tensors["y/bias"].data
+    assert bias is not None and not bias.any()
 
 
 @pytest.mark.parametrize("clamp", [None, (0.0, float("inf"))], ids=["plain", "relu"])
