@@ -350,7 +350,8 @@ def test_bias_correction_counts_what_a_function_lets_through() -> None:
         feed["x"][0, 0, 0] = 50
     corrected = correct_biases(graph, plain, feeds)
     bias = corrected.tensors["y/bias"].data
-    assert bias is not None and not bias.any()
+    assert bias is not None
+    assert not bias.any()
 
 
 @pytest.mark.parametrize("clamp", [None, (0.0, float("inf"))], ids=["plain", "relu"])
