@@ -81,6 +81,10 @@ class Network:
         self.corrections.update(bias_shifts(rounded.integer, integer))
         return replace(rounded, integer=integer)
 
+    def without_corrections(self, rounded: Rounded) -> Rounded:
+        """The same without what the samples added to its biases."""
+        return replace(rounded, integer=with_bias_shifts(rounded.integer, {name: -shift for name, shift in self.corrections.items()}))
+
     def widened(self, plain: Rounded, roots: Set[str], methods: Mapping[str, str]) -> Rounded:
         """As `plain`, but with 16 bits in these of its groups; where one is an 8-bit copy, the matrix operators read the original."""
         copied = {plain.copies[name] for root in roots for name in self.groups.members(root) if name in plain.copies}

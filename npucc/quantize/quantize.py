@@ -145,10 +145,11 @@ def _stored(network: Network, target: Target | None) -> tuple[Rounded, Mixed]:
         return rounded, mixed
     judge = Judge.of(rounded.graph, rounded.integer, network.calibration.first, fitted=max(options.bias_samples, options.round_samples))
     rounded = network.with_corrected_biases(rounded)
-    several = [rounded]
     if measures:
         rounded, mixed = mixed_precision(network, rounded, judge, _priced_on(options, target))
-        several = [network.with_corrected_biases(rounded), rounded] if mixed.chosen else [rounded]
+    several = [rounded, network.without_corrections(rounded)] if network.corrections else [rounded]
+    if mixed.chosen:
+        several.insert(0, network.with_corrected_biases(rounded))
     verdict, best = max(((judge.verdict(each.integer), each) for each in several), key=lambda pair: pair[0].worth)
     return best, replace(mixed, after=verdict.decibels, loss=verdict.loss, judged=len(judge.samples))
 
