@@ -39,10 +39,13 @@ class Masks:
                     found[name] = max(depth, found.get(name, 0.0))
         return cls(graph, found)
 
-    def of(self, names: Sequence[str], covered: Range, seen: Histogram) -> Range:
-        """The range of some tensors of one scale: with as much room below its top as their masks need, and no more if nothing else needs it."""
+    def of(self, names: Sequence[str], covered: Range, seen: Range, *, infinite: bool) -> Range:
+        """The range of some tensors of one scale: with as much room below its top as their masks need, and no more if nothing else needs it.
+
+        `infinite`: among what was seen of them.
+        """
         depth = max((self.depths[name] for name in names if name in self.depths), default=0.0)
-        infinite = bool(seen.infinite) or self._may_mask(names)
+        infinite = infinite or self._may_mask(names)
         masks = infinite or seen.low < seen.high - MASKED
         if not depth or not masks or any(np.dtype(self.graph.tensors[name].dtype).kind in "iu" for name in names):
             return covered

@@ -22,7 +22,7 @@ from npucc.quantize.masks import Masks
 from npucc.quantize.options import QuantizeOptions
 from npucc.quantize.precision import group_histogram
 from npucc.quantize.ranges import LARGEST, METHODS, SMALLEST, Fit, Histogram, Range, activation_quant, choose_range, merged
-from npucc.quantize.share import Groups, moved_inputs
+from npucc.quantize.share import Groups, group_range, moved_inputs
 from npucc.scalar import Expression
 from npucc.segments import raw_quant, untouched
 
@@ -102,7 +102,8 @@ def choose_scales(
         covered[root] = _covered(graph, names, calibration, moved, options, method)
         for name in names:
             covered[root] = covered[root].joined(implied.get(name, Range()))
-        covered[root] = limits.of(names, covered[root], group_histogram(calibration, groups, root))
+        histogram, stored = group_histogram(calibration, groups, root), group_range(groups, moved, root)
+        covered[root] = limits.of(names, covered[root], histogram.observed.joined(stored), infinite=bool(histogram.infinite))
         dtype = "s32" if root in long else "s16" if root in wide else ""
         quants[root] = _wide_quant(graph, names, covered[root], dtype) if dtype else _quant(graph, names, covered[root])
     return Scales(groups, covered, quants, raw)

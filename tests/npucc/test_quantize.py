@@ -322,6 +322,21 @@ def test_an_added_mask_is_exact_where_it_is_zero() -> None:
     assert error.sqnr_db > 30
 
 
+def test_what_is_looked_up_and_added_to_scores_keeps_its_top_beside_a_mask() -> None:
+    net = FloatNet()
+    net.input("x", 1, 1, 16, 16)
+    net.input("distance", 1, 1, 16, 16, dtype="int64")
+    net.op("gather", [net.constant("by_distance", np.array([6.0, 3.0, -2.0, -np.inf], np.float32)), "distance"], "bias", ops.Gather(0))
+    net.op("add", ["x", "bias"], "scores")
+    net.op("softmax", ["scores"], "weights", ops.Softmax(3))
+    graph, random = net.graph("weights"), np.random.default_rng(1)
+    distances = random.integers(0, 4, (4, 1, 1, 16, 16))
+    feeds = [{**feed, "distance": each} for feed, each in zip(feeds_of((1, 1, 16, 16)), distances, strict=True)]
+    integer = quantize(graph, feeds).graph
+    (error,) = compare(reference.run_outputs(integer, feeds[0]), run_session(exact_session(to_onnx(graph)), feeds[0]))
+    assert error.sqnr_db > 30
+
+
 def test_padding_with_minus_infinity_does_not_widen_the_range() -> None:
     net = FloatNet()
     net.input("x", 1, 2, 6, 6)
