@@ -18,11 +18,12 @@ from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.errors import CompileError
 from npucc.lowering import cost
-from npucc.lowering.buffers import Block, Buffer, first_and_last, fits, operand_buffer, pack_blocks, share_out, transfer_cycles
+from npucc.lowering.buffers import Block, Buffer, operand_buffer, pack_blocks
 from npucc.lowering.elementwise import Box, Chain
 from npucc.lowering.emitter import Emitter, Ring, factor_tiles, parameter_rows, spm_tile, windows
 from npucc.lowering.layers import Group
-from npucc.lowering.tiling import halvings, tile_sizes
+from npucc.lowering.search import Choice, Search, Work
+from npucc.lowering.tiling import halvings, output_sizes, tile_sizes
 from npucc.lowering.views import View
 from npucc.lowering.weights import kept_shares
 from runtime.costs import Windows
@@ -121,31 +122,34 @@ class _Lowering:
         self.groups: dict[int, View] = {}
 
     def run(self) -> None:
-        plan = self.choose_plan()
-        self.take_buffers(plan)
-        for outputs, pixels in self.order(plan):
-            self.emit_tile(plan, outputs, pixels)
+        choice = self.choose_plan()
+        self.take_buffers(choice)
+        for outputs, pixels in self.order(choice.plan):
+            self.emit_tile(choice.plan, outputs, pixels)
 
     # --- the plan
 
-    def choose_plan(self) -> Plan:
-        """The cheapest plan that fits. Raises CompileError if even the smallest tile does not."""
-        problem = self.problem
+    def choose_plan(self) -> Choice[Plan]:
+        """The quickest plan that fits. Raises CompileError if even the smallest tile does not."""
+        search = Search(self.emitter.target, self.emitter.spm_free, self._work, self.buffers)
         for channels in self._channel_options():
-            for columns in halvings(problem.size[1]):
-                plans = [
-                    plan
-                    for outputs in self._output_options()
-                    for together in self._together_options(outputs, channels)
-                    for rows in tile_sizes(problem.size[0])
-                    if self.fits(plan := Plan(rows, columns, outputs, channels if not self.tied else self._tied_channels(outputs), together))
-                ]
-                if plans:
-                    return min((replace(plan, weights_outer=outer) for plan in plans for outer in (True, False)), key=self.estimate)
+            for columns in halvings(self.problem.size[1]):
+                if choice := search.quickest(self._plans(channels, columns)):
+                    return choice
         raise CompileError(
             f"not even a one-pixel tile fits in {self.emitter.spm_free} bytes of scratchpad and {self.emitter.target.acc_bytes} of accumulators",
             hint="raise spm_bytes or acc_bytes of the target",
         )
+
+    def _plans(self, channels: int, columns: int) -> Iterator[Plan]:
+        """Those whose sums fit in the accumulators, twice if they are more than one pixel."""
+        for outputs in self._output_options():
+            read = self._tied_channels(outputs) if self.tied else channels
+            for together in self._together_options(outputs, channels):
+                for rows in tile_sizes(self.problem.size[0]):
+                    room = self.emitter.target.acc_bytes // (1 if rows == columns == 1 else 2)
+                    if 4 * rows * columns * outputs <= room:
+                        yield from (Plan(rows, columns, outputs, read, together, outer) for outer in (True, False))
 
     @property
     def tied(self) -> bool:
@@ -159,16 +163,9 @@ class _Lowering:
         return [self.problem.channels] if self.tied else halvings(self.problem.channels)
 
     def _output_options(self) -> list[int]:
-        """Output channels per tile: all, or multiples of the array's columns (of whole groups)."""
+        """Output channels per tile, of whole groups."""
         unit = self.problem.outputs // self.problem.groups if self.tied else 1
-        total = self.problem.outputs // unit
-        step = 1 if self.tied else self.emitter.target.cols
-        return [
-            unit * count
-            for count in sorted(
-                {total, *(min(total, -(-size // step) * step) for size in tile_sizes(total)), *halvings(min(total, step))}, reverse=True
-            )
-        ]
+        return [unit * count for count in output_sizes(self.problem.outputs // unit, 1 if self.tied else self.emitter.target.cols)]
 
     def _together_options(self, outputs: int, channels: int) -> list[int]:
         """How many tiles' parameters and weights are one transfer; 0 where weights are packed or outlive their parameters."""
@@ -221,22 +218,9 @@ class _Lowering:
     def pixel_tiles(self, plan: Plan) -> int:
         return self.problem.x.shape[0] * -(-self.problem.size[0] // plan.rows) * -(-self.problem.size[1] // plan.columns)
 
-    def fits(self, plan: Plan) -> bool:
-        target = self.emitter.target
-        accumulators = 4 * plan.rows * plan.columns * plan.outputs
-        single = plan.rows == 1 and plan.columns == 1
-        if accumulators > (target.acc_bytes if single else target.acc_bytes // 2):
-            return False
-        return fits(self.buffers(plan).values(), target, self.emitter.spm_free)
-
-    def estimate(self, plan: Plan) -> float:
-        """Cycles: the busiest engine's, plus what the first tile waits for and the last one leaves behind."""
-        target, buffers = self.emitter.target, self.buffers(plan)
-        slots = share_out(buffers, target, self.emitter.spm_free)
+    def _work(self, plan: Plan) -> Work:
         tiles = self.pixel_tiles(plan) * -(-self.problem.outputs // plan.outputs)
-        matrix, vector = self._matrix_cycles(plan), self._vector_cycles(plan)
-        busiest = max(tiles * matrix, tiles * vector, transfer_cycles(buffers, slots, matrix + vector, target))
-        return busiest + vector + first_and_last(buffers, target)
+        return Work(tiles, self._matrix_cycles(plan), self._vector_cycles(plan))
 
     def _matrix_cycles(self, plan: Plan) -> float:
         """Of one tile of results."""
@@ -265,10 +249,9 @@ class _Lowering:
 
     # --- the instructions
 
-    def take_buffers(self, plan: Plan) -> None:
-        buffers = self.buffers(plan)
-        slots = share_out(buffers, self.emitter.target, self.emitter.spm_free)
-        rings = {name: self.emitter.ring(buffer.bytes, slots[name]) for name, buffer in buffers.items() if name != "e"}
+    def take_buffers(self, choice: Choice[Plan]) -> None:
+        plan, slots = choice.plan, choice.slots
+        rings = {name: self.emitter.ring(buffer.bytes, slots[name]) for name, buffer in choice.buffers.items() if name != "e"}
         self.w_ring, self.p_ring, self.y_ring = rings["w"], rings.get("p"), rings["y"]
         self.x_ring = None if self.resident else rings["x"]
         self.acc_ring = self.emitter.acc_ring(4 * plan.rows * plan.columns * plan.outputs)

@@ -75,6 +75,7 @@ class _Job:
     views: Mapping[str, View]
     groups: Sequence[Group]
     buffers: Sequence[Buffer]
+    accesses: Mapping[str, int]  # of each buffer
     progress: Progress | None
 
 
@@ -91,35 +92,43 @@ class _Attempt:
 def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fuse: bool = True, shares: Sequence[float] = RESIDENT_SHARES) -> Lowered:
     """Compile an integer graph; the program with the fewest simulated cycles wins. Raises CompileError.
 
-    `fuse=False` gives every node its own layer (same values, more traffic).
+    `fuse=False` gives every node its own layer (same values, more traffic); `shares` of the scratchpad may hold whole tensors.
     """
-    views = assign_views(graph)
-    groups = group_nodes(graph, views, fuse=fuse)
-    buffers, accesses = lifetimes(graph, views, groups)
-    job = _Job(graph, target, views, groups, buffers, progress)
-    in_dram = {views[node.inputs[0]].buffer for node in graph if node.op == "gather" and node.inputs[0] in views}  # as its instruction has it
-    in_dram |= host_buffers(graph, views)
-    movable = by_benefit((b for b in buffers if b.first >= 0 and b.last < len(groups) and b.name not in in_dram), accesses)
-    best: tuple[int, Lowered] | None = None
-    tried: list[dict[str, int]] = []
-    for share in shares:
-        residents, _ = allocate(movable, int(share * target.spm_bytes))
-        if residents in tried:
-            continue
-        tried.append(residents)
-        lowered = _finish(job, _lower_with(job, dict(residents)))
-        cycles = simulate(lowered.program, lowered.constants).total_cycles if len(shares) > 1 else 0
-        if best is None or cycles < best[0]:
-            best = (cycles, lowered)
-    assert best is not None
-    return best[1]
+    job = _job(graph, target, progress, fuse=fuse)
+    attempts = [_finish(job, _lower_with(job, dict(residents))) for residents in _placements(job, shares)]
+    lowered = min(attempts, key=lambda attempt: simulate(attempt.program, attempt.constants).total_cycles) if len(attempts) > 1 else attempts[0]
+    layers = tuple(replace(layer, body=roll(layer.body)) for layer in lowered.program.layers)
+    return replace(lowered, program=replace(lowered.program, layers=layers))
 
 
 def layer_cycles(graph: Graph, target: Target) -> list[tuple[tuple[Node, ...], int]]:
     """The nodes of each layer and the cycles that it takes, compiled with one placement only. Raises CompileError."""
-    lowered = lower(graph, target, shares=RESIDENT_SHARES[1:2])
-    groups = group_nodes(graph, assign_views(graph))
-    return [(group.nodes, time.cycles) for group, time in zip(groups, simulate(lowered.program, lowered.constants).layers, strict=True)]
+    job = _job(graph, target)
+    (residents,) = _placements(job, RESIDENT_SHARES[1:2])
+    lowered = _finish(job, _lower_with(job, dict(residents)))
+    times = simulate(lowered.program, lowered.constants).layers
+    return [(group.nodes, time.cycles) for group, time in zip(job.groups, times, strict=True)]
+
+
+def _job(graph: Graph, target: Target, progress: Progress | None = None, *, fuse: bool = True) -> _Job:
+    views = assign_views(graph)
+    groups = group_nodes(graph, views, fuse=fuse)
+    buffers, accesses = lifetimes(graph, views, groups)
+    return _Job(graph, target, views, groups, buffers, accesses, progress)
+
+
+def _placements(job: _Job, shares: Sequence[float]) -> list[dict[str, int]]:
+    """Tensors that stay in the scratchpad, with their addresses, for each share of it that they may take; every set once."""
+    in_dram = {job.views[node.inputs[0]].buffer for node in job.graph if node.op == "gather" and node.inputs[0] in job.views}  # its instruction
+    in_dram |= host_buffers(job.graph, job.views)
+    last = len(job.groups)
+    movable = by_benefit((b for b in job.buffers if b.first >= 0 and b.last < last and b.name not in in_dram), job.accesses)
+    placements: list[dict[str, int]] = []
+    for share in shares:
+        residents, _ = allocate(movable, int(share * job.target.spm_bytes))
+        if residents not in placements:
+            placements.append(residents)
+    return placements
 
 
 def _lower_with(job: _Job, residents: dict[str, int]) -> _Attempt:
@@ -184,7 +193,7 @@ def _moved_down(instruction: Instruction, layer: Emitter, shift: int) -> Instruc
 
 
 def _finish(job: _Job, attempt: _Attempt) -> Lowered:
-    """Events, loops, and the program's header."""
+    """Events and the program's header."""
     graph, target, placement = job.graph, job.target, attempt.placement
     constants = attempt.pool.bytes()
     total = attempt.constants_address + len(constants)
@@ -227,7 +236,7 @@ def lifetimes(graph: Graph, views: Mapping[str, View], groups: Sequence[Group]) 
 
 
 def _layers(graph: Graph, groups: Sequence[Group], bodies: Sequence[Sequence[Instruction]]) -> tuple[Layer, ...]:
-    """Events over the whole program, loops within each layer."""
+    """Events over the whole program; loops are left to `lower`."""
     flat = synchronize([instruction for body in bodies for instruction in body])
     layers, position = [], 0
     names: dict[str, int] = {}
@@ -238,7 +247,7 @@ def _layers(graph: Graph, groups: Sequence[Group], bodies: Sequence[Sequence[Ins
         names[name] = names.get(name, 0) + 1
         unique = name if names[name] == 1 else f"{name}#{names[name]}"
         op = "+".join(node.op for node in group.nodes)
-        layers.append(Layer(unique, op, group.sources, sum(node_macs(graph, node) for node in group.nodes), roll(part)))
+        layers.append(Layer(unique, op, group.sources, sum(node_macs(graph, node) for node in group.nodes), tuple(part)))
     return tuple(layers)
 
 

@@ -17,12 +17,13 @@ from isa.program import DTYPES, Tile
 from npucc import arithmetic
 from npucc.errors import CompileError
 from npucc.lowering import cost
-from npucc.lowering.buffers import Block, Buffer, first_and_last, fits, operand_buffer, pack_blocks, share_out, transfer_cycles
+from npucc.lowering.buffers import Block, Buffer, operand_buffer, pack_blocks
 from npucc.lowering.convolution import integer_weights, wrap
 from npucc.lowering.elementwise import Box, Chain, operand_view
 from npucc.lowering.emitter import Emitter, factor_tiles, parameter_rows, spm_tile, windows
 from npucc.lowering.layers import Group
-from npucc.lowering.tiling import halvings, tile_sizes
+from npucc.lowering.search import Choice, Search, Work
+from npucc.lowering.tiling import halvings, output_sizes, tile_sizes
 from npucc.lowering.views import View
 from npucc.lowering.weights import cheapest
 
@@ -99,33 +100,32 @@ class _Lowering:
         self.right_batches = ()
 
     def run(self) -> None:
-        plan = self.choose_plan()
-        self.take_buffers(plan)
+        choice = self.choose_plan()
+        self.take_buffers(choice)
         for batch in np.ndindex(self.shape[:-2]):
-            for rows, columns in self.order(plan):
-                self.emit_tile(plan, batch, rows, columns)
+            for rows, columns in self.order(choice.plan):
+                self.emit_tile(choice.plan, batch, rows, columns)
 
-    def choose_plan(self) -> Plan:
-        """The cheapest plan that fits. Raises CompileError if even the smallest tile does not."""
-        step = self.emitter.target.cols
-        options = sorted(
-            {self.columns, *(min(self.columns, -(-n // step) * step) for n in tile_sizes(self.columns)), *halvings(min(self.columns, step))},
-            reverse=True,
-        )
+    def choose_plan(self) -> Choice[Plan]:
+        """The quickest plan that fits. Raises CompileError if even the smallest tile does not."""
+        search = Search(self.emitter.target, self.emitter.spm_free, self._work, self.buffers)
         for depth in halvings(self.depth):
-            plans = [
-                plan
-                for columns in options
-                for together in self._together_options(columns, depth)
-                for rows in tile_sizes(self.rows)
-                if self.fits(plan := Plan(rows, columns, depth, together))
-            ]
-            if plans:
-                return min((replace(plan, right_outer=outer) for plan in plans for outer in (True, False)), key=self.estimate)
+            if choice := search.quickest(self._plans(depth)):
+                return choice
         raise CompileError(
             f"not even a one-element tile of a matrix product fits in {self.emitter.spm_free} bytes of scratchpad",
             hint="raise spm_bytes of the target",
         )
+
+    def _plans(self, depth: int) -> Iterator[Plan]:
+        """Those whose sums fit in the accumulators, twice if they are more than one row of the array."""
+        target = self.emitter.target
+        for columns in output_sizes(self.columns, target.cols):
+            for together in self._together_options(columns, depth):
+                for rows in tile_sizes(self.rows):
+                    room = target.acc_bytes // (1 if rows == 1 and columns <= target.cols else 2)
+                    if 4 * rows * columns <= room:
+                        yield from (Plan(rows, columns, depth, together, outer) for outer in (True, False))
 
     def _box(self, batch: tuple[int, ...], rows: tuple[int, int], columns: tuple[int, int]) -> Box:
         rank = len(self.shape)
@@ -178,27 +178,16 @@ class _Lowering:
             "b": Buffer(b, own * columns * chunks, b_transfers, b_cycles),
         }
 
-    def fits(self, plan: Plan) -> bool:
-        target = self.emitter.target
-        single = plan.rows == 1 and plan.columns <= target.cols
-        if 4 * plan.rows * plan.columns > (target.acc_bytes if single else target.acc_bytes // 2):
-            return False
-        return fits(self.buffers(plan).values(), target, self.emitter.spm_free)
-
-    def estimate(self, plan: Plan) -> float:
-        """Cycles: the busiest engine's, plus what the first tile waits for and the last one leaves behind."""
-        target, buffers = self.emitter.target, self.buffers(plan)
-        slots = share_out(buffers, target, self.emitter.spm_free)
-        tiles, chunks = buffers["y"].contents, -(-self.depth // plan.depth)
+    def _work(self, plan: Plan) -> Work:
+        target, batches = self.emitter.target, math.prod(self.shape[:-2])
+        tiles, chunks = batches * -(-self.rows // plan.rows) * -(-self.columns // plan.columns), -(-self.depth // plan.depth)
         vector = cost.vector_cycles(target, plan.rows * plan.columns) * (1 + len(self.chain.nodes))
         matrix = chunks * cost.matrix_cycles(target, plan.rows, plan.depth, plan.columns, 1, width=DTYPES[self.left.dtype])
-        busiest = max(tiles * matrix, tiles * vector, transfer_cycles(buffers, slots, matrix + vector, target))
-        return busiest + vector + first_and_last(buffers, target)
+        return Work(tiles, matrix, vector)
 
-    def take_buffers(self, plan: Plan) -> None:
-        buffers = self.buffers(plan)
-        slots = share_out(buffers, self.emitter.target, self.emitter.spm_free)
-        self.rings = {name: self.emitter.ring(buffer.bytes, slots[name]) for name, buffer in buffers.items() if name != "e"}
+    def take_buffers(self, choice: Choice[Plan]) -> None:
+        plan, slots = choice.plan, choice.slots
+        self.rings = {name: self.emitter.ring(buffer.bytes, slots[name]) for name, buffer in choice.buffers.items() if name != "e"}
         self.acc_ring = self.emitter.acc_ring(4 * plan.rows * plan.columns)
         self.chain.prepare(self._first_box(plan), slots["e"])
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from isa.program import QUEUES, Event, Instruction
+from isa.program import QUEUES, SPACES, Event, Instruction
 from isa.spec import SPEC
 
 _QUEUE_INDEX = {queue: index for index, queue in enumerate(QUEUES)}
-_PAGE_BITS = {"dram": 16, "spm": 12, "acc": 12}
+_PAGE_BITS = 16  # the tiles of a layer lie in a few pages, those of other layers mostly in others
 
 
 @dataclass(slots=True)
@@ -31,13 +31,12 @@ class _Access:
 class _Memory:
     """The accesses of one memory that may still matter, found by page."""
 
-    def __init__(self, page_bits: int) -> None:
-        self.page_bits = page_bits
+    def __init__(self) -> None:
         self.pages: dict[int, list[_Access]] = {}
 
     def overlapping(self, low: int, high: int) -> list[_Access]:
         found: dict[int, _Access] = {}
-        for page in range(low >> self.page_bits, ((high - 1) >> self.page_bits) + 1):
+        for page in range(low >> _PAGE_BITS, ((high - 1) >> _PAGE_BITS) + 1):
             for access in self.pages.get(page, ()):
                 if access.low < high and low < access.high:
                     found[id(access)] = access
@@ -45,7 +44,7 @@ class _Memory:
 
     def add(self, access: _Access, over: Sequence[int]) -> None:
         """Record an access; forget those it covers and those that every queue knows to be over (up to `over[queue]`)."""
-        for page in range(access.low >> self.page_bits, ((access.high - 1) >> self.page_bits) + 1):
+        for page in range(access.low >> _PAGE_BITS, ((access.high - 1) >> _PAGE_BITS) + 1):
             kept = [old for old in self.pages.get(page, ()) if old.position > over[old.queue] and not _covered(old, access)]
             kept.append(access)
             self.pages[page] = kept
@@ -65,7 +64,7 @@ def _known_by_all(known: Sequence[Sequence[int]], used: Sequence[int]) -> list[i
 
 def synchronize(instructions: Sequence[Instruction]) -> list[Instruction]:
     """The same instructions in the same order, with `waits` and `signals` that make every interleaving give the same bytes."""
-    memories = {space: _Memory(bits) for space, bits in _PAGE_BITS.items()}
+    memories = {space: _Memory() for space in SPACES}
     over = [-1] * len(QUEUES)
     used = sorted({_QUEUE_INDEX[SPEC[instruction.name].queue] for instruction in instructions})
     known = [[-1] * len(QUEUES) for _ in QUEUES]  # known[q][p]: position in p whose completion q has seen
