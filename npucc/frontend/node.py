@@ -84,6 +84,7 @@ class NodeImport:
         self._tensors, self._types, self._steps, self._reserved = known.tensors, known.types, known.steps, known.reserved
         self._attributes = {attribute.name: attribute for attribute in proto.attribute}
         self._local: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._numbers: dict[str, int] = {}  # stem → the number of its newest name
         self._as_reals = as_reals
         self.result_type = 0  # ONNX element type of the first result, where it is not that of the first input
         self.result_steps: Quant | None = None  # of the first result
@@ -217,11 +218,12 @@ class NodeImport:
     # ---- results
 
     def _fresh(self, stem: str) -> str:
-        name = stem
-        number = 1
+        number = self._numbers.get(stem, 1)  # one node may emit thousands: looking from 1 each time would take time that grows with the square
+        name = stem if number == 1 else f"{stem}.{number}"
         while name in self._reserved or name in self._local or name in self._editor.tensors:
             number += 1
             name = f"{stem}.{number}"
+        self._numbers[stem] = number
         return name
 
     def emit(self, op: str, inputs: Sequence[str], attributes: Attributes, *, dtype: str = "", wide: bool = False) -> str:

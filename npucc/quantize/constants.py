@@ -1,7 +1,7 @@
 """Weights, biases and other constants as integers.
 
 The one big idea: a weight's scale is its largest magnitude per output channel over 127, widened only where the bias or the sum would
-leave 32 bits. Whatever the data, an accumulator of a quantized graph can't wrap.
+leave 32 bits. Whatever the data, an accumulator can't wrap, but for those of a model that is quantized already.
 """
 
 from __future__ import annotations

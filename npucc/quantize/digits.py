@@ -15,6 +15,7 @@ from npucc.arithmetic import RANGES
 from npucc.graph import Editor, Given, Graph, Node, Quant
 from npucc.ops import OPS, Binary, Table
 from npucc.quantize.constants import Axes, axes_of, fits, largest_step, stored_bias
+from npucc.quantize.given import sums_in_32_bits
 from npucc.quantize.ranges import Range, activation_quant
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -37,6 +38,9 @@ def in_digits(graph: Graph) -> Graph:
         elif not source.is_constant and right.data is not None and right.given is not None and right.given.stored is not None:
             axes = axes_of(node, right.data.ndim)
             steps, scale = _whole_numbers(right.data, right.given, axes.output)
+            accumulator = (np.float32(source.given.quant.scale) * scale.reshape(-1)).astype(np.float32)
+            if steps.min(initial=0) >= -128 and steps.max(initial=0) <= 127 and sums_in_32_bits(source, bias, accumulator):
+                continue
             digits = _digits(steps, scale, None if bias is None else bias.data, source.given.quant, axes)
             if len(digits) > 1:
                 _write_constant(editor, node, source.given.quant, digits, axes)

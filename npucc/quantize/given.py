@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from npucc.graph import Editor, Given, Graph, Node, Quant
+from npucc.graph import Editor, Given, Graph, Node, Quant, Tensor
 from npucc.ops import OPS, Table
 from npucc.quantize.candidates import left_may_be_wide
-from npucc.quantize.constants import LARGEST_SUM, MatrixConstants, axes_of, fits, source_of, stored_bias
+from npucc.quantize.constants import MatrixConstants, axes_of, fits, source_of, stored_bias
 from npucc.quantize.share import moved_inputs
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -145,8 +145,10 @@ def kept_matrix(node: Node, graph: Graph, source: Quant) -> MatrixConstants | st
     accumulator = (np.float32(source.scale) * scale).astype(np.float32)
     shared = 0 if scale.ndim else None
     bias = graph.tensors[node.inputs[2]] if len(node.inputs) > 2 and node.inputs[2] else None
-    stored = None if bias is None else _kept_bias(bias.data, bias.given, accumulator)
-    if not np.all(fits(steps, stored, source, axes)):
+    stored = None if bias is None else own_bias(bias, accumulator)
+    if stored is None and bias is not None and bias.data is not None:
+        stored = stored_bias(bias.data, accumulator)
+    if not sums_in_32_bits(graph.tensors[node.inputs[0]], bias, accumulator) and not np.all(fits(steps, stored, source, axes)):
         return "its sums would leave 32 bits"
     return MatrixConstants(
         steps.astype(np.int8), Quant("s8", scale, 0, axis if scale.ndim else None), stored, Quant("s32", accumulator, 0, shared)
@@ -166,12 +168,21 @@ def _per_channel(given: Given, axis: int | None) -> Array | None:
     return np.ascontiguousarray(np.broadcast_to(rows[:, 0], (given.stored.shape[axis],)))
 
 
-def _kept_bias(bias: Array | None, given: Given | None, accumulator: Array) -> Array:
-    """The model's own integers where they are in steps of the accumulator; else those nearest to its values."""
-    assert bias is not None
-    if given is not None and given.stored is not None and given.dtype == "s32" and np.allclose(given.scale, accumulator, rtol=SAME_SCALE, atol=0):
-        return np.clip(given.stored.astype(np.int64) - given.zero, -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
-    return stored_bias(bias, accumulator)
+def own_bias(bias: Tensor, accumulator: Array) -> Array | None:
+    """The model's own integers, int32, where they are in steps of the accumulator."""
+    given = bias.given
+    if given is None or given.stored is None or given.dtype != "s32" or not np.allclose(given.scale, accumulator, rtol=SAME_SCALE, atol=0):
+        return None
+    return (given.stored.astype(np.int64) - given.zero).astype(np.int32)
+
+
+def sums_in_32_bits(source: Tensor, bias: Tensor | None, accumulator: Array) -> bool:
+    """Whether onnxruntime adds up a product with integers of 8 bits in 32, which then wrap as the machine's do: the model gives all of it.
+
+    Its quantizer gives nearly dead channels a bias just below 2^31, and so a sum that could wrap but does not.
+    """
+    given = source.given
+    return given is not None and given.dtype == "s8" and (bias is None or own_bias(bias, accumulator) is not None)
 
 
 def not_kept(graph: Graph, source: Mapping[str, Quant]) -> tuple[str, ...]:

@@ -167,14 +167,19 @@ def kept(graph: npucc.graph.Graph, op: str) -> npucc.graph.Tensor:
     return graph.tensors[found.inputs[1]]
 
 
-def test_integers_of_a_bias_beyond_24_bits_are_kept() -> None:
-    weights, scales = np.ones((2, 3, 1, 1), np.int8), np.array([1e-6, 0.1], np.float32)
-    bias = np.array([123_456_789, -17], np.int32)
+def test_a_nearly_dead_channel_leaves_the_others_exact() -> None:
+    """onnxruntime's quantizer gives it a bias just below 2^31: a sum that could leave 32 bits, but does not."""
+    random = np.random.default_rng(0)
+    weights, scales = random.integers(-127, 128, (8, 24, 1, 1)).astype(np.int8), np.array([2.4e-9, *[0.004] * 7], np.float32)
+    bias = np.array([2_147_268_819, *random.integers(-20_000, 20_000, 7)], np.int32)
     constants = {"w": weights, "ws": scales, "b": bias, "bs": np.float32(0.02) * scales}
     middle = [
         node("DequantizeLinear", "w ws", "wr", axis=0), node("DequantizeLinear", "b bs", "br", axis=0), node("Conv", "x_real wr br", "r")
     ]  # fmt: skip
-    package = npucc.compile(between_pairs(middle, [1, 3, 4, 4], constants))
+    proto = between_pairs(middle, [1, 24, 16, 16], constants)
+    package = npucc.compile(proto)
+    feed = {"x": random.normal(size=(1, 24, 16, 16)).astype(np.float32) / 4}
+    assert steps_apart(package, onnxruntime_results(proto, feed), feed) == 0
     (conv,) = (each for each in package.graph if each.op == "conv")
     stored = package.graph.tensors[conv.inputs[2]].data
     assert stored is not None
