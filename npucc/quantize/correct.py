@@ -27,6 +27,7 @@ FEWEST = 8  # samples, if so many are allowed
 WORK = 1e10  # multiply-accumulates to spend, with more samples than that
 NODE = 1e6  # what it takes to run a node, whatever it computes, in multiply-accumulates
 NUDGE = 2.0**-8  # of the largest value: what slopes are taken over
+EVERYWHERE = np.linspace(-16, 16, 65, dtype=np.float32)  # a function that has a value at each has one for every mean
 SMALLEST_SLOPE = 0.3  # by which a channel's mean follows its bias: below, a bias says too little about it
 
 
@@ -88,10 +89,11 @@ def _has_bias(graph: Graph, node: Node) -> bool:
 
 
 def _end(graph: Graph, node: Node) -> Node:
-    """Where the mean counts: behind the function that alone reads the node's result, else at the node itself."""
+    """Where the mean counts: behind the function that alone reads the node's result, else (or if it has poles) at the node itself."""
     users = graph.users(node.outputs[0])
-    alone = len(users) == 1 and isinstance(users[0].attributes, Table) and node.outputs[0] not in graph.outputs
-    return users[0] if alone else node
+    if len(users) != 1 or node.outputs[0] in graph.outputs or not isinstance(function := users[0].attributes, Table):
+        return node
+    return users[0] if np.isfinite(scalar.evaluate(function.expression, EVERYWHERE)).all() else node
 
 
 def _float_means(graph: Graph, places: Sequence[tuple[Node, str]], feeds: Sequence[Mapping[str, Array]]) -> dict[str, list[Array]]:
@@ -120,7 +122,9 @@ def _correct(graph: Graph, node: Node, end: Node, wanted: Sequence[Array], sampl
     sums = [reference.sums(graph, node, stored).astype(np.int32) for stored in samples]
     means, slopes = zip(*(_means_and_slopes(each, scale, node, end) for each in sums), strict=True)
     slope = np.mean(slopes, axis=0)
-    lacking = shrunk_mean(np.array(wanted) - np.array(means)) * slope / np.maximum(slope, SMALLEST_SLOPE) ** 2
+    known = np.isfinite(wanted).all(axis=0) & np.isfinite(means).all(axis=0) & np.isfinite(slope)  # else it keeps its bias
+    gaps, slope = np.where(known, wanted, 0) - np.where(known, means, 0), np.where(known, slope, 0)
+    lacking = shrunk_mean(gaps) * slope / np.maximum(slope, SMALLEST_SLOPE) ** 2
     name, old = (node.inputs[2], graph.tensors[node.inputs[2]].data) if len(node.inputs) > 2 and node.inputs[2] else ("", None)
     before = np.zeros(len(lacking)) if old is None else old.astype(np.float64)
     bias = np.clip(np.rint(before + lacking / scale.astype(np.float64)), -LARGEST_SUM, LARGEST_SUM).astype(np.int32)
@@ -148,7 +152,9 @@ def _means_and_slopes(sums: Array, scale: Array, node: Node, end: Node) -> tuple
         return _channel_means(clamped, node), _channel_means(through, node)
     step = np.float32(NUDGE * max(float(np.abs(clamped).max()), 1e-30))
     values, nudged = (scalar.evaluate(end.attributes.expression, each) for each in (clamped, clamped + step))
-    return _channel_means(values, node), _channel_means(np.where(through, nudged - values, 0), node) / float(step)
+    with np.errstate(invalid="ignore"):  # infinite values
+        change = np.where(through, nudged - values, 0)
+    return _channel_means(values, node), _channel_means(change, node) / float(step)
 
 
 def shrunk_mean(samples: Array) -> Array:

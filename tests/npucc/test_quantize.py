@@ -369,6 +369,16 @@ def test_bias_correction_counts_what_a_function_lets_through() -> None:
     assert not bias.any()
 
 
+def test_a_channel_with_an_infinite_mean_keeps_its_bias() -> None:
+    net = FloatNet(1)
+    net.input("x", 1, 1, 8, 8)
+    net.op("conv", ["x", net.constant("w", np.array([1.0, 100.0], np.float32).reshape(2, 1, 1, 1))], "y", ops.Conv())
+    net.op("table", ["y"], "z", ops.Table(("exp", "x")))
+    graph, feeds = net.graph("z"), feeds_of((1, 1, 8, 8), 8)
+    plain = quantize(graph, feeds, options=QuantizeOptions(scheme="int8", bias_samples=0)).graph
+    assert correct_biases(graph, plain, feeds).tensors["y/bias"].data[1] == 0
+
+
 @pytest.mark.parametrize("clamp", [None, (0.0, float("inf"))], ids=["plain", "relu"])
 @pytest.mark.parametrize("options", CORRECTIONS.values(), ids=CORRECTIONS.keys())
 def test_bias_correction_removes_the_mean_error(options: QuantizeOptions, clamp: tuple[float, float] | None) -> None:
