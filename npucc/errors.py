@@ -2,7 +2,8 @@
 
     NpuccError
     ├── ImportModelError   the ONNX model can't be taken
-    │   └── NotHeldError   an input or output is nothing that the machine's memory can hold
+    │   ├── NotHeldError   an input or output is nothing that the machine's memory can hold
+    │   └── DamagedError   a node that yields nothing of use wherever it runs
     ├── GraphError         a stage produced a graph that does not verify
     ├── QuantizeError      calibration data or options do not fit the model
     ├── PruneError         pruning options or data do not fit the model
@@ -33,6 +34,10 @@ class ImportModelError(NpuccError):
 
 class NotHeldError(ImportModelError):
     """An input or output that is no tensor of numbers with at least one element: a string, a sequence, an optional value, an empty tensor."""
+
+
+class DamagedError(ImportModelError):
+    """A node that is not moved to the host, as it yields nothing of use there either."""
 
 
 class GraphError(NpuccError):

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 
-from npucc.errors import GraphError, ImportModelError
+from npucc.errors import DamagedError, GraphError, ImportModelError
 from npucc.frontend import control
 from npucc.frontend.constants import NOT_CONSTANT, Constants
 from npucc.frontend.functions import body_of
@@ -236,6 +236,8 @@ class _Importer:
         """By its record, else by its function body, else on the host, else by a function body of which a part is on the host."""
         try:
             self._import_as_canonical(proto)
+        except DamagedError:
+            raise
         except ImportModelError as error:
             if any(self._take_body(proto, body, host=False) for body in self._bodies(proto)):
                 return

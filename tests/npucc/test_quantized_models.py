@@ -354,6 +354,18 @@ def test_interpolation_rounds_once_to_its_own_scale(factors: tuple[float, float]
     assert steps_apart(npucc.compile(proto), onnxruntime_results(proto, feed), feed) == 0
 
 
+@pytest.mark.parametrize("zero", [np.int8(-28), np.uint8(100)])
+@pytest.mark.parametrize("factors", [(2.0, 4.0), (0.5, 0.5)], ids=str)
+def test_bytes_between_bytes_are_rounded_towards_zero(factors: tuple[float, float], zero: Any) -> None:
+    """As onnxruntime and ONNX have Resize of integers, which the operator form of a quantized model holds."""
+    nodes, constants = pair("x", 0.02, zero, into="y")
+    nodes[1].input[0] = "larger"
+    nodes.insert(1, node("Resize", "x_steps - f", "larger", mode="linear"))
+    proto = model(nodes, {"x": [1, 3, 9, 11]}, ["y"], {**constants, "f": reals([1, 1, *factors])})
+    feed = {"x": np.random.default_rng(0).normal(size=(1, 3, 9, 11)).astype(np.float32)}
+    assert steps_apart(npucc.compile(proto, host=False), onnxruntime_results(proto, feed), feed) == 0
+
+
 def test_only_what_the_model_leaves_open_is_calibrated() -> None:
     """A result without a pair, and the sum of it: two ranges to find."""
     middle = [node("Sin", "x_real", "s"), node("ReduceMean", "s", "m", axes=[1]), node("Mul", "m x_real", "r")]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from npucc.errors import ImportModelError
+from npucc.errors import DamagedError, ImportModelError
 from npucc.frontend.node import Emitted, Importer, NodeImport
 from npucc.frontend.steps import ACTIVATIONS, DYNAMIC, FORMS, as_attributes, constant, real
 from npucc.graph import Quant, Tensor
@@ -28,10 +28,20 @@ def _steps(node: NodeImport, scale: int, zero: int, kind: int) -> Quant:
     zeros = node.constant(zero, "zero point").astype(np.int64) if node.has(zero) else np.zeros((), np.int64)
     if factors.size != 1 or zeros.size != 1:
         raise node.refuse("an activation has more than one scale or zero point", hint="quantize activations per tensor")
-    if not (np.isfinite(factors).all() and float(factors.reshape(())) > 0):
+    _refuse_infinite(node, factors)
+    if float(factors.reshape(())) <= 0:
         raise node.refuse(f"its scale is {float(factors.reshape(()))}, expected a positive number", hint="quantize the model again")
     dtype, shift = FORMS[kind]
     return Quant(dtype, factors.reshape(()), int(zeros.reshape(())) - shift)
+
+
+def _refuse_infinite(node: NodeImport, scale: np.ndarray) -> None:
+    """onnxruntime's quantizer writes infinite scales for what holds infinities, such as the padding of a maximum: every value turns into NaN."""
+    if not np.isfinite(scale).all():
+        found = scale[~np.isfinite(scale)].reshape(-1)[0]
+        message = f"{node.operator}: its scale is {found}, which turns 0 into NaN; expected a positive number"
+        hint = "quantize the model again, without the nodes whose values are infinite (nodes_to_exclude of onnxruntime's quantizer)"
+        raise DamagedError(message, file=node.file, node=node.name, hint=hint)
 
 
 def quantize_linear(node: NodeImport) -> str:
@@ -44,7 +54,7 @@ def quantize_linear(node: NodeImport) -> str:
 
 
 def dequantize_linear(node: NodeImport) -> str:
-    """Of a constant: another constant, which keeps its  Else what QuantizeLinear rounded, or a function of whole numbers."""
+    """Of a constant: another constant, which keeps its integers. Else what QuantizeLinear rounded, or a function of whole numbers."""
     node.result_type = TensorProto.FLOAT
     kind = node.element_type(0)
     if kind not in FORMS:
@@ -52,8 +62,7 @@ def dequantize_linear(node: NodeImport) -> str:
     if node.is_constant(0):
         zero = node.constant(2, "zero point") if node.has(2) else None
         axis, block = node.integer("axis", 1), node.integer("block_size", 0)
-        if not np.isfinite(node.floats(1, "scale")).all():
-            raise node.refuse("a scale is not a finite number", hint="quantize the model again")
+        _refuse_infinite(node, node.floats(1, "scale"))
         value, given = constant(node.constant(0, "x"), node.floats(1, "scale"), zero, kind, axis=axis, block=block)
         return node.set_constant(0, value, given)
     known = node.steps_of(0)

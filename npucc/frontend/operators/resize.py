@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+from onnx import TensorProto
 
 from npucc import arithmetic, ops
 from npucc.frontend.node import Importer, NodeImport
@@ -20,6 +21,7 @@ from npucc.frontend.operators.windows import in_2d
 DIRECT = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
 COORDINATES = (*DIRECT, "half_pixel_symmetric", "tf_crop_and_resize")
 MODES = ("nearest", "linear", "cubic")
+BYTES = {TensorProto.UINT8: "uint8", TensorProto.INT8: "int8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,20 @@ def _resize(node: NodeImport, request: _Request) -> str:
         return node.input(0)
     plain = request.mode != "cubic" and request.coordinates in DIRECT and node.word("keep_aspect_ratio_policy", "stretch") == "stretch"
     plain = plain and not (node.integer("antialias", 0) or node.integer("exclude_outside", 0))
-    if plain and len(shape) in (3, 4) and min(changed) >= 2:
-        return _image(node, request)
-    return _by_dimension(node, request, changed)
+    is_image = plain and len(shape) in (3, 4) and min(changed) >= 2
+    result = _image(node, request) if is_image else _by_dimension(node, request, changed)
+    return result if request.mode == "nearest" or node.element_type(0) not in BYTES else _without_fractions(node, result)
+
+
+def _without_fractions(node: NodeImport, x: str) -> str:
+    """What lies between bytes is rounded towards zero: in steps of 1/128, less nearly half, to the nearest."""
+    fine = node.emit("quantize", (x,), ops.Quantize("s16", 1 / 128, 0), dtype="float32")
+    dtype, half = BYTES[node.element_type(0)], node.new_constant(127 / 256, "half")
+    above = node.emit("sub", (fine, half), ops.Binary((0.0, 255.0)), dtype=dtype)
+    if dtype == "uint8":
+        return above
+    below = node.emit("add", (fine, half), ops.Binary((-128.0, 0.0)), dtype=dtype)
+    return node.emit("add", (above, below), ops.Binary(), dtype=dtype)
 
 
 def _image(node: NodeImport, request: _Request) -> str:
@@ -163,6 +176,6 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
 
 
 TABLE: tuple[Importer, ...] = (
-    Importer("Resize", resize, "constant sizes, all modes; nearest moves data, cubic is a product with a constant"),
+    Importer("Resize", resize, "constant sizes, all modes; nearest moves data, cubic is a product with a constant; bytes are rounded towards 0"),
     Importer("Upsample", upsample, "constant scales"),
 )
