@@ -34,7 +34,7 @@ PLACES = {
     HOST: "onnxruntime, as part of a host segment",
 }
 #: what an operator group of the frontend comes down to, where it is not the vector engine
-GROUPS = {"matrix": MATRIX, "linear": MATRIX, "recurrent": MATRIX, "transformer": MATRIX, "blocks": MATRIX, "layout": MOVES, "quantized": FOLDED}
+GROUPS = dict.fromkeys(("matrix", "linear", "recurrent", "attention", "transformer", "blocks"), MATRIX) | {"layout": MOVES, "quantized": FOLDED}
 #: operators that come down to something else than the rest of their group
 ENGINES = {
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization", "GroupNormalization", "CumSum", "Attention", "CausalConvWithState"), MATRIX),

@@ -32,11 +32,11 @@ def spread(graph: Graph) -> Graph:
     moves = [node for node in graph if OPS[node.op].moves_data]
     for node in graph:
         _spread_whole(node, known)
-    for _ in range(2):  # downwards joins what upwards could not see
-        for node in reversed(moves):
-            _spread_up(graph, node, known)
+    for _ in range(2):  # first downwards: what is only moved stays as it is, whatever scale those want who read it
         for node in moves:
             _spread_down(graph, node, known)
+        for node in reversed(moves):
+            _spread_up(graph, node, known)
     editor = Editor(graph)
     for name, given in known.items():
         editor.add_tensor(replace(graph.tensors[name], given=given))

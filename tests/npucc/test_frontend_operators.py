@@ -324,6 +324,8 @@ WORDS = (2, 5, 8)
 CACHE = {"c": normal(9, 2, seed=7), "s": normal(9, 2, seed=8)}
 SCALED = {"g": normal(8), "b": normal(8, seed=1), "o": normal(8, seed=2)}
 PRODUCT = {"w": weights(8, 24), "b": normal(24)}
+PAST = (1, 2, 6, 16)
+QUERIES = {"c": normal(12, 8, seed=7), "s": normal(12, 8, seed=8), "t": np.array([4], np.int32), "u": np.array([8], np.int32)}
 TRANSFORMERS = [
     fused("RotaryEmbedding", "x p c s", {"num_heads": 2}, {"p": [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]], **CACHE}, shape=WORDS),
     fused("RotaryEmbedding", "x p c s", {"interleaved": 1}, {"p": [2], **CACHE}, shape=(2, 3, 5, 4)),
@@ -335,6 +337,12 @@ TRANSFORMERS = [
     fused("SkipSimplifiedLayerNormalization", "x z g", {}, SCALED, shape=WORDS),
     fused("BiasGelu", "x o", {}, SCALED, shape=WORDS), fused("QuickGelu", "x", {}, {}), fused("FastGelu", "x o", {}, SCALED, shape=WORDS),
     fused("FusedMatMul", "x z", {"transB": 1, "alpha": 0.25}, {}, shape=WORDS),
+    fused("TransposeMatMul", "x z", {"transA": 1}, {}, shape=WORDS),
+    *(fused("GroupQueryAttention", inputs, {"num_heads": 4, "kv_num_heads": 2, **extra}, {"n": np.array(steps, np.int32), **QUERIES}, shape=shape,
+            shapes={"k": (1, shape[1], 32), "v": (1, shape[1], 32), "pk": PAST, "pv": PAST}, outputs="y k1 v1")
+      for inputs, extra, steps, shape in (
+          ("x k v - - t n", {"local_window_size": 3, "softcap": 2.0}, 5, (1, 5, 64)), ("x - - - - t n c s", {"do_rotary": 1}, 5, (1, 5, 128)),
+          ("x k v pk pv u n c s", {"do_rotary": 1, "rotary_interleaved": 1}, 9, (1, 3, 64)))),
     fused("FusedConv", "x w b z", {"activation": b"LeakyRelu", "activation_params": [0.2], "pads": [1, 1, 1, 1]},
           {"w": weights(6, 4, 3, 3), "b": normal(6)}, shapes={"z": (1, 6, 7, 9)}),
     fused("FusedGemm", "x w b", {"activation": b"Relu", "transB": 1}, {"w": weights(6, 8), "b": normal(6)}, shape=(5, 8)),

@@ -11,7 +11,7 @@ from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, TensorPro
 
 import npucc
 from npucc import reference
-from tests.npucc.onnx_models import integers, node, run
+from tests.npucc.onnx_models import integers, model, node, run
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Feed = dict[str, Array]
@@ -94,6 +94,45 @@ def test_a_decoder_keeps_its_own_cache() -> None:
         found.append(result.outputs["logits"].ravel())
     assert sqnr(np.array(wanted), np.array(found)) > 22
     assert np.mean(np.argmax(wanted, axis=-1) == np.argmax(found, axis=-1)) >= 0.8
+
+
+def grouped_decoder() -> ModelProto:
+    """One step of grouped-query attention over a cache of fixed size, of which seqlens_k says how much is filled."""
+    random = np.random.default_rng(0)
+    angles = np.arange(WINDOW)[:, None] * 0.5 ** np.arange(8)
+    constants = {
+        "wqkv": random.normal(0, WIDTH**-0.5, (WIDTH, 128)), "wo": random.normal(0, 0.125, (64, WIDTH)), "cos": np.cos(angles), "sin": np.sin(angles)
+    }  # fmt: skip
+    nodes = [
+        node("MatMul", "x wqkv", "qkv"),
+        node("GroupQueryAttention", "qkv - - past_k past_v length total cos sin", "a present_k present_v", domain="com.microsoft",
+             num_heads=4, kv_num_heads=2, do_rotary=1),
+        node("MatMul", "a wo", "o"), node("Add", "x o", "y"),
+    ]  # fmt: skip
+    stored = {name: value.astype(np.float32) for name, value in constants.items()} | {"total": np.array([WINDOW], np.int32)}
+    cache = dict.fromkeys(("past_k", "past_v"), (1, 2, WINDOW, 16))
+    return model(nodes, {"x": (1, 1, WIDTH), "length": (1,), **cache}, ["y", "present_k", "present_v"], stored, dtypes={"length": "int32"})
+
+
+def grouped_steps(proto: ModelProto, seed: int) -> Iterator[tuple[Feed, list[Array]]]:
+    """What the float model is given and gives, until the cache is full."""
+    past, random = [np.zeros((1, 2, WINDOW, 16), np.float32)] * 2, np.random.default_rng(seed)
+    for step in range(WINDOW):
+        word = random.normal(size=(1, 1, WIDTH)).astype(np.float32)
+        feed = {"x": word, "length": np.array([step], np.int32), "past_k": past[0], "past_v": past[1]}
+        results = run(proto, feed)
+        yield feed, results
+        past = results[1:]
+
+
+def test_queries_share_a_cache_whose_length_is_computed() -> None:
+    proto = grouped_decoder()
+    package = npucc.compile(proto, calibration=[feed for seed in range(4) for feed, _ in grouped_steps(proto, seed)], host=False)
+    cache: Feed = {}
+    for feed, results in grouped_steps(proto, 99):
+        found = package.run(feed | cache).outputs
+        cache = {f"past_{name}": found[f"present_{name}"] for name in "kv"}
+        assert sqnr(results[0], found["y"]) > 25
 
 
 # ---- torch.export

@@ -393,6 +393,41 @@ def test_dynamic_quantization_gets_calibrated_scales_and_keeps_its_weights(tmp_p
     assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(wanted - found)) > 35
 
 
+def test_attention_that_onnxruntime_s_quantizer_wrote_runs_on_the_npu(tmp_path: Path) -> None:
+    """QEmbedLayerNormalization and QAttention."""
+    random = np.random.default_rng(0)
+    shapes = {"w": (16, 48), "b": (48,), "words": (30, 16), "places": (12, 16), "parts": (2, 16), "g": (16,), "o": (16,)}
+    constants = {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+    domain = {"domain": "com.microsoft"}
+    nodes = [
+        node("EmbedLayerNormalization", "ids types words places parts g o mask", "e count", **domain),
+        node("Attention", "e w b count", "y", **domain, num_heads=2),
+    ]  # fmt: skip
+    names = ("ids", "types", "mask")
+    onnx.save(model(nodes, dict.fromkeys(names, [1, 8]), ["y"], constants, dtypes=dict.fromkeys(names, "int32")), tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx", op_types_to_quantize=["Attention", "EmbedLayerNormalization"])
+    proto = onnx.load(tmp_path / "dynamic.onnx")
+    assert [each.op_type for each in proto.graph.node] == ["QEmbedLayerNormalization", "DynamicQuantizeLinear", "QAttention"]
+    mask = np.array([[1, 1, 1, 1, 1, 1, 0, 0]], np.int32)
+    feeds = [{"ids": random.integers(0, 30, (1, 8)), "types": random.integers(0, 2, (1, 8)), "mask": mask} for _ in range(8)]
+    feeds = [{name: value.astype(np.int32) for name, value in feed.items()} for feed in feeds]
+    found, wanted = npucc.compile(proto, calibration=feeds, host=False).run(feeds[0]).outputs["y"], onnxruntime_results(proto, feeds[0])["y"]
+    assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(wanted - found)) > 33
+
+
+def test_channels_may_come_last(tmp_path: Path) -> None:
+    """As onnxruntime saves its optimized model."""
+    proto = quantized(tmp_path, "QDQ", "u8", "s8")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    saved = onnx.load(tmp_path / "optimized.onnx")
+    assert any(attribute.name == "channels_last" for each in saved.graph.node for attribute in each.attribute)
+    package = npucc.compile(saved, host=False)
+    assert steps_apart(package, onnxruntime_results(proto, SAMPLES[0]), SAMPLES[0]) == 0
+
+
 def test_what_can_not_be_imported_runs_on_the_host() -> None:
     """A scale per channel of an activation: the pair is left to onnxruntime, its neighbours are not."""
     constants = {"s": np.array([0.1, 0.2], np.float32), "z": np.zeros(2, np.int8)}

@@ -6,6 +6,7 @@ canonical nodes.
 
 from npucc.frontend.node import Importer
 from npucc.frontend.operators import (
+    attention,
     blocks,
     elementwise,
     indexing,
@@ -26,7 +27,8 @@ from npucc.frontend.operators import (
 GROUPS: dict[str, tuple[Importer, ...]] = {
     module.__name__.rpartition(".")[2]: module.TABLE
     for module in (
-        matrix, linear, elementwise, integers, pooling, reduction, normalization, layout, indexing, resize, recurrent, transformer, quantized, blocks,
+        matrix, linear, elementwise, integers, pooling, reduction, normalization, layout, indexing, resize, recurrent, attention, transformer,
+        quantized, blocks,
     )
 }  # fmt: skip
 TABLE: tuple[Importer, ...] = tuple(record for group in GROUPS.values() for record in group)

@@ -107,7 +107,8 @@ class Expansion:
 
     `plain`: inputs of the float operator that come first and are not dequantized; `bias`: an int32 input in steps of the first two operands;
     `axes`: of the operands' scales, where there are several; `result`: scale and zero point (none: the result is float, or int32 if `whole`);
-    `repeated`: operands follow in threes from input 2 on; `added`: a float input that is added in the end.
+    `repeated`: operands follow in threes from input 2 on; `rest`: inputs of the float operator that follow the operands and are not dequantized;
+    `added`: a float input that is added in the end; `where`: the domain of the float operator.
     """
 
     name: str
@@ -120,34 +121,36 @@ class Expansion:
     axes: tuple[int, int] = (1, 1)
     whole: bool = False
     repeated: bool = False
+    rest: tuple[int, ...] = ()
     added: int = NONE
+    where: str = ""
     note: str = ""
 
     def nodes(self, node: NodeProto) -> list[NodeProto]:
         """The node written out. All parts have its name. Raises ImportModelError for a form that this can't say."""
+        if any(attribute.name == "channels_last" and attribute.i for attribute in node.attribute):
+            return ChannelsLast(self.name, self.name, self.domain).nodes(node)
         return list(_Writer(self, node).nodes())
 
 
 #: attributes that only the integer operator has
-DROPPED = frozenset({"channels_last", "opset"})
+DROPPED = frozenset({"opset"})
 
 
 class _Writer:
     def __init__(self, expansion: Expansion, node: NodeProto) -> None:
         self.expansion, self.node = expansion, node
         self.attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if self.attributes.get("channels_last", 0):
-            raise ImportModelError(f"{node.op_type}: its channels come last", node=node.name, hint="export the model with channels first")
         if self.attributes.get("alpha", 1.0) != 1.0 and expansion.bias != NONE:
             raise ImportModelError(f"{node.op_type}: alpha is not 1", node=node.name, hint="put alpha into the scale of B")
 
     def input(self, index: int) -> str:
         return self.node.input[index] if 0 <= index < len(self.node.input) else ""
 
-    def make(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
+    def make(self, operator: str, inputs: list[str], *outputs: str, **attributes: Any) -> NodeProto:
         while inputs and not inputs[-1]:
             inputs.pop()
-        return helper.make_node(operator, inputs, [output], name=self.node.name, **attributes)
+        return helper.make_node(operator, inputs, outputs, name=self.node.name, **attributes)
 
     def nodes(self) -> Iterator[NodeProto]:
         expansion, output = self.expansion, self.node.output[0]
@@ -156,14 +159,17 @@ class _Writer:
             operands = tuple((index, index + 1, index + 2) for index in range(2, len(self.node.input), 3))
         arguments = [self.input(index) for index in expansion.plain]
         for number, operand in enumerate(operands):
-            arguments.append(f"{output}/operand{number}")
-            yield from self.dequantized(operand, number, arguments[-1])
+            arguments.append(f"{output}/operand{number}" if self.input(operand[0]) else "")
+            if arguments[-1]:
+                yield from self.dequantized(operand, number, arguments[-1])
+        arguments += map(self.input, expansion.rest)
         if self.input(expansion.bias):
             arguments.append(f"{output}/bias")
             yield self.make("Mul", [self.input(operand[1]) for operand in operands], f"{output}/bias_scale")
             yield self.make("DequantizeLinear", [self.input(expansion.bias), f"{output}/bias_scale"], arguments[-1], axis=0)
         last = f"{output}/real" if self.is_quantized() or self.input(expansion.added) else output
-        yield self.make(expansion.operator, arguments, last, **{key: value for key, value in self.attributes.items() if key not in DROPPED})
+        attributes = {key: value for key, value in self.attributes.items() if key not in DROPPED}
+        yield self.make(expansion.operator, arguments, last, *self.node.output[1:], domain=expansion.where, **attributes)
         if self.is_quantized() and expansion.result is not None:
             yield self.make("QuantizeLinear", [last, *map(self.input, expansion.result)], output)
         elif self.input(expansion.added):
@@ -184,6 +190,32 @@ class _Writer:
         if number == 1 and self.attributes.get("transB", 0):
             axis = 0
         yield self.make("DequantizeLinear", [values, scale, zero], output, axis=axis)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelsLast:
+    """An operator on images [batch, height, width, channels], as onnxruntime's optimizer saves it, as `operator` between transpositions."""
+
+    name: str
+    operator: str
+    where: str = ""  # domain of `operator`
+    domain: str = MICROSOFT
+    whole: bool = False
+    note: str = "as the operator whose channels come second"
+
+    def nodes(self, node: NodeProto) -> list[NodeProto]:
+        """The node written out. All parts have its name. The first input is an image, and the fourth of a convolution that adds one."""
+        attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute if each.name != "channels_last"}
+        rank = len(attributes.get("kernel_shape", (0, 0))) + 2
+        first, last = [0, rank - 1, *range(1, rank - 1)], [0, *range(2, rank), 1]
+        output, inputs = node.output[0], list(node.input)
+        images = [0, 3] if self.operator == "FusedConv" and len(inputs) > 3 and inputs[3] else [0]
+        nodes = []
+        for index in images:
+            inputs[index] = f"{output}/image{index}"
+            nodes.append(helper.make_node("Transpose", [node.input[index]], [inputs[index]], name=node.name, perm=first))
+        nodes.append(helper.make_node(self.operator, inputs, [f"{output}/turned"], name=node.name, domain=self.where, **attributes))
+        return [*nodes, helper.make_node("Transpose", [f"{output}/turned"], [output], name=node.name, perm=last)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +260,7 @@ _ONE: tuple[Operand, ...] = ((0, 1, 2),)
 _STATIC = "constant scales and zero points"
 _DYNAMIC = "of DynamicQuantizeLinear: calibrated scale"
 EXPANSIONS: tuple[Expansion, ...] = (
-    Expansion("QLinearConv", "Conv", _PAIR, (6, 7), domain="", bias=8, axes=(1, 0), note=_STATIC),
+    *(Expansion("QLinearConv", "Conv", _PAIR, (6, 7), domain=domain, bias=8, axes=(1, 0), note=_STATIC) for domain in ("", MICROSOFT)),
     *(Expansion("QLinearMatMul", "MatMul", _PAIR, (6, 7), domain=domain, axes=(-2, -1), note=_STATIC) for domain in ("", MICROSOFT)),
     Expansion("ConvInteger", "Conv", ((0, NONE, 2), (1, NONE, 3)), domain="", axes=(1, 0), whole=True, note=_DYNAMIC),
     Expansion("MatMulInteger", "MatMul", ((0, NONE, 2), (1, NONE, 3)), domain="", axes=(-2, -1), whole=True, note=_DYNAMIC),
@@ -240,10 +272,18 @@ EXPANSIONS: tuple[Expansion, ...] = (
         Expansion(f"QLinear{name}", name, _ONE, (3, 4), note=_STATIC)
         for name in ("LeakyRelu", "Sigmoid", "AveragePool", "GlobalAveragePool", "ReduceMean", "Softmax")
     ),
+    Expansion("QAttention", "Attention", ((0, 3, 6), (1, 4, 7)), rest=(2, 5, 8), where=MICROSOFT, note=_DYNAMIC),
+    Expansion(
+        "QEmbedLayerNormalization", "EmbedLayerNormalization", tuple((2 + i, 8 + i, 13 + i) for i in range(5)), plain=(0, 1), rest=(7,),
+        where=MICROSOFT, note=_STATIC,
+    ),
     Expansion("QLinearConcat", "Concat", (), (0, 1), repeated=True, note=_STATIC),
     Expansion("QLinearWhere", "Where", ((1, 2, 3), (4, 5, 6)), (7, 8), plain=(0,), note=_STATIC),
 )
-WRITTEN_OUT: tuple[Expansion | DynamicLstm, ...] = (*EXPANSIONS, DynamicLstm())
+WRITTEN_OUT: tuple[Expansion | ChannelsLast | DynamicLstm, ...] = (
+    *EXPANSIONS, DynamicLstm(), ChannelsLast("NhwcConv", "Conv"), ChannelsLast("NhwcFusedConv", "FusedConv", MICROSOFT),
+    ChannelsLast("NhwcMaxPool", "MaxPool"),
+)  # fmt: skip
 BY_NAME = {(record.domain, record.name): record for record in WRITTEN_OUT}
 
 TABLE: tuple[Importer, ...] = (

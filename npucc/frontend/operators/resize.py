@@ -21,7 +21,7 @@ from npucc.frontend.operators.windows import in_2d
 DIRECT = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
 COORDINATES = (*DIRECT, "half_pixel_symmetric", "tf_crop_and_resize")
 MODES = ("nearest", "linear", "cubic")
-BYTES = {TensorProto.UINT8: "uint8", TensorProto.INT8: "int8"}
+BYTES: dict[int, str] = {TensorProto.UINT8: "uint8", TensorProto.INT8: "int8"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What transformers are made of, as ONNX and onnxruntime's own domain (com.microsoft) have it: attention, rotary embeddings, fused steps."""
+"""What transformers are made of, as ONNX and onnxruntime's own domain (com.microsoft) have it: rotary embeddings, fused steps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import numpy as np
 from npucc import ops, scalar
 from npucc.frontend.node import Importer, NodeImport
 from npucc.frontend.operators.elementwise import activation
-from npucc.frontend.operators.indexing import select
 from npucc.frontend.operators.layout import take
 from npucc.frontend.operators.matrix import conv, gemm
 from npucc.frontend.operators.normalization import layer_norm, per_channel, root_mean_square
 
 MICROSOFT = "com.microsoft"
-EXCLUDED = -math.inf  # the score of what is masked
 
 
 # ---- rotary embeddings
@@ -46,10 +44,7 @@ def _rotary(node: NodeImport, *, cos: int, sin: int, positions: int) -> str:
     steps = shape[1] if flat else shape[2]
     angles = [_angles(node, index, positions, steps, rotated // 2) for index in (cos, sin)]
     shown = [node.reshape(each, _beside(node.shape_of(each), flat=flat)) for each in angles]
-    turned = _turn(node, node.slice(x, 3, 0, rotated), shown, interleaved=bool(node.integer("interleaved", 0)))
-    if rotated < size:
-        turned = node.emit("concat", (turned, node.slice(x, 3, rotated, size - rotated)), ops.Concat(3))
-    return node.reshape(turned, shape)
+    return node.reshape(turned(node, x, shown, interleaved=bool(node.integer("interleaved", 0))), shape)
 
 
 def _beside(shape: tuple[int, ...], *, flat: bool) -> tuple[int, ...]:
@@ -72,101 +67,19 @@ def _angles(node: NodeImport, cache: int, positions: int, steps: int, half: int)
     return take(node, table, 0, wanted)
 
 
-def _turn(node: NodeImport, x: str, angles: Sequence[str], *, interleaved: bool) -> str:
+def turned(node: NodeImport, x: str, angles: Sequence[str], *, interleaved: bool) -> str:
+    """x [batch, …, …, size] with its first features turned in pairs, by as many angles as there are cosines and sines."""
+    shape, half = node.shape_of(x), node.shape_of(angles[0])[3]
     cos, sin = angles
-    shape = node.shape_of(x)
-    half = shape[3] // 2
     parts = [node.slice(x, 3, i, half, 2) if interleaved else node.slice(x, 3, i * half, half) for i in (0, 1)]
     real = node.binary("sub", node.binary("mul", parts[0], cos), node.binary("mul", parts[1], sin))
     imaginary = node.binary("add", node.binary("mul", parts[0], sin), node.binary("mul", parts[1], cos))
+    rest = (node.slice(x, 3, 2 * half, shape[3] - 2 * half),) if 2 * half < shape[3] else ()
     if not interleaved:
-        return node.emit("concat", (real, imaginary), ops.Concat(3))
+        return node.emit("concat", (real, imaginary, *rest), ops.Concat(3))
     pairs = [node.reshape(each, (*shape[:3], half, 1)) for each in (real, imaginary)]
-    return node.reshape(node.emit("concat", pairs, ops.Concat(4)), shape)
-
-
-# ---- attention of onnxruntime's domain
-
-
-def attention(node: NodeImport) -> list[str]:
-    """Self-attention of x [batch, steps, width] with one product for queries, keys and values; the second result is [2, batch, heads, …]."""
-    weights = node.floats(1, "weights")
-    batch, steps, _ = node.shape(0)
-    sizes = node.integers("qkv_hidden_sizes") or [weights.shape[1] // 3] * 3
-    bias = (node.new_constant(node.floats(2, "bias"), "bias"),) if node.has(2) else ()
-    product = node.emit("matmul", (node.input(0), node.new_constant(weights, "weights"), *bias), ops.MatMul())
-    starts = (0, sizes[0], sizes[0] + sizes[1])
-    heads = node.integer("num_heads", 1)
-    parts = [_heads(node, node.slice(product, 2, start, size), heads) for start, size in zip(starts, sizes, strict=True)]
-    if node.has(4):
-        past = [node.reshape(node.slice(node.input(4), 0, i, 1), node.shape(4)[1:]) for i in (0, 1)]
-        parts[1:] = [node.emit("concat", (old, new), ops.Concat(2)) for old, new in zip(past, parts[1:], strict=True)]
-    result = _attend(node, parts, mask=3, bias=5)
-    present = [node.reshape(part, (1, *node.shape_of(part))) for part in parts[1:]]
-    return [_merged(node, result, (batch, steps, sizes[2])), node.emit("concat", present, ops.Concat(0))]
-
-
-def multi_head_attention(node: NodeImport) -> list[str]:
-    """Attention of queries, keys and values [batch, steps, width]; keys and values may be split into heads already."""
-    if node.rank() != 3 or not (node.has(1) and node.has(2)):
-        raise node.refuse("its queries, keys and values are packed")
-    heads = node.integer("num_heads", 1)
-    parts = [node.input(index) for index in range(3)]
-    if node.has(3):
-        bias = node.floats(3, "bias").reshape(-1)
-        sizes = [node.shape_of(part)[-1] for part in parts]
-        pieces = np.split(bias, np.cumsum(sizes)[:2])
-        parts = [node.binary("add", part, node.new_constant(piece, "bias")) for part, piece in zip(parts, pieces, strict=True)]
-    split = [_heads(node, part, heads) if len(node.shape_of(part)) == 3 else part for part in parts]
-    for index in (6, 7):
-        if node.has(index):
-            split[index - 5] = node.emit("concat", (node.input(index), split[index - 5]), ops.Concat(2))
-    result = _attend(node, split, mask=4, bias=5)
-    batch, steps, _ = node.shape(0)
-    return [_merged(node, result, (batch, steps, heads * node.shape_of(split[2])[3])), split[1], split[2]]
-
-
-def _heads(node: NodeImport, x: str, heads: int) -> str:
-    """[batch, steps, heads · size] as [batch, heads, steps, size]."""
-    batch, steps, width = node.shape_of(x)
-    return node.transpose(node.reshape(x, (batch, steps, heads, width // heads)), (0, 2, 1, 3))
-
-
-def _merged(node: NodeImport, x: str, shape: tuple[int, ...]) -> str:
-    return node.reshape(node.transpose(x, (0, 2, 1, 3)), shape)
-
-
-def _attend(node: NodeImport, parts: Sequence[str], *, mask: int, bias: int) -> str:
-    """softmax(q · kᵀ · scale, masked) · v; all [batch, heads, steps, size]."""
-    query, key, value = parts
-    scale = node.real("scale", 0.0) or 1 / math.sqrt(node.shape_of(query)[3])
-    scores = node.emit("matmul", (query, node.transpose(key, (0, 1, 3, 2))), ops.MatMul())
-    scores = node.table(("mul", "x", scale), scores)
-    if node.has(bias):
-        scores = node.binary("add", scores, node.input(bias))
-    out = node.new_constant(EXCLUDED, "excluded")
-    if node.has(mask):
-        scores = select(node, _kept(node, mask, node.shape_of(scores)), scores, out)
-    if node.integer("unidirectional", 0):
-        steps, total = node.shape_of(scores)[2:]
-        scores = select(node, node.new_constant(np.tri(steps, total, total - steps, dtype=bool), "causal"), scores, out)
-    return node.emit("matmul", (node.emit("softmax", (scores,), ops.Softmax(3)), value), ops.MatMul())
-
-
-def _kept(node: NodeImport, mask: int, scores: tuple[int, ...]) -> str:
-    """Which scores count, by a mask [batch, keys] or [batch, queries, keys] of 0 and 1, or by the number of keys per batch entry."""
-    shape, tensor = node.shape(mask), node.input(mask)
-    if len(shape) == 1:
-        if shape != (scores[0],):
-            raise node.refuse(f"has a mask of shape {list(shape)}; supported are [batch], [batch, keys] and [batch, queries, keys]")
-        keys = node.new_constant(np.arange(scores[3]), "positions")
-        return node.emit("compare", (keys, node.reshape(tensor, (shape[0], 1, 1, 1))), ops.Compare("lt"), dtype="bool")
-    if len(shape) not in (2, 3):
-        raise node.refuse(f"has a mask of shape {list(shape)}; supported are [batch], [batch, keys] and [batch, queries, keys]")
-    tensor = node.reshape(tensor, (shape[0], 1, shape[1] if len(shape) == 3 else 1, shape[-1]))
-    if node.dtype_of(tensor) == "bool":
-        return tensor
-    return node.emit("compare", (tensor, node.new_constant(0.0, "zero")), ops.Compare("ne"), dtype="bool")
+    result = node.reshape(node.emit("concat", pairs, ops.Concat(4)), (*shape[:3], 2 * half))
+    return node.emit("concat", (result, *rest), ops.Concat(3)) if rest else result
 
 
 # ---- fused steps of onnxruntime's domain
@@ -255,13 +168,11 @@ def group_norm(node: NodeImport) -> str:
 TABLE: tuple[Importer, ...] = (
     Importer("RotaryEmbedding", rotary_embedding),
     Importer("RotaryEmbedding", microsoft_rotary_embedding, domain=MICROSOFT),
-    Importer("Attention", attention, "constant weights", domain=MICROSOFT),
-    Importer("MultiHeadAttention", multi_head_attention, "separate queries, keys and values", domain=MICROSOFT),
     Importer("SkipLayerNormalization", skip_layer_normalization, "constant scale and bias", domain=MICROSOFT),
     Importer("SkipSimplifiedLayerNormalization", skip_simplified_layer_normalization, domain=MICROSOFT),
     Importer("EmbedLayerNormalization", embed_layer_normalization, "constant scale and bias", domain=MICROSOFT),
     Importer("BiasGelu", bias_gelu, domain=MICROSOFT),
-    Importer("FusedMatMul", fused_matmul, domain=MICROSOFT),
+    *(Importer(name, fused_matmul, domain=MICROSOFT) for name in ("FusedMatMul", "TransposeMatMul")),
     Importer("FusedConv", _then_activation(conv, addend=3), "constant weights", domain=MICROSOFT),
     Importer("FusedGemm", _then_activation(gemm), domain=MICROSOFT),
     Importer("GroupNorm", group_norm, "constant scale and bias", domain=MICROSOFT),
