@@ -83,8 +83,8 @@ def table() -> tuple[Support, ...]:
         title = f"{domain}.{name}" if domain else name
         rows[title] = Support(title, ENGINES.get(name, GROUPS.get(groups[id(record)], VECTOR)), record.note)
     for each in quantized.WRITTEN_OUT:
-        title = f"{each.domain}.{each.name}" if each.domain else each.name
-        rows[title] = Support(title, rows[each.operator].place, f"as {each.operator}; {each.note}")
+        title, written = (f"{domain}.{name}" if domain else name for domain, name in ((each.domain, each.name), (each.where, each.operator)))
+        rows[title] = Support(title, rows[written].place, f"as {each.operator}; {each.note}")
     for name, note in (*functions.EXPANDED.items(), *control.WRITTEN_OUT.items()):
         rows[name] = Support(name, ENGINES.get(name, VECTOR), note)
     for name, schema in known.items():

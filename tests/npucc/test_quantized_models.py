@@ -404,13 +404,12 @@ def test_attention_that_onnxruntime_s_quantizer_wrote_runs_on_the_npu(tmp_path: 
         node("Attention", "e w b count", "y", **domain, num_heads=2),
     ]  # fmt: skip
     names = ("ids", "types", "mask")
-    onnx.save(model(nodes, dict.fromkeys(names, [1, 8]), ["y"], constants, dtypes=dict.fromkeys(names, "int32")), tmp_path / "float.onnx")
+    onnx.save(model(nodes, dict.fromkeys(names, (1, 8)), ["y"], constants, dtypes=dict.fromkeys(names, "int32")), tmp_path / "float.onnx")
     quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx", op_types_to_quantize=["Attention", "EmbedLayerNormalization"])
     proto = onnx.load(tmp_path / "dynamic.onnx")
     assert [each.op_type for each in proto.graph.node] == ["QEmbedLayerNormalization", "DynamicQuantizeLinear", "QAttention"]
     mask = np.array([[1, 1, 1, 1, 1, 1, 0, 0]], np.int32)
-    feeds = [{"ids": random.integers(0, 30, (1, 8)), "types": random.integers(0, 2, (1, 8)), "mask": mask} for _ in range(8)]
-    feeds = [{name: value.astype(np.int32) for name, value in feed.items()} for feed in feeds]
+    feeds = [{name: random.integers(0, n, (1, 8)).astype(np.int32) for name, n in (("ids", 30), ("types", 2))} | {"mask": mask} for _ in range(8)]
     found, wanted = npucc.compile(proto, calibration=feeds, host=False).run(feeds[0]).outputs["y"], onnxruntime_results(proto, feeds[0])["y"]
     assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(wanted - found)) > 33
 

@@ -227,6 +227,7 @@ class DynamicLstm:
 
     name: str = "DynamicQuantizeLSTM"
     operator: str = "LSTM"
+    where: str = ""
     domain: str = MICROSOFT
     whole: bool = False
     note: str = "calibrated scale"
