@@ -37,8 +37,13 @@ def grid(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], *
         else:
             table.add_column(header, footer=foot, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(_in_one_line(str(cell)) for cell in row))
     return table
+
+
+def _in_one_line(text: str) -> str:
+    """Names may hold anything: what moves the cursor is shown by its code."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def facts(rows: Iterable[tuple[str, object]]) -> Table:

@@ -59,3 +59,8 @@ def test_energy_sources_are_named_once() -> None:
     report = {"energy_sources": {"a": "adder 1 pJ: Horowitz, ISSCC 2014 (twice)", "b": "memory: Horowitz, ISSCC 2014", "c": "dram: a paper"}}
     assert tables.energy_sources(report) == "Horowitz, ISSCC 2014; a paper"
     assert tables.energy_sources({}) == "the target's energy table"
+
+
+def test_a_name_of_two_lines_stands_in_one() -> None:
+    (name,) = tables.grid("", ("node",), [("conv\n[1]\x1b\u00e9",)]).columns[0].cells
+    assert name == "conv\\n[1]\\x1b\u00e9"
