@@ -126,9 +126,13 @@ class Softmax(Attributes):
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm(Attributes):
-    """Over the last dimension: (x − mean) / sqrt(variance + epsilon) · gamma + beta (both [last], or left out)."""
+    """Over the last dimension: (x − mean) / sqrt(variance + epsilon) · gamma + beta (both [last], or left out).
+
+    Not `centered`, as RMSNorm: x / sqrt(mean(x²) + epsilon) · gamma + beta.
+    """
 
     epsilon: float = 1e-5
+    centered: bool = True
 
 
 @dataclass(frozen=True, slots=True)

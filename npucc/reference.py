@@ -426,12 +426,12 @@ def _softmax(call: Call) -> Array:
 def _layer_norm(call: Call) -> Array:
     """Mean and variance from exact sums, in units of the source's steps, where epsilon is epsilon / s²."""
     source, size = call.operand(0), call.operand(0).stored.shape[-1]
-    steps = source.steps
-    part = F32(1) / F32(size)
-    mean = steps.sum(axis=-1, keepdims=True).astype(F32) * part
-    variance = np.maximum((steps * steps).sum(axis=-1, keepdims=True).astype(F32) * part - mean * mean, F32(0))
-    inverse = F32(1) / np.sqrt(variance + arithmetic.epsilon_in_steps(call.attributes.epsilon, source.scaled.scale))
-    value = (steps.astype(F32) - mean) * inverse
+    steps, part = source.steps, F32(1) / F32(size)
+    variance, value = (steps * steps).sum(axis=-1, keepdims=True).astype(F32) * part, steps.astype(F32)
+    if call.attributes.centered:
+        mean = steps.sum(axis=-1, keepdims=True).astype(F32) * part
+        variance, value = np.maximum(variance - mean * mean, F32(0)), value - mean
+    value = value * (F32(1) / np.sqrt(variance + arithmetic.epsilon_in_steps(call.attributes.epsilon, source.scaled.scale)))
     for index, combine in ((1, np.multiply), (2, np.add)):
         operand = call.operands[index] if len(call.operands) > index else None
         value = value if operand is None else combine(value, operand.real)

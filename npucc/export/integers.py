@@ -298,12 +298,16 @@ def _layer_norm(call: Call) -> None:
     """Mean and variance from exact sums, in units of the source's steps."""
     size, steps = call.source().shape[-1], call.steps(dtype="int64")
     last, part = [len(call.source().shape) - 1], call.number(np.float32(1) / np.float32(size))
-    sums = (call.model.reduce("ReduceSum", value, last) for value in (steps, call.op("Mul", steps, steps)))
-    mean, square = (call.op("Mul", call.model.cast(total, FLOAT), part) for total in sums)
-    variance = call.op("Relu", call.op("Sub", square, call.op("Mul", mean, mean)))
+
+    def mean_of(values: str) -> str:
+        return call.op("Mul", call.model.cast(call.model.reduce("ReduceSum", values, last), FLOAT), part)
+
+    variance, value = mean_of(call.op("Mul", steps, steps)), call.model.cast(steps, FLOAT)
+    if call.attributes.centered:
+        mean = mean_of(steps)
+        variance, value = call.op("Relu", call.op("Sub", variance, call.op("Mul", mean, mean))), call.op("Sub", value, mean)
     epsilon = arithmetic.epsilon_in_steps(call.attributes.epsilon, call.scale_of().scale)
-    inverse = _reciprocal(call, _square_root(call, call.op("Add", variance, call.number(epsilon))))
-    value = call.op("Mul", call.op("Sub", call.model.cast(steps, FLOAT), mean), inverse)
+    value = call.op("Mul", value, _reciprocal(call, _square_root(call, call.op("Add", variance, call.number(epsilon)))))
     for index, kind in ((1, "Mul"), (2, "Add")):
         value = call.op(kind, value, _real(call, index)) if call.has(index) else value
     call.quantized(value)

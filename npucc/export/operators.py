@@ -178,10 +178,23 @@ def _reduce_mean(call: Call) -> None:
 
 
 def _layer_norm(call: Call) -> None:
-    size = call.source().shape[-1]
     gamma, beta = (*call.inputs, "", "")[1:3]
-    scale = gamma or call.model.constant(np.ones(size), FLOAT)
+    if not call.attributes.centered:
+        _root_mean_square_norm(call, gamma, beta)
+        return
+    scale = gamma or call.model.constant(np.ones(call.source().shape[-1]), FLOAT)
     call.emit("LayerNormalization", (call.inputs[0], scale, beta), axis=-1, epsilon=call.attributes.epsilon)
+
+
+def _root_mean_square_norm(call: Call, gamma: str, beta: str) -> None:
+    """Written out: ONNX has an operator for it only since version 23."""
+    model, x = call.model, call.inputs[0]
+    mean = model.reduce("ReduceMean", model.op("Mul", (x, x)), [len(call.source().shape) - 1])
+    root = model.op("Sqrt", (model.op("Add", (mean, model.constant(np.array(call.attributes.epsilon), FLOAT))),))
+    factors = [(kind, value) for kind, value in (("Mul", gamma), ("Add", beta)) if value]
+    value = model.op("Div", (x, root), into="" if factors else call.into)
+    for index, (kind, operand) in enumerate(factors):
+        value = model.op(kind, (value, operand), into=call.into if index == len(factors) - 1 else "")
 
 
 def _interpolate(call: Call) -> None:

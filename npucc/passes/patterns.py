@@ -14,7 +14,7 @@ import numpy as np
 
 from npucc import ops, scalar
 from npucc.graph import Editor, Node
-from npucc.passes.pattern import Anything, Constant, Function, Pattern, either, find, op
+from npucc.passes.pattern import Anything, Constant, Found, Function, Pattern, either, find, op
 from npucc.passes.rewrite import Replacement, Result, Rewrite, Rule, merged_sources
 
 # ---- functions within the patterns
@@ -78,6 +78,13 @@ NORMALIZED: Pattern = either(
     op("mul", _CENTERED, _FACTOR),
     op("add", op("mul", _X, _FACTOR), op("sub", Constant("beta"), op("mul", _MEAN, _FACTOR))),
 )
+_SQUARES = op("reduce_mean", Function(is_square, _X), bind="moment")
+_INVERSE_ROOT = Function(inverse_root_epsilon, _SQUARES, "epsilon")
+NOT_CENTERED: Pattern = either(
+    op("div", _X, Function(root_epsilon, _SQUARES, "epsilon")),
+    op("mul", _X, _INVERSE_ROOT),
+    op("mul", _X, op("mul", _INVERSE_ROOT, Constant("gamma"))),
+)
 
 
 def written_layer_norm(editor: Editor, node: Node) -> Result:
@@ -91,10 +98,21 @@ def written_layer_norm(editor: Editor, node: Node) -> Result:
     axes = _axes(found.nodes["mean"])
     if axes != _axes(found.nodes["moment"]):
         return f"mean and variance are taken over different axes, {axes} and {_axes(found.nodes['moment'])}"
+    return _as_one_norm(editor, node, found, centered=True)
+
+
+def written_rms_norm(editor: Editor, node: Node) -> Result:
+    """y = x / sqrt(mean(x²) + ε)  →  y = layer_norm(x) epsilon=ε centered=False, and the other forms alike"""
+    found = find(editor, node, NOT_CENTERED)
+    return None if found is None else _as_one_norm(editor, node, found, centered=False)
+
+
+def _as_one_norm(editor: Editor, node: Node, found: Found, *, centered: bool) -> Result:
     if getattr(node.attributes, "clamp", None) is not None:
         return "its result is clamped already"
     build = Replacement(editor, node, found.covered)
-    attributes = ops.LayerNorm(found.numbers["epsilon"])
+    attributes = ops.LayerNorm(found.numbers["epsilon"], centered)
+    axes = _axes(found.nodes["moment"])
     result = _along_last(build, found.tensors["x"], axes, lambda moved: build.add("layer_norm", (moved,), attributes))
     for operator, name in (("mul", "gamma"), ("add", "beta")):
         if name in found.tensors:
@@ -239,6 +257,7 @@ PATTERN_RULES: tuple[Rule, ...] = (
     Rule(
         "written-layer-norm", frozenset({"div", "mul", "add"}), written_layer_norm, "its moments are lost in 8 bits; as one operation they are exact"
     ),
+    Rule("written-rms-norm", frozenset({"div", "mul"}), written_rms_norm, "the mean of its squares spans twice the bits of what it is made of"),
     Rule("norm-scale", frozenset({"mul"}), norm_scale, "the scale is applied before rounding"),
     Rule("norm-shift", frozenset({"add"}), norm_shift, "the shift is applied before rounding"),
     Rule("log-sum-exp", frozenset({"table"}), log_sum_exp, "less the maximum, its exponentials do not span more than evenly spaced steps can"),

@@ -52,7 +52,7 @@ def _made(graph: Graph, node: Node) -> Place | None:
     last = len(graph.tensors[node.outputs[0]].shape) - 1
     if node.op == "conv":
         return node.outputs[0], 1
-    makes = (node.op == "layer_norm" and len(constants) == 2) or (node.op == "matmul" and len(constants[0].shape) == 2)
+    makes = (node.op == "layer_norm" and node.inputs[1] != "") or (node.op == "matmul" and len(constants[0].shape) == 2)
     return (node.outputs[0], last) if makes else None
 
 

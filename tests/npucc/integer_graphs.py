@@ -143,7 +143,10 @@ def normalization(net: Net) -> Graph:
     gamma, beta = (
         net.editor.add_tensor(Tensor(net.editor.fresh("p"), (24,), "float32", net.random.normal(1, 0.5, 24).astype(np.float32))) for _ in range(2)
     )
-    return net.graph(net.op("layer_norm", [x, gamma, beta], ops.LayerNorm()), net.op("layer_norm", [x], ops.LayerNorm(1e-3)))
+    uncentered = ops.LayerNorm(centered=False)
+    plain = [net.op("layer_norm", [x], attributes) for attributes in (ops.LayerNorm(1e-3), uncentered)]
+    scaled = [net.op("layer_norm", [x, gamma, beta], attributes) for attributes in (ops.LayerNorm(), uncentered)]
+    return net.graph(*plain, *scaled)
 
 
 def movement(net: Net) -> Graph:

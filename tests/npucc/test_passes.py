@@ -371,23 +371,39 @@ def test_written_layer_norm_over_other_axes() -> None:
     assert ops_of(graph_of(nodes, constants, shape=(2, 3, 4, 5), opset=13)) == ["reshape", "layer_norm", "reshape"]
 
 
+@pytest.mark.parametrize("form", ["divide", "inverse", "power", "factor"])
+def test_written_rms_norm(form: str) -> None:
+    tails = {
+        "divide": [node("Sqrt", "e", "s"), node("Div", "x s", "n"), node("Mul", "n gamma", "y")],
+        "inverse": [node("Sqrt", "e", "s"), node("Div", "one s", "i"), node("Mul", "x i", "n"), node("Mul", "gamma n", "y")],
+        "power": [node("Pow", "e minus_half", "i"), node("Mul", "x i", "n"), node("Mul", "n gamma", "y")],
+        "factor": [node("Sqrt", "e", "s"), node("Reciprocal", "s", "i"), node("Mul", "i gamma", "f"), node("Mul", "x f", "y")],
+    }
+    nodes = [node("Pow", "x two", "q"), node("ReduceMean", "q", "m", axes=[-1]), node("Add", "m epsilon", "e"), *tails[form]]
+    values = {"two": 2, "one": 1, "minus_half": -0.5, "epsilon": 1e-3}
+    constants = {**{name: np.float32(value) for name, value in values.items()}, "gamma": normal(8)}
+    norm = only(graph_of(nodes, constants, shape=(2, 3, 8), opset=13))
+    assert (norm.op, len(norm.inputs)) == ("layer_norm", 2)
+    assert norm.attributes == ops.LayerNorm(float(np.float32(1e-3)), centered=False)
+
+
 def test_a_near_layer_norm_is_refused_with_a_reason() -> None:
     nodes, constants = layer_norm("plain")
     nodes[3] = node("ReduceMean", "q", "var", axes=[1])
     proto = model(nodes, {"x": (2, 8, 8)}, ["y"], constants, opset=13)
     graph = assert_agrees(proto)
-    assert "layer_norm" not in ops_of(graph)
+    assert [node.attributes.centered for node in graph if isinstance(node.attributes, ops.LayerNorm)] == [False]
     _, refusals = fused(import_model(proto))
     assert [refusal.reason for refusal in refusals if refusal.rule == "written-layer-norm"] == [
         "mean and variance are taken over different axes, (2,) and (1,)"
     ]
 
 
-def test_a_quotient_of_other_tensors_is_no_layer_norm() -> None:
+def test_a_difference_of_other_tensors_is_not_centered() -> None:
     nodes, constants = layer_norm("plain")
     nodes[1] = node("Sub", "z mean", "d")
     graph = assert_agrees(model(nodes, {"x": (2, 8), "z": (2, 8)}, ["y"], constants, opset=13))
-    assert "layer_norm" not in ops_of(graph)
+    assert [node.attributes.centered for node in graph if isinstance(node.attributes, ops.LayerNorm)] == [False]
 
 
 @pytest.mark.parametrize("form", ["maximum", "plain", "scaled", "reciprocal"])

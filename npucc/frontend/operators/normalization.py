@@ -107,16 +107,16 @@ def _parameter(node: NodeImport, index: int, tail: tuple[int, ...]) -> str:
 
 def rms_normalization(node: NodeImport) -> str:
     """x / sqrt(mean(x²) + epsilon) · scale over all dimensions from `axis` on."""
-    rank = node.rank()
-    axes = list(range(node.axis(node.integer("axis", -1), rank), rank))
-    scaled = root_mean_square(node, node.input(0), axes, node.real("epsilon", 1e-5))
-    return node.binary("mul", scaled, node.input(1)) if node.has(1) else scaled
+    return rms_norm(node, node.input(0), 1, node.real("epsilon", 1e-5), node.integer("axis", -1))
 
 
-def root_mean_square(node: NodeImport, x: str, axes: Sequence[int], epsilon: float) -> str:
-    """x / sqrt(mean(x²) + epsilon)."""
-    mean = node.reduce("reduce_mean", node.table(("mul", "x", "x"), x), axes)
-    return node.binary("div", x, node.table(("sqrt", ("add", "x", epsilon)), mean))
+def rms_norm(node: NodeImport, x: str, gamma: int, epsilon: float, axis: int = -1) -> str:
+    """RMSNorm of a tensor over all dimensions from `axis` on, which are merged into one; the scale is an input of the node."""
+    shape = node.shape_of(x)
+    axis = axis % len(shape)
+    flat = node.reshape(x, (*shape[:axis], math.prod(shape[axis:])))
+    normal = node.reshape(node.emit("layer_norm", (flat,), ops.LayerNorm(epsilon, centered=False)), shape)
+    return node.binary("mul", normal, node.input(gamma)) if node.has(gamma) else normal
 
 
 def mean_variance_normalization(node: NodeImport) -> str:

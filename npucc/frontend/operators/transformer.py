@@ -12,7 +12,7 @@ from npucc.frontend.node import Importer, NodeImport
 from npucc.frontend.operators.elementwise import activation
 from npucc.frontend.operators.layout import take
 from npucc.frontend.operators.matrix import conv, gemm
-from npucc.frontend.operators.normalization import layer_norm, per_channel, root_mean_square
+from npucc.frontend.operators.normalization import layer_norm, per_channel, rms_norm
 
 MICROSOFT = "com.microsoft"
 
@@ -103,8 +103,7 @@ def skip_layer_normalization(node: NodeImport) -> list[str]:
 def skip_simplified_layer_normalization(node: NodeImport) -> list[str]:
     """RMSNorm of input + skip + bias; the fourth result is that sum."""
     total = _sums(node, 0, 1, 3)
-    scaled = root_mean_square(node, total, [len(node.shape(0)) - 1], node.real("epsilon", 1e-12))
-    return [node.binary("mul", scaled, node.input(2)), "", "", total]
+    return [rms_norm(node, total, 2, node.real("epsilon", 1e-12)), "", "", total]
 
 
 def embed_layer_normalization(node: NodeImport) -> list[str]:
