@@ -408,3 +408,23 @@ ELSEWHERE = {
 def test_every_operator_is_tested() -> None:
     quantized = {record.name for group in ("quantized", "blocks") for record in GROUPS[group]}  # in test_quantized_models
     assert {name for _, name in OPERATORS} - ELSEWHERE - quantized == TESTED - ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("operator", "indices", "updates", "attributes"),
+    [
+        *(("ScatterElements", (3, 2), (3, 2), {"axis": 1, "reduction": each}) for each in (b"none", b"add", b"max")),
+        *(("ScatterND", (3, 2), (3, 4), {"reduction": each}) for each in (b"none", b"mul", b"min")),
+        ("ScatterND", (2, 1), (2, 5, 4), {}), ("GatherElements", (3, 7), None, {"axis": 1}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_computed_indices_may_count_from_the_end(
+    operator: str, indices: tuple[int, ...], updates: tuple[int, ...] | None, attributes: dict[str, Any]
+) -> None:
+    random = np.random.default_rng(0)
+    shape = (3, 5, 4) if operator == "ScatterND" else (3, 5)
+    bounds = np.array(shape[: indices[-1]]) if operator == "ScatterND" else 5
+    feeds = {"x": normal(*shape), "i": random.integers(-bounds, bounds, indices)} | ({"u": normal(*updates, seed=1)} if updates else {})
+    inputs = {name: value.shape for name, value in feeds.items()}
+    assert_agrees(model([node(operator, " ".join(feeds), "y", **attributes)], inputs, ["y"], opset=18, dtypes={"i": "int64"}), feeds=feeds)

@@ -47,9 +47,21 @@ def _row(flat: Array) -> int:
 def gather_elements(node: NodeImport) -> str:
     """result[…, i, …] = x[…, indices[…, i, …], …] along an axis."""
     axis, shape = node.axis(node.integer("axis", 0), node.rank()), node.shape(0)
+    if not node.is_constant(1):
+        return _gathered(node, axis)
     indices = np.asarray(node.constant(1, "indices")) % shape[axis]
     cut = _positions(shape)[tuple(slice(None) if i == axis else slice(size) for i, size in enumerate(indices.shape))]
     return pick(node, node.input(0), np.take_along_axis(cut, indices, axis))
+
+
+def _gathered(node: NodeImport, axis: int) -> str:
+    """Elements at computed indices along an axis, one source after the other."""
+    rows = _rows(node, axis, node.shape(0)[axis])
+    result = node.slice(node.input(0), axis, 0, 1)
+    for row in range(1, rows):
+        here = _either(node, node.input(1), np.full((1,) * node.rank(), row), rows)
+        result = select(node, here, node.slice(node.input(0), axis, row, 1), result, _kind(node))
+    return result if rows > 1 else node.emit("expand", (result,), ops.Expand(node.shape(1)))
 
 
 def gather_nd(node: NodeImport) -> str:
@@ -85,6 +97,8 @@ def reverse_sequence(node: NodeImport) -> str:
 def scatter_elements(node: NodeImport) -> str:
     """x with elements replaced by updates along an axis, or combined with them."""
     axis, shape = node.axis(node.integer("axis", 0), node.rank()), node.shape(0)
+    if not node.is_constant(1):
+        return _scattered(node, axis)
     indices = np.asarray(node.constant(1, "indices")) % shape[axis]
     grid = (indices if i == axis else places for i, places in enumerate(np.indices(indices.shape)))
     return _scatter(node, _positions(shape)[tuple(grid)])
@@ -92,8 +106,65 @@ def scatter_elements(node: NodeImport) -> str:
 
 def scatter_nd(node: NodeImport) -> str:
     """x with slices replaced by updates at the index tuples, or combined with them."""
+    if not node.is_constant(1):
+        return _scattered_slices(node)
     indices = np.asarray(node.constant(1, "indices"))
     return _scatter(node, _positions(node.shape(0))[tuple(np.moveaxis(indices, -1, 0))])
+
+
+def _scattered(node: NodeImport, axis: int) -> str:
+    """x with updates at computed indices along an axis, one after the other."""
+    x, shape = node.input(0), node.shape(0)
+    places = np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    for row in range(_rows(node, axis, node.shape(1)[axis])):
+        index, update = (node.slice(node.input(i), axis, row, 1) for i in (1, 2))
+        x = _written(node, x, update, None if shape[axis] == 1 else _either(node, index, places, shape[axis]))
+    return x
+
+
+def _rows(node: NodeImport, axis: int, rows: int) -> int:
+    """How many there are along an axis. Refuses more than can be taken one by one, and indices that are for a part of x only."""
+    shape, indices = (tuple(size for i, size in enumerate(node.shape(index)) if i != axis) for index in (0, 1))
+    if shape != indices or rows > MOST_ROUNDS:
+        found = f"{rows} along axis {axis}, with indices of shape {list(node.shape(1))} for {list(node.shape(0))}"
+        raise node.refuse(f"its indices are computed: {found}; supported are up to {MOST_ROUNDS}, for all of the input")
+    return rows
+
+
+def _scattered_slices(node: NodeImport) -> str:
+    """x with slices replaced by updates at computed index tuples, one after the other."""
+    x, shape, (*many, depth) = node.input(0), node.shape(0), node.shape(1)
+    count = math.prod(many)
+    if count > MOST_ROUNDS:
+        raise node.refuse(f"its {count} index tuples are computed; supported are up to {MOST_ROUNDS}")
+    indices = node.reshape(node.input(1), (count, depth))
+    updates = node.reshape(node.input(2), (count, *(1 for _ in range(depth)), *shape[depth:]))
+    for row in range(count):
+        here = None
+        for axis in range(depth):
+            index = node.reshape(node.slice(node.slice(indices, 0, row, 1), 1, axis, 1), (1,) * len(shape))
+            hit = _either(node, index, np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))]), shape[axis])
+            here = hit if here is None else select(node, here, hit, here)
+        x = _written(node, x, node.reshape(node.slice(updates, 0, row, 1), node.shape_of(updates)[1:]), here)
+    return x
+
+
+def _written(node: NodeImport, x: str, update: str, here: str | None) -> str:
+    """x with an update, or combined with it; `here`: only there."""
+    reduction = node.word("reduction", "none")
+    update = update if reduction == "none" else node.binary(_COMBINE[reduction][0], x, update)
+    return update if here is None else select(node, here, update, x, _kind(node))
+
+
+def _either(node: NodeImport, indices: str, places: Array, size: int) -> str:
+    """Where an index is that of a place, counted from the start or, if negative, from the end."""
+    hits = [equal(node, indices, node.new_constant(each, "positions")) for each in (places, places - size)]
+    return select(node, hits[0], hits[0], hits[1])
+
+
+def _kind(node: NodeImport) -> str:
+    """The type of what lies between: whole numbers of whole numbers."""
+    return INTEGER if node.is_integer(0) else ""
 
 
 _COMBINE = {"add": ("add", 0.0), "mul": ("mul", 1.0), "max": ("max", -math.inf), "min": ("min", math.inf)}
@@ -243,8 +314,7 @@ def one_hot(node: NodeImport) -> str:
     shape.insert(axis, 1)
     indices = node.reshape(node.input(0), shape)
     rule = np.arange(depth).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    hits = [equal(node, indices, node.new_constant(each, "positions")) for each in (rule, rule - depth)]
-    hit = select(node, hits[0], hits[0], hits[1])
+    hit = _either(node, indices, rule, depth)
     if node.is_constant(2):
         off, on = node.floats(2, "values").reshape(-1)
         return select(node, hit, node.new_constant(on, "on"), node.new_constant(off, "off"))
@@ -302,14 +372,15 @@ def cumulative_product(node: NodeImport) -> str:
     return node.emit("concat", [results[index] for index in range(steps)], ops.Concat(axis))
 
 
+COMPUTED = f"constant indices; computed ones, one by one, up to {MOST_ROUNDS}"
 TABLE: tuple[Importer, ...] = (
-    Importer("GatherElements", gather_elements, "constant indices"),
+    Importer("GatherElements", gather_elements, COMPUTED),
     Importer("GatherND", gather_nd, "constant indices"),
     Importer("Compress", compress, "constant condition"),
     Importer("ReverseSequence", reverse_sequence, "constant lengths"),
-    Importer("ScatterElements", scatter_elements, "constant indices"),
-    Importer("Scatter", scatter_elements, "constant indices"),
-    Importer("ScatterND", scatter_nd, "constant indices"),
+    Importer("ScatterElements", scatter_elements, COMPUTED),
+    Importer("Scatter", scatter_elements, COMPUTED),
+    Importer("ScatterND", scatter_nd, COMPUTED),
     Importer("TensorScatter", tensor_scatter, f"up to {MOST_ROUNDS} steps, or all from the first on"),
     Importer("ArgMax", _arg("reduce_max")),
     Importer("ArgMin", _arg("reduce_min")),
