@@ -103,7 +103,7 @@ def run_in_int8(case: TestCase) -> Result:
             outputs, reason, stored = _outputs(model, feed)
             if reason:
                 return Result(case.name, names, -np.inf, reason)
-            if moves := _only_moves(model):
+            if moves := bool(stored) and _only_moves(model):
                 wanted = _by_onnxruntime(model, stored) or wanted
             worst = min(worst, *(decibels(_array(want), have, exact=moves) for want, have in zip(wanted, outputs, strict=True)))
     except (NpuccError, IsaError, RuntimeFault) as error:
@@ -133,7 +133,7 @@ def _by_onnxruntime(model: ModelProto, feed: Feed) -> list[Any]:
 
 
 def _outputs(model: ModelProto, feed: Feed) -> tuple[list[Any], str, Feed]:
-    """(the outputs, why that needs the host, the inputs as stored in integers)."""
+    """(the outputs, why that needs the host, the inputs as stored in integers; none where computed indices choose between two scales)."""
     reason = ""
     empty = tuple(name for name, value in feed.items() if not value.size)  # they have one possible value
     for constants in (empty, tuple(dict.fromkeys((*empty, *tuple(feed)[1:])))):
@@ -145,9 +145,11 @@ def _outputs(model: ModelProto, feed: Feed) -> tuple[list[Any], str, Feed]:
             reason = reason or error.message
             continue
         if not package.host_nodes:
-            first = package.graph.outputs[0]
+            first, outputs = package.graph.outputs[0], list(package.run(rest).outputs.values())
+            if any(node.op == "where" for node in package.graph):
+                return outputs, "", {}
             stored = {name: _as_stored(package.graph, name if name in package.graph.inputs else first, value) for name, value in feed.items()}
-            return list(package.run(rest).outputs.values()), "", stored
+            return outputs, "", stored
         reason = package.host_nodes[0].reason
     return [], reason, {}
 
