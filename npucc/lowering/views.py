@@ -123,7 +123,7 @@ def merge_dimensions(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tup
         for steps, own in zip(merged, strides, strict=True):
             steps.append(own[dimension])
     if not sizes:
-        return (1,), tuple((own[-1] if len(own) else 1,) for own in strides)
+        return (1,), tuple((own[-1] if len(own) else 0,) for own in strides)
     return tuple(sizes), tuple(tuple(steps) for steps in merged)
 
 
