@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from onnxruntime import InferenceSession
 
 from npucc.evaluate import score_rows
 from npucc.export import to_onnx
@@ -21,9 +22,10 @@ from npucc.quantize.sensitivity import NOTHING, Outputs, error_ratio, has_signal
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-SAMPLES = 16  # at most so many are judged with
+SAMPLES = 16  # held ones, at most so many
 FEWEST = 8  # held samples: with fewer, those that were fitted to must do
-WORK = 4e9  # multiply-accumulates to spend on a verdict, with more samples than `FEWEST`
+WORK = 1.6e10  # multiply-accumulates to spend on a network, with more samples than `FEWEST`
+SURE = 2.0  # standard errors of a difference: if it is farther from what is asked, more samples wouldn't tell more
 QUIET = 1e-6  # error energy over signal energy that nobody asks to lower (60 dB)
 INAUDIBLE = 1e-8  # what is not told apart from no error in reports
 GOOD = 45.0  # dB: up to here all that is gained counts, from here to `QUIET` half
@@ -50,46 +52,57 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """The samples and the float model's outputs; `rows`: the (output, sample) that have a signal."""
+    """The samples, those that nothing was fitted to (`held`) first, and the float model's outputs; `rows`: (output, sample) with a signal."""
 
     samples: Sequence[Mapping[str, Array]]
+    held: int
     wanted: Sequence[Outputs]
     rows: tuple[tuple[str, int], ...]
 
     @classmethod
     def of(cls, graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, fitted: int) -> Judge:
-        """For the outputs that have an error in this integer form of the graph; of the feeds the first `fitted` should rather not be used."""
-        held = feeds[fitted:] if len(feeds) >= fitted + FEWEST else feeds
-        samples = spread(held, int(np.clip(WORK / max(work(graph), 1), FEWEST, SAMPLES)))
+        """For the outputs that have an error in this integer form of the graph. To the first `fitted` feeds weights and biases were fitted: that is
+        the same for two ways that differ in their 16 bits, so these feeds join the others where those say too little."""
+        fitted = fitted if len(feeds) >= fitted + FEWEST else 0
+        most = int(np.clip(WORK / max(work(graph), 1), FEWEST, len(feeds)))
+        held = spread(feeds[fitted:], min(most, SAMPLES))
+        samples = [*held, *spread(feeds[:fitted], most - len(held))]
         run = tensor_runner(graph, graph.outputs)
         wanted = [run(feed) for feed in samples]
         rows = tuple((name, index) for index, each in enumerate(wanted) for name in graph.outputs if has_signal(each[name]))
-        every = cls(samples, wanted, rows)
-        ratios = every._ratios(every._run(integer)).tolist()
-        erring = {name for (name, _), ratio in zip(rows, ratios, strict=True) if ratio > NOTHING}
-        return cls(samples, wanted, tuple(row for row in rows if row[0] in erring))
+        every = cls(samples, len(held), wanted, rows)
+        ratios = every.attempt(integer).ratios(len(held)).tolist()
+        erring = {name for (name, _), ratio in zip(rows, ratios, strict=False) if ratio > NOTHING}
+        return cls(samples, len(held), wanted, tuple(row for row in rows if row[0] in erring))
 
-    @property
-    def outputs(self) -> list[str]:
-        """The output of each row."""
-        return [name for name, _ in self.rows]
+    def outputs(self, count: int) -> list[str]:
+        """The output of each row of the first `count` samples."""
+        return [name for name, index in self.rows if index < count]
+
+    def attempt(self, integer: Graph) -> Attempt:
+        """One way to store the network, ready to run."""
+        weights: dict[str, Array] = {}
+        return Attempt(self, float_session(to_onnx(integer, apart=weights), weights, x64quantprecision="1"))
 
     def verdict(self, integer: Graph) -> Verdict:
-        """About one way to store the network."""
-        found = self._run(integer)
-        ratios = self._ratios(found)
+        """About one way to store the network, on held samples."""
+        attempt = self.attempt(integer)
+        found = [attempt.run(index) for index in range(self.held)]
+        ratios = np.array([error_ratio(found[index][name], self.wanted[index][name]) for name, index in self.rows if index < self.held])
         decibels = float(np.mean(-10 * np.log10(ratios + INAUDIBLE))) if len(ratios) else 0.0
-        loss = max((self._loss(name, found, ratios) for name in dict.fromkeys(self.outputs)), default=0.0)
-        return Verdict(decibels, worth(self.outputs, ratios), loss)
+        names = self.outputs(self.held)
+        loss = max((self._loss(name, found, ratios) for name in dict.fromkeys(names)), default=0.0)
+        return Verdict(decibels, worth(names, ratios), loss)
 
-    def _run(self, integer: Graph) -> list[Outputs]:
-        weights: dict[str, Array] = {}
-        session, names = float_session(to_onnx(integer, apart=weights), weights, x64quantprecision="1"), list(dict.fromkeys(self.outputs))
-        return [dict(zip(names, session.run(names, dict(feed)) if names else [], strict=True)) for feed in self.samples]
-
-    def _ratios(self, found: Sequence[Outputs]) -> Array:
-        """Error energy over signal energy of each row."""
-        return np.array([error_ratio(found[index][name], self.wanted[index][name]) for name, index in self.rows])
+    def gains(self, more: Attempt, fewer: Attempt, asked: float) -> bool:
+        """Whether `more` is worth over `asked` dB more than `fewer`: on as many samples as it takes to be sure, or on all."""
+        count = FEWEST
+        while True:
+            samples = [index for _, index in self.rows if index < count]
+            gain, error = paired_gain(self.outputs(count), samples, more.ratios(count), fewer.ratios(count))
+            if abs(gain - asked) > SURE * error or count >= len(self.samples):
+                return gain > asked
+            count *= 2
 
     def _loss(self, name: str, found: Sequence[Outputs], ratios: Array) -> float:
         """Points of accuracy, of one output: the upper end of the confidence interval of their mean over the samples.
@@ -97,13 +110,48 @@ class Judge:
         Of scores: where the error of the margin turns the first two over, how much more probable the float model thinks the first; of any
         output not less than its share of error in the energy.
         """
-        energies = {index: ratio for (output, index), ratio in zip(self.rows, ratios.tolist(), strict=True) if output == name}
+        energies = {index: ratio for (output, index), ratio in zip(self.rows, ratios.tolist(), strict=False) if output == name}
         scores = {index: (score_rows(self.wanted[index][name]), score_rows(found[index][name])) for index in energies}
         turned = {index: (wanted, given) for index, (wanted, given) in scores.items() if wanted is not None and given is not None}
         deviation = margin_deviation(list(turned.values()))
         losses = [min(ratio, 1.0) for ratio in energies.values()]
         several = [losses, [turned_over(wanted, deviation) for wanted, _ in turned.values()]]
         return max(100 * _upper_end(each) for each in several)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A way to store the network. `found`: the errors of the samples that were asked for up to now."""
+
+    judge: Judge
+    session: InferenceSession
+    found: list[list[float]] = field(default_factory=list)
+
+    def run(self, index: int) -> Outputs:
+        """The outputs in one sample."""
+        names = list(dict.fromkeys(self.judge.outputs(len(self.judge.samples))))
+        return dict(zip(names, self.session.run(names, dict(self.judge.samples[index])) if names else [], strict=True))
+
+    def ratios(self, count: int) -> Array:
+        """Error energy over signal energy of each row of the first `count` samples."""
+        for index in range(len(self.found), min(count, len(self.judge.samples))):
+            outputs, wanted = self.run(index), self.judge.wanted[index]
+            self.found.append([error_ratio(outputs[name], wanted[name]) for name, each in self.judge.rows if each == index])
+        return np.array([ratio for each in self.found[:count] for ratio in each])
+
+
+def paired_gain(outputs: Sequence[str], samples: Sequence[int], first: Array, second: Array) -> tuple[float, float]:
+    """By how many dB the first errors are worth more than the second (per row, with its output and sample), and the standard error of that: the
+    jackknife's, with one sample left out at a time."""
+    gain = worth(outputs, first) - worth(outputs, second)
+    without = []
+    for left_out in dict.fromkeys(samples):
+        rows = [row for row, sample in enumerate(samples) if sample != left_out]
+        names = [outputs[row] for row in rows]
+        without.append(worth(names, first[rows]) - worth(names, second[rows]))
+    mean = math.fsum(without) / max(len(without), 1)
+    variance = math.fsum((each - mean) ** 2 for each in without) * (len(without) - 1) / max(len(without), 1)
+    return gain, math.sqrt(variance) if len(without) > 1 else math.inf
 
 
 def _upper_end(values: Sequence[float]) -> float:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from isa.target import Target
 from npucc.graph import Quant
 from npucc.quantize.candidates import byte_groups, candidates
-from npucc.quantize.judge import QUIET, Judge, worth
+from npucc.quantize.judge import QUIET, Attempt, Judge, worth
 from npucc.quantize.network import Network, Rounded
 from npucc.quantize.options import MEASURED
 from npucc.quantize.price import IMPOSSIBLE, Prices, measure_prices, total_cycles
@@ -25,8 +25,9 @@ from npucc.quantize.scales import alternatives
 from npucc.quantize.sensitivity import Sensitivity, measure
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Way = TypeVar("Way")
 
-PERCENT = 0.15  # dB that one percent of cycles has to gain
+PERCENT = 0.12  # dB that one percent of cycles has to gain
 GENEROUS = 3.0  # times less is asked of an estimate than of the measurement that follows it
 FREE = 0.02  # percent of cycles: what costs less is compared as if it cost that
 SMALLEST_GAIN = 0.02  # dB: less is no reason to widen anything
@@ -73,7 +74,7 @@ def mixed_precision(network: Network, plain: Rounded, judge: Judge, target: Targ
     trial = _Trial.of(network, plain, found, target, judge)
     gains = propose(found, trial.price, budget=trial.allowed, all_that_gain=network.options.limits_drop)
     gains = dict(list(gains.items())[: most_within(list(gains), trial.together, trial.allowed)])
-    kept = take_back(list(gains), trial.price, trial.value)
+    kept = take_back(list(gains), trial.price, trial.attempt, trial.misses)
     wide = {root: Wide(trial.groups[root], gain, trial.price[root]) for root, gain in gains.items()}
     chosen, taken_back = (tuple(each for root, each in wide.items() if (root in kept) == stays) for stays in (True, False))
     before = trial.judge.verdict(trial.stored(frozenset()).integer).decibels
@@ -91,6 +92,15 @@ def _sensitivity(network: Network, plain: Rounded) -> Sensitivity:
 
     feeds = network.calibration.first
     return measure(plain.graph, plain.integer, plain.scales, feeds, groups, alternatives=others, progress=network.progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """To store the network: `spent` percent of cycles on 16 bits, `loss` points of accuracy (where that is limited)."""
+
+    attempt: Attempt
+    spent: float
+    loss: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +132,18 @@ class _Trial:
         """With 16 bits in these groups."""
         return self.network.widened(self.plain, roots, self.found.methods)
 
-    def value(self, roots: Set[str]) -> tuple[float, ...]:
-        """What counts: the decibels less their price; under a limited drop that it is kept, then the price."""
-        verdict, spent = self.judge.verdict(self.stored(roots).integer), sum(max(self.price[root], 0.0) for root in roots)
+    def attempt(self, roots: Set[str]) -> _Way:
+        """With 16 bits in these groups, ready to be judged."""
+        integer = self.stored(roots).integer
+        loss = self.judge.verdict(integer).loss if self.network.options.limits_drop else 0.0
+        return _Way(self.judge.attempt(integer), sum(max(self.price[root], 0.0) for root in roots), loss)
+
+    def misses(self, fewer: _Way, more: _Way) -> bool:
+        """Whether `more` has something worth its cycles that `fewer` has not; under a limited drop, whether only `more` keeps it, or both miss
+        it and `more` by less."""
         if self.network.options.limits_drop:
-            return min(self.network.options.drop - verdict.loss, 0.0), -spent
-        return (verdict.worth - PERCENT * spent,)
+            return min(self.network.options.drop - fewer.loss, 0.0) < min(self.network.options.drop - more.loss, 0.0)
+        return self.judge.gains(more.attempt, fewer.attempt, PERCENT * (more.spent - fewer.spent))
 
     def together(self, roots: Sequence[str]) -> float:
         """Percent more cycles with all of these groups in 16 bits."""
@@ -189,17 +205,20 @@ def _path(sensitivity: Sensitivity, price: Mapping[str, float], budget: float) -
     return points
 
 
-def take_back(roots: Sequence[str], price: Mapping[str, float], value: Callable[[Set[str]], tuple[float, ...]]) -> frozenset[str]:
-    """What is left of the groups (in the order of their worth) when blocks of them go without which the network's `value` is not less.
+def take_back(
+    roots: Sequence[str], price: Mapping[str, float], attempt: Callable[[Set[str]], Way], misses: Callable[[Way, Way], bool]
+) -> frozenset[str]:
+    """What is left of the groups (in the order of their worth) when blocks of them go that the network doesn't miss.
 
     First blocks of about the same price, the least worth first, then halves of those that had to stay. What costs nothing stays.
     """
     kept = frozenset(roots)
-    most, waiting, verdicts = value(kept), blocks([root for root in roots if price[root] > FREE], price), 0
-    while waiting and verdicts < VERDICTS:
+    waiting, verdicts = blocks([root for root in roots if price[root] > FREE], price), 0
+    best = attempt(kept) if waiting else None
+    while best is not None and waiting and verdicts < VERDICTS:
         block, verdicts = waiting.pop(), verdicts + 1
-        if (found := value(kept - set(block))) >= most:
-            kept, most = kept - set(block), found
+        if not misses(found := attempt(kept - set(block)), best):
+            kept, best = kept - set(block), found
         elif len(block) > 1:
             waiting[:0] = [block[: len(block) // 2], block[len(block) // 2 :]]
     return kept

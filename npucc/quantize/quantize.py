@@ -151,7 +151,7 @@ def _stored(network: Network, target: Target | None) -> tuple[Rounded, Mixed]:
     if mixed.chosen:
         several.insert(0, network.with_corrected_biases(rounded))
     verdict, best = max(((judge.verdict(each.integer), each) for each in several), key=lambda pair: pair[0].worth)
-    return best, replace(mixed, after=verdict.decibels, loss=verdict.loss, judged=len(judge.samples))
+    return best, replace(mixed, after=verdict.decibels, loss=verdict.loss, judged=judge.held)
 
 
 def _unknown(graph: Graph) -> list[str]:

@@ -15,7 +15,7 @@ from npucc.export import to_onnx
 from npucc.graph import Graph
 from npucc.lowering import lower
 from npucc.quantize import QuantizeOptions, quantize, sensitivity
-from npucc.quantize.judge import QUIET, margin_deviation, turned_over
+from npucc.quantize.judge import QUIET, margin_deviation, paired_gain, turned_over
 from npucc.quantize.mixed import most_within, propose, take_back
 from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.sensitivity import Sensitivity, affordable_samples
@@ -152,13 +152,29 @@ def test_what_does_not_arrive_is_taken_back() -> None:
     price = {"free": -1.0, "a": 1.0, "b": 1.0, "c": 3.0, "d": 3.0}
     asked = []
 
-    def value(roots: Set[str]) -> tuple[float, ...]:
+    def attempt(roots: Set[str]) -> Set[str]:
         asked.append(roots)
-        return (10.0 * len(roots & {"a", "c"}) - sum(price[root] for root in roots),)
+        return roots
 
-    assert take_back(list(price), price, value) == {"free", "a", "c"}
+    def misses(fewer: Set[str], more: Set[str]) -> bool:
+        return bool((more - fewer) & {"a", "c"})
+
+    assert take_back(list(price), price, attempt, misses) == {"free", "a", "c"}
     assert all("free" in roots for roots in asked)
-    assert take_back([], {}, value) == frozenset()
+    assert take_back([], {}, attempt, misses) == frozenset()
+
+
+def test_a_gain_is_as_sure_as_the_samples_agree() -> None:
+    """Two networks on the same samples: an offset is sure however much the samples differ, noise of the same size is not."""
+    random = np.random.default_rng(0)
+    errors = 10 ** random.uniform(-4, -2, 32)
+    noisy = errors * 10 ** random.normal(0, 0.1, 32)
+    names, samples = ["y"] * 32, list(range(32))
+    gain, error = paired_gain(names, samples, errors / 2, errors)
+    assert gain == pytest.approx(10 * np.log10(2), rel=0.05)
+    assert error < 0.02
+    drawn = [paired_gain(names, samples, errors * 10 ** random.normal(0, 0.1, 32), errors)[0] for _ in range(200)]
+    assert paired_gain(names, samples, noisy, errors)[1] == pytest.approx(np.std(drawn), rel=0.3)
 
 
 def test_a_drop_is_kept_and_estimated_honestly() -> None:
