@@ -205,6 +205,7 @@ NORMALIZATIONS = [
     ),
     Case("InstanceNormalization", "x s b", {}, STATISTICS),
     Case("GroupNormalization", "x s b", {"num_groups": 2}, STATISTICS, opset=21),
+    Case("GroupNormalization", "x s b", {"num_groups": 2}, {"s": normal(2), "b": normal(2)}, opset=18),
     Case("LayerNormalization", "x s b", {}, {"s": normal(9), "b": normal(9, seed=1)}),
     Case("LayerNormalization", "x s", {"axis": 2, "epsilon": 1e-2}, {"s": normal(7, 9)}),
     Case("LpNormalization", attributes={"axis": 1}),
