@@ -31,6 +31,7 @@ BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
 WHOLE = 2**15 - 1  # integers up to here are exact in 16 bits
 EACH_DEFAULT: Mapping[str, str] = MappingProxyType({})
 FAITHFUL = 1.5  # times the least squared error of the values is allowed to a range that errs less at the outputs
+ROOM = {"s16": 1.5, "s32": 2.0}  # times the range seen: no other sample need be clipped, and steps are plenty
 CLIPPING_MUST_PAY = 0.5  # a graph input is clipped only if that at least halves its squared error
 
 
@@ -130,13 +131,12 @@ def _range_of(quant: Quant) -> Range:
 
 
 def _wide_quant(graph: Graph, names: Collection[str], covered: Range, dtype: str) -> Quant:
-    """s16 around zero where a product reads it, which keeps its sums small, else over its range; s32 around zero with room for twice the range."""
-    multiplied = any(OPS[node.op].matrix for name in names for node in graph.users(name))
-    if dtype == "s16" and not multiplied:
+    """s16 around zero where a product reads it, which keeps its sums small, else over its range; s32 around zero."""
+    covered = Range(covered.low * ROOM[dtype], covered.high * ROOM[dtype]).within(-LARGEST, LARGEST)
+    if dtype == "s16" and not any(OPS[node.op].matrix for name in names for node in graph.users(name)):
         return activation_quant(covered, dtype)
-    steps = 2.0**15 - 1 if dtype == "s16" else 2.0**30
-    covered = covered.within(-LARGEST, LARGEST)
-    return Quant(dtype, np.asarray(max(-covered.low, covered.high, SMALLEST) / steps, np.float32), 0)
+    scale = max(-covered.low, covered.high, SMALLEST) / RANGES[dtype][1]
+    return Quant(dtype, np.asarray(scale, np.float32), 0)
 
 
 def _members(graph: Graph, groups: Groups) -> dict[str, list[str]]:
