@@ -1,4 +1,4 @@
-"""Loops over raw memory that numba compiles for this computer's processor; `fast.py` decides where they run.
+"""Loops over raw memory that numba compiles for this computer's processor; `fast.py` decides where they run, `native.py` loads them.
 
 The one big idea: the bound operands are plain addresses and strides (in bytes), so a call costs less than a microsecond and each loop
 is one pass over the cache. Sums are 32-bit integers that wrap, exact in any order; floating point takes the very steps of the numpy
@@ -9,54 +9,43 @@ All is in one file because numba's cache asks only whether the file of a functio
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
 from numba import carray, njit, types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16  # int32 sums in a 512-bit register
-TAPS = 4  # products that one instruction adds to each of them
-REGISTER_BYTES = LANES * TAPS  # bytes, of the sums and of either side of the products
+from runtime.native import FEATURES, HAS_PRODUCTS, LANES, PROCESSOR, REGISTER_BYTES, TAPS
+
 ROWS = 6  # rows of the left matrix at a time: with 4 registers of columns, 24 sums, 4 weights, 1 broadcast of the 32 registers
 PANEL = 4 * LANES  # columns of the right matrix at a time
 #: what turns int8 into the unsigned byte of the same order, 128 larger
 FLIP = np.uint8(0x80)
 
 Address, Real = types.intp, types.float32
-if binding.llvm_version_info < (20,):
-    raise ImportError("numba 0.62 or later is needed: the code generated here is for LLVM 20 or later")
 
 
-class Compiled:
-    """A function compiled for its argument types when it is first used; the code is kept on disk where a folder can be written."""
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """A function to compile, its arguments' types, and whether it needs the processor's dot products."""
 
-    def __init__(self, function: Any, arguments: tuple[Any, ...]):
-        self._function, self._signature = function, types.void(*arguments)
-
-    @cached_property
-    def code(self) -> Callable[..., None]:
-        """What numba makes of it."""
-        try:
-            return njit(self._signature, cache=True, error_model="numpy")(self._function)  # type: ignore[no-any-return]
-        except RuntimeError:  # no folder for the cache
-            return njit(self._signature, error_model="numpy")(self._function)  # type: ignore[no-any-return]
-
-    def __call__(self, *arguments: Any) -> None:
-        self.code(*arguments)
+    function: Any
+    arguments: tuple[Any, ...]
+    by_products: bool
 
 
-def _compiled(*arguments: Any) -> Callable[[Any], Compiled]:
-    return lambda function: Compiled(function, arguments)
+_loops: list[_Loop] = []
 
 
-def has_dot_products() -> bool:
-    """Whether the code may use AVX512-VNNI (`vpdpbusd`): four int8 products added to each of sixteen int32 sums by one instruction."""
-    features = config.CPU_FEATURES if config.CPU_FEATURES is not None else binding.get_host_cpu_features().flatten()
-    return {"+avx512f", "+avx512vnni"} <= set(features.split(","))
+def _compiled(*arguments: Any, by_products: bool = False) -> Callable[[Any], Any]:
+    def note(function: Any) -> Any:
+        _loops.append(_Loop(function, arguments, by_products))
+        return function
+
+    return note
 
 
 def _pointer_to(element: Any) -> Any:
@@ -163,7 +152,7 @@ _six_by_4, _six_by_3, _six_by_2, _six_by_1 = (_block(ROWS, vectors) for vectors 
 _one_by_4, _one_by_3, _one_by_2, _one_by_1 = (_block(1, vectors) for vectors in (4, 3, 2, 1))
 
 
-@_compiled(*[Address] * 11)
+@_compiled(*[Address] * 11, by_products=True)
 def product(x: int, x_row: int, w: int, depth: int, bias: int, y: int, y_row: int, y_group: int, groups: int, rows: int, n: int) -> None:
     """y[groups, rows, n] = bias[n] + x[groups * rows, 4 * depth] times w as `pack` leaves it; `bias` has whole registers."""
     for start in range(0, n, PANEL):
@@ -224,7 +213,7 @@ def _pack_register(typing_context: Any, w: Any, w_row: Any, rows: Any, columns: 
     return types.void(*[types.intp] * 6), generate
 
 
-@_compiled(*[Address] * 7)
+@_compiled(*[Address] * 7, by_products=True)
 def pack(w: int, w_row: int, w_column: int, k: int, n: int, packed: int, sums: int) -> None:
     """w[k, n] as `product` takes it (its rest filled with zeros), and the sum of each column. `packed` and `sums` hold whole registers."""
     depth, whole = (k + TAPS - 1) // TAPS, (n + LANES - 1) // LANES * LANES
@@ -357,7 +346,7 @@ def _neighbours(columns: int) -> Any:
 _four_neighbours, _one_neighbour = _neighbours(COLUMNS), _neighbours(1)
 
 
-@_compiled(*[Address] * 23)
+@_compiled(*[Address] * 23, by_products=True)
 def depthwise_by_dot_products(
     x: int, x_row: int, x_column: int, height: int, width: int, channels: int, h: int, w: int, kernel_h: int, kernel_w: int, stride_h: int,
     stride_w: int, dilation_h: int, dilation_w: int, top: int, left: int, fill: int, taps: int, weights: int, bias: int, y: int, y_row: int,
@@ -566,3 +555,47 @@ def resize(
                 value = np.rint(total / scale_y)
                 value = (np.float32(0) if np.isnan(value) else value) + zero_y
                 target[c] = np.int8(np.int32(min(max(value, low), high)))
+
+
+# ---- the object code ---------------------------------------------------------------------------------------------------
+
+_WORDS = {Address: ("q", "i64"), Real: ("f", "float")}  # how `native.Call` writes a kind of argument, and LLVM
+
+
+def _entry(name: str, loop: _Loop, native_name: str) -> str:
+    """LLVM's text of a function that takes a pointer to the arguments, one in each 64-bit word, and calls the loop.
+
+    numba's own convention: two places for a result and an error, which the loops leave alone, before the arguments.
+    """
+    kinds = [_WORDS[kind][1] for kind in loop.arguments]
+    loads = [
+        f"%place{i} = getelementptr i64, ptr %arguments, i64 {i}\n%value{i} = load {kind}, ptr %place{i}"
+        for i, kind in enumerate(kinds)
+    ]  # fmt: skip
+    values = ", ".join(f"{kind} %value{i}" for i, kind in enumerate(kinds))
+    body = "\n".join(["%result = alloca ptr", "%error = alloca ptr", *loads, f"%status = call i32 @{native_name}(ptr %result, ptr %error, {values})"])
+    declared = f"declare i32 @{native_name}(ptr, ptr, {', '.join(kinds)})"
+    return f'{declared}\ndefine void @"{name}"(ptr %arguments) {{\n{body}\nret void\n}}'
+
+
+def object_code() -> bytes:
+    """An object file with an entry for each loop that this processor can run, as `native.py` expects it."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    module, names = binding.parse_assembly(""), set()
+    for loop in _loops:
+        if loop.by_products and not HAS_PRODUCTS:
+            continue
+        compiled = njit(types.void(*loop.arguments), error_model="numpy")(loop.function).overloads[loop.arguments]
+        name = f"{loop.function.__name__}.{''.join(_WORDS[kind][0] for kind in loop.arguments)}"
+        for text in (compiled.library.get_llvm_str(), _entry(name, loop, compiled.fndesc.mangled_name)):
+            module.link_in(binding.parse_assembly(text))
+        names.add(name)
+    for value in (*module.functions, *module.global_variables):
+        if not value.is_declaration and value.name not in names:
+            value.linkage = "internal"  # so that what only numba's wrappers need is dropped, with all that they refer to
+    machine = binding.Target.from_default_triple().create_target_machine(cpu=PROCESSOR, features=FEATURES, opt=3, jit=True)
+    passes = binding.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.run(module, binding.create_pass_builder(machine, binding.create_pipeline_tuning_options()))
+    return machine.emit_object(module)  # type: ignore[no-any-return]

@@ -7,21 +7,20 @@ unusual (16-bit operands, odd strides, scales that are not constants) is not don
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from runtime import compiled
 from runtime.kernels_elementwise import byte_table, expanded_table
 from runtime.kernels_window import positions
 from runtime.memory import NAMES, Array
+from runtime.native import HAS_PRODUCTS, LANES, REGISTER_BYTES, TAPS, Call, load
 from runtime.requantize import bounds
 from runtime.scratch import collapse
 from runtime.site import Run, Site
 from runtime.windows import Geometry, geometry
 
-HAS_PRODUCTS = compiled.has_dot_products()
+load()
 #: by how much the unsigned bytes that a product takes exceed what they stand for
 SHIFT = 128
 
@@ -54,7 +53,7 @@ def bind_matmul(site: Site) -> Run | None:
     (m, k), left = a.shape, _left(site, *a.shape)
     site.scratch.holds(left, None)
     arguments = (address(a), *a.strides, m, k, address(left), left.strides[0])
-    return _multiply(site, _Call(compiled.unsigned_rows, *arguments), left, k, _product_weights(site, "b", k, b), y.reshape(1, *y.shape), "c")
+    return _multiply(site, Call("unsigned_rows", *arguments), left, k, _product_weights(site, "b", k, b), y.reshape(1, *y.shape), "c")
 
 
 def _rows_of(*tiles: Array) -> bool:
@@ -64,7 +63,7 @@ def _rows_of(*tiles: Array) -> bool:
 
 def _left(site: Site, rows: int, depth: int) -> Array:
     """Room for unsigned rows [rows, depth], each with what it takes to fill the last group of taps."""
-    return site.scratch.take("unsigned", (rows, -(-depth // compiled.TAPS) * compiled.TAPS), np.uint8)
+    return site.scratch.take("unsigned", (rows, -(-depth // TAPS) * TAPS), np.uint8)
 
 
 def _gathering(site: Site, shape: Geometry, left: Array) -> Run:
@@ -74,10 +73,10 @@ def _gathering(site: Site, shape: Geometry, left: Array) -> Run:
     runs = (shape.kernel[1], 1) if joined else (1, shape.kernel[1])  # taps at once, and how often
     if shape.taps == 1 and shape.stride == (1, 1) and not shape.padded and left.shape[1] == channels and x.flags.c_contiguous:
         rows = (address(x), x.size, 1, 1, x.size, address(left), left.size)
-        return _Call(compiled.unsigned_rows, *rows)
+        return Call("unsigned_rows", *rows)
     sizes = (*shape.outputs, shape.kernel[0], *shape.stride, *shape.dilation, *shape.pad[:2])
     arguments = (address(x), *x.strides[:2], height, width, channels, *sizes, zero, address(left), left.strides[0], *runs)
-    return _Call(compiled.windows, *arguments)
+    return Call("windows", *arguments)
 
 
 class _Packed:
@@ -88,7 +87,7 @@ class _Packed:
     """
 
     def __init__(self, site: Site, name: str, columns: int, size: int, pack: Callable[[Array, Array], Run]):
-        columns = -(-columns // compiled.LANES) * compiled.LANES
+        columns = -(-columns // LANES) * LANES
         self.packed = site.scratch.take("packed", (size * columns,), np.int8)
         self.fixed = name in site.constants
         key, unknown = None, False
@@ -106,10 +105,10 @@ class _Packed:
 
 def _product_weights(site: Site, name: str, depth: int, matrix: Array) -> _Packed:
     def pack(packed: Array, sums: Array) -> Run:
-        call = _Call(compiled.pack, address(matrix), *matrix.strides, *matrix.shape, address(packed), address(sums))
+        call = Call("pack", address(matrix), *matrix.strides, *matrix.shape, address(packed), address(sums))
         return _sequence([call], (matrix, packed, sums))
 
-    return _Packed(site, name, matrix.shape[1], -(-depth // compiled.TAPS) * compiled.TAPS, pack)
+    return _Packed(site, name, matrix.shape[1], -(-depth // TAPS) * TAPS, pack)
 
 
 def _tap_weights(site: Site) -> _Packed:
@@ -117,10 +116,10 @@ def _tap_weights(site: Site) -> _Packed:
     height, width, channels = w.shape
 
     def pack(packed: Array, sums: Array) -> Run:
-        call = _Call(compiled.pack_taps, address(w), *w.strides[:2], *w.shape, address(packed), address(sums))
+        call = Call("pack_taps", address(w), *w.strides[:2], *w.shape, address(packed), address(sums))
         return _sequence([call], (w, packed, sums))
 
-    return _Packed(site, "w", channels, height * -(-width // compiled.TAPS) * compiled.TAPS, pack)
+    return _Packed(site, "w", channels, height * -(-width // TAPS) * TAPS, pack)
 
 
 class _Offset:
@@ -152,12 +151,12 @@ def _multiply(site: Site, fill_left: Run | None, left: Array, depth: int, right:
     target = _target(site, y)
     place, row = address(target), target.strides[1]
     arguments = (
-        address(left), left.strides[0], address(right.packed), left.shape[1] // compiled.TAPS, address(offset.values),
+        address(left), left.strides[0], address(right.packed), left.shape[1] // TAPS, address(offset.values),
         place, row, target.strides[0], groups, rows, n,
     )  # fmt: skip
     row_sums = (address(left), left.strides[0], rows, depth, zero_right, place, row, n)
-    take_off = _Call(compiled.subtract_row_sums, *row_sums) if zero_right else None
-    steps = [fill_left, right.refresh, offset.refresh, _Call(compiled.product, *arguments), take_off, _adding(y, target)]
+    take_off = Call("subtract_row_sums", *row_sums) if zero_right else None
+    steps = [fill_left, right.refresh, offset.refresh, Call("product", *arguments), take_off, _adding(y, target)]
     return _sequence(steps, (left, right, offset, target, y))
 
 
@@ -170,19 +169,10 @@ def _adding(y: Array, target: Array) -> Run | None:
     return None if target is y else lambda: np.copyto(y, y + target)
 
 
-class _Call(partial[None]):
-    """A compiled function with its arguments: called without a Python frame in between. Compiled now, if this is its first use."""
-
-    kept: tuple[Any, ...]
-
-    def __new__(cls, function: compiled.Compiled, *arguments: Any) -> _Call:
-        return super().__new__(cls, function.code, *arguments)
-
-
 def _sequence(wanted: list[Run | None], kept: tuple[Any, ...]) -> Run:
     """The steps (None: nothing to do) one after the other, holding on to the arrays whose addresses they know."""
     steps = [step for step in wanted if step is not None]
-    if len(steps) == 1 and isinstance(steps[0], _Call):
+    if len(steps) == 1 and isinstance(steps[0], Call):
         steps[0].kept = kept
         return steps[0]
 
@@ -205,15 +195,15 @@ def bind_dwconv(site: Site) -> Run | None:
         bias = np.zeros(y.shape[2], np.int32) if bias is None else bias
         start = (address(bias), address(y), *y.strides[:2], *y.shape)
         arguments = (address(x), *x.strides[:2], *sizes, zero, address(w), *w.strides[:2], address(y), *y.strides[:2])
-        begin = None if site.attributes["accumulate"] else _Call(compiled.start_sums, *start)
-        return _sequence([begin, _Call(compiled.depthwise, *arguments)], (x, w, y, bias))
-    weights, target, fill = _tap_weights(site), _target(site, y), np.full(compiled.LANES, zero, np.int8)
+        begin = None if site.attributes["accumulate"] else Call("start_sums", *start)
+        return _sequence([begin, Call("depthwise", *arguments)], (x, w, y, bias))
+    weights, target, fill = _tap_weights(site), _target(site, y), np.full(LANES, zero, np.int8)
     offset = _Offset(site, weights, "b", zero_left=SHIFT)
-    registers = shape.reach(0) * shape.outputs[1] * -(-shape.kernel[1] // compiled.TAPS)
-    taps = site.scratch.take("taps", (registers, compiled.REGISTER_BYTES), np.uint8)
+    registers = shape.reach(0) * shape.outputs[1] * -(-shape.kernel[1] // TAPS)
+    taps = site.scratch.take("taps", (registers, REGISTER_BYTES), np.uint8)
     places = (address(fill), address(taps), address(weights.packed), address(offset.values), address(target))
     by_products = (address(x), *x.strides[:2], *sizes, *places, *target.strides[:2])
-    steps = [weights.refresh, offset.refresh, _Call(compiled.depthwise_by_dot_products, *by_products), _adding(y, target)]
+    steps = [weights.refresh, offset.refresh, Call("depthwise_by_dot_products", *by_products), _adding(y, target)]
     return _sequence(steps, (x, fill, taps, weights, offset, target, y))
 
 
@@ -232,7 +222,7 @@ def bind_requant(site: Site) -> Run | None:
     low, high = bounds(NAMES[y.dtype], tuple(site.attributes["clamp"]))
     limits = (float(site.attributes["zero"]), float(low), float(high))
     arguments = (address(a), *a.strides[:2], address(y), *y.strides[:2], y.itemsize, *y.shape, address(scales), *limits)
-    return _sequence([_Call(compiled.requantize, *arguments)], (a, y, scales))
+    return _sequence([Call("requantize", *arguments)], (a, y, scales))
 
 
 def _as_rows(tiles: list[Array]) -> list[Array] | None:
@@ -260,7 +250,7 @@ def bind_by_table(site: Site) -> Run | None:
     low = operands[-1]
     high = (address(operands[0]), *operands[0].strides) if len(operands) == 2 else (0, 0, 0, 0)
     arguments = (address(table), *high, address(low), *low.strides, address(y), *y.strides[:2], *y.shape)
-    return _sequence([_Call(compiled.look_up, *arguments)], (table, operands, y))
+    return _sequence([Call("look_up", *arguments)], (table, operands, y))
 
 
 def _look_up_wide(table: Array, y: Array, operands: list[Array]) -> Run | None:
@@ -268,7 +258,7 @@ def _look_up_wide(table: Array, y: Array, operands: list[Array]) -> Run | None:
         return None
     x = operands[0]
     arguments = (address(table), address(x), *x.strides, x.itemsize, address(y), *y.strides[:2], y.itemsize, *y.shape)
-    return _sequence([_Call(compiled.look_up_wide, *arguments)], (table, x, y))
+    return _sequence([Call("look_up_wide", *arguments)], (table, x, y))
 
 
 def bind_resize(site: Site) -> Run | None:
@@ -285,7 +275,7 @@ def bind_resize(site: Site) -> Run | None:
         positions(site, "r", x.shape[0])  # faults on any outside of x
         positions(site, "q", x.shape[1])
 
-    return _sequence([check, _Call(compiled.resize, *places, *y.shape, *reals)], (y, x, r, q))
+    return _sequence([check, Call("resize", *places, *y.shape, *reals)], (y, x, r, q))
 
 
 KERNELS: dict[str, Callable[[Site], Run | None]] = {

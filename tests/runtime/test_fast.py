@@ -29,7 +29,7 @@ def test_the_engine_is_chosen_by_argument_then_environment(monkeypatch: pytest.M
 
 def test_without_numba_numpy_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    for name in ("fast", "compiled"):
+    for name in ("fast", "native"):
         monkeypatch.delitem(sys.modules, f"runtime.{name}", raising=False)
         monkeypatch.delattr(runtime, name, raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
