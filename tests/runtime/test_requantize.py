@@ -1,4 +1,4 @@
-"""The q31 modes of requant against their published definitions, written out on Python integers."""
+"""The modes of requant against their definitions, the published ones where there are, written out on Python integers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def q31_rne(value: int, multiplier: int, shift: int) -> int:
 
 
 def apply_scale_32(value: int, multiplier: int, shift: int, double_round: bool = False) -> int:
-    """TOSA 1.0, section 4.8.3."""
-    rounding = 1 << (shift - 1)
+    """TOSA 1.0, section 4.8.3, for shifts of 2 to 62; a shift of 0 rounds nothing here."""
+    rounding = 1 << (shift - 1) if shift else 0
     if double_round and shift > 31:
         rounding += (1 << 30) if value >= 0 else -(1 << 30)
     return (value * multiplier + rounding) >> shift
@@ -60,17 +60,24 @@ def multiply_by_quantized_multiplier(x: int, multiplier: int, shift: int) -> int
     return rounding_divide_by_pot(saturating_rounding_doubling_high_mul(min(max(x << left, LOW), HIGH), multiplier), right)
 
 
+def float32(value: Fraction) -> Fraction:
+    """The nearest number of 24 bits, half to even, and no finer than float32's 2^-149; beyond float32's range it stays as it is."""
+    digits = abs(value.numerator).bit_length() - value.denominator.bit_length()
+    unit = Fraction(2) ** max(digits - (23 if abs(value) >= Fraction(2) ** digits else 24), -149)
+    return round(value / unit) * unit
+
+
 ORACLES = {
-    "q31.rne": (q31_rne, 0, 63),
-    "q31.tosa": (apply_scale_32, 2, 62),
-    "q31.tfl": (lambda x, m, r: multiply_by_quantized_multiplier(x, m, 31 - r), 0, 62),
+    "q31.rne": q31_rne,
+    "q31.tosa": apply_scale_32,
+    "q31.tfl": lambda x, m, r: multiply_by_quantized_multiplier(x, m, 31 - r),
 }
 MODES = list(ORACLES)
 
 
 def expected(mode: str, values: Any, multipliers: Any, shifts: Any, zero: int, dtype: str, clamp: tuple[int, int]) -> list[int]:
     low, high = clamp if clamp != (-128, 127) or dtype == "s8" else (-(1 << 15), (1 << 15) - 1)
-    oracle = ORACLES[mode][0]
+    oracle = ORACLES[mode]
     rows = [zip(row, multipliers, shifts, strict=True) for row in np.asarray(values).tolist()]
     return [min(max(oracle(x, m, r) + zero, low), high) for row in rows for x, m, r in row]
 
@@ -83,8 +90,7 @@ def expected(mode: str, values: Any, multipliers: Any, shifts: Any, zero: int, d
 @given(data=st.data(), zero=st.integers(-128, 127), dtype=st.sampled_from(["s8", "s16"]), clamp=st.sampled_from([(-128, 127), (-20, 90)]),
        constant=st.booleans(), gap=st.sampled_from([0, 3]))  # fmt: skip
 def test_per_channel(mode: str, data: Any, zero: int, dtype: str, clamp: tuple[int, int], constant: bool, gap: int) -> None:
-    _, least, most = ORACLES[mode]
-    channels = data.draw(st.lists(st.tuples(multipliers, st.integers(least, most)), min_size=1, max_size=6))
+    channels = data.draw(st.lists(st.tuples(multipliers, st.integers(0, 63)), min_size=1, max_size=6))
     rows = data.draw(st.lists(st.lists(sums, min_size=len(channels), max_size=len(channels)), min_size=1, max_size=4))
     a, (m, r) = np.array(rows, np.int32), zip(*channels, strict=True)
     operands = {"a": a, "s": np.array(m, np.int32), "r": np.array(r, np.int32)}
@@ -95,14 +101,28 @@ def test_per_channel(mode: str, data: Any, zero: int, dtype: str, clamp: tuple[i
 @pytest.mark.parametrize("mode", MODES)
 def test_every_shift_at_the_edges(mode: str) -> None:
     """Ties are multiples of half a step: powers of two times odd numbers; every shift meets them with the multiplier 2^30."""
-    _, least, most = ORACLES[mode]
     ties = [sign * odd << power for power in range(0, 31) for odd in (1, 3, 5) for sign in (1, -1) if odd << power < 1 << 31]
     values = np.array([[value] for value in sorted({*EDGES, *ties, *range(-260, 261)})], np.int32)
-    for shift in range(least, most + 1):
+    for shift in range(64):
         for multiplier in (1 << 30, HIGH, (1 << 30) + 1, 0):
             a = np.ascontiguousarray(values)
             got = execute("requant", {"a": a}, result=(a.shape, "s16"), mode=mode, multiplier=multiplier, shift=shift)
             assert got.reshape(-1).tolist() == expected(mode, a, [multiplier], [shift], 0, "s16", (-128, 127)), (shift, multiplier)
+
+
+@pytest.mark.parametrize("dtype", ["s8", "s16"])
+def test_float32_is_two_exact_products_rounded_to_24_bits(dtype: str) -> None:
+    """fp32.rne: the sum, then the product, each rounded to float32; then rint. Sums around powers of two, where 24 bits end; scales of every size."""
+    near = [sign * ((1 << power) + step) for power in range(32) for step in (-3, -2, -1, 0, 1, 2, 3) for sign in (1, -1)]
+    values = sorted({value for value in (*EDGES, *near, *range(-260, 261)) if LOW <= value <= HIGH})
+    mantissas = (0x800000, 0x800001, 0xFFFFFF, 0xC00000, 0xAAAAAB)
+    scales = [Fraction(sign * mantissa) * Fraction(2) ** power for mantissa in mantissas for power in (-149, -60, -39, -32, -24, 0, 40) for sign in (1, -1)]
+    a = np.repeat(np.array(values, np.int32)[:, None], len(scales), 1)
+    s = np.array([float(scale) for scale in scales], np.float32)
+    low, high = (-128, 127) if dtype == "s8" else (-(1 << 15), (1 << 15) - 1)
+    wanted = [[min(max(round(float32(float32(Fraction(value)) * scale)) + 5, low), high) for scale in scales] for value in values]
+    for constant in ((), ("s",)):
+        assert execute("requant", {"a": a, "s": s}, result=(a.shape, dtype), constant=constant, zero=5).tolist() == wanted
 
 
 def test_the_modes_differ_at_ties() -> None:
