@@ -7,6 +7,7 @@ same bytes in every legal interleaving.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice, product
 
@@ -69,6 +70,8 @@ def _record_remarks(program: Program, directive: str, record: TensorRecord, laye
         yield f"lies at {print_place(tile)}", "give a plain address in dram or spm"
         return
     yield from _bounds_remarks(program, tile, (), "")
+    if not 0 < record.scale < math.inf:
+        yield f"has the scale {record.scale!r}", "give a number above 0"
     if directive == ".input" and _touches_constants(program, tile, ()):
         yield "overlaps the constants", "give it another address"
     if record.layer and record.layer not in layers:

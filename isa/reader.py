@@ -7,6 +7,7 @@ taken, with line and column.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -274,7 +275,10 @@ def _read_span(text: str, offset: int) -> tuple[int, int]:
 
 
 def _read_scale(text: str, offset: int) -> float:
-    return tokens.read_float32(text, "scale", offset=offset)
+    scale = tokens.read_float32(text, "scale", offset=offset)
+    if not 0 < scale < math.inf:
+        raise TokenError(offset, f"scale is {quoted(text)}", "expected a number above 0: what one step of the stored integers is worth")
+    return scale
 
 
 def _read_zero(text: str, offset: int) -> int:

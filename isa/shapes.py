@@ -17,7 +17,8 @@ from isa.tokens import did_you_mean
 #: (message, hint)
 Remark = tuple[str, str]
 MAXIMUM_DMA_DIMENSIONS = 5
-ATTRIBUTE_LIMIT = 1 << 31
+ATTRIBUTE_LIMIT = 1 << 31  # whole numbers are those of 32 bits
+PADDED_LIMIT = 1 << 28  # elements
 #: integer element type → lowest and highest value
 RANGES = {
     "s8": (-128, 127),
@@ -88,8 +89,8 @@ def _value_remarks(attribute: Attribute, value: Any) -> Iterator[Remark]:
             yield f"{name} is {value!r}", did_you_mean(part, attribute.words)
         elif attribute.kind == "quant" and not math.isfinite(part):
             yield f"{name} is {value!r}", "a scale is finite"
-        elif isinstance(part, int) and abs(part) > ATTRIBUTE_LIMIT:
-            yield f"{name} is {value!r}", "whole numbers go to 2**31"
+        elif isinstance(part, int) and not -ATTRIBUTE_LIMIT <= part < ATTRIBUTE_LIMIT:
+            yield f"{name} is {value!r}", "whole numbers go from -2**31 to 2**31 - 1"
         elif name in LOWEST and part < LOWEST[name]:
             yield f"{name} is {value!r}", f"it is at least {LOWEST[name]}"
         elif name in HIGHEST and part > HIGHEST[name]:
@@ -181,16 +182,20 @@ def channel_groups(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iter
 
 
 def windows_fit(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:
-    """Every window lies within the input tile and its padding."""
+    """Every window lies within the input tile and its padding, of 2**28 elements together at most."""
+    padded = tiles["x"].shape[2]
     for axis, name, sides in ((0, "row", "top and bottom"), (1, "column", "left and right")):
         kernel, stride, dilation, before, after = _window(axis, tiles, values)
         outputs, inputs = tiles["y"].shape[axis], tiles["x"].shape[axis]
         reach = (outputs - 1) * stride + (kernel - 1) * dilation + 1
+        padded *= before + inputs + after
         if reach > before + inputs + after:
             yield (
                 f"the last window ends at {name} {reach - before} of an input of {inputs} {name}s plus {after} of padding",
                 f"{outputs} output {name}s need {reach} input {name}s: enlarge the tile of x or the pad ({sides}), or make y smaller",
             )
+    if padded > PADDED_LIMIT:
+        yield f"x has {padded} elements with its padding", f"at most {PADDED_LIMIT}; pad less"
 
 
 def windows_not_empty(tiles: Mapping[str, Tile], values: Mapping[str, Any]) -> Iterator[Remark]:

@@ -30,6 +30,8 @@ CHUNK = 1 << 16  # characters that are read at once, at least
 SHOWN_MISTAKES = 20  # after so many `mistakes` looks no further
 DIRECTIVES = {".npu": "VERSION", ".source": "SOURCE", ".target": "TARGET", ".memory": "MEMORY",
               ".input": "INPUT", ".output": "OUTPUT", ".tensor": "TENSOR", ".layer": "LAYER"}  # fmt: skip
+#: what `mistakes` puts in place of a line that others depend on
+STAND_INS = {".npu": f".npu {VERSION}", ".target": ".target edge", ".memory": ".memory dram=0x0", ".layer": '.layer "" any', "loop": "loop 1"}
 #: terminal of the grammar → what to call it in a message
 TERMINALS = {
     "NUMBER": "a number", "STRING": "a string in double quotes", "NAME": "a name", "TILE": "a tile such as %0x0:s8[16,64]",
@@ -62,20 +64,21 @@ def parse_program(text: str, *, file: str = "") -> Program:
 
 
 def mistakes(text: str, *, file: str = "") -> list[ParseError]:
-    """What `parse_program` would say line after line, were the lines with mistakes left out. Ends where what follows depends on the line."""
-    lines, found = text.split("\n"), list[ParseError]()
+    """What `parse_program` would say line after line, were the lines with mistakes right. Ends where it can't be known what was meant."""
+    lines, found, seen = text.split("\n"), list[ParseError](), set[int]()
     while len(found) < SHOWN_MISTAKES:
         try:
             parse_program("\n".join(lines), file=file)
         except ParseError as error:
             found.append(error)
-            line = lines[error.line - 1].strip() if error.line else ""
-            if not line or line.startswith(".") or line.split()[0] in ("loop", "end"):
+            word = lines[error.line - 1].split()[0] if error.line and lines[error.line - 1].strip() else ""
+            if not word or error.line in seen or (word.startswith(".") and word not in DIRECTIVES):
                 break
-            lines[error.line - 1] = ""
+            seen.add(error.line)
+            lines[error.line - 1] = STAND_INS.get(word, "")
         else:
             break
-    return found
+    return sorted(found, key=lambda error: error.line)
 
 
 def _chunks(text: str) -> Iterator[tuple[int, str]]:

@@ -488,9 +488,8 @@ def _moving(function: Callable[[Call, list[Array]], Array]) -> Callable[[Call], 
     def kernel(call: Call) -> Array:
         values = [operand for index, operand in enumerate(call.operands) if index not in OPS[call.node.op].indices]
         operands = [operand for operand in values if operand is not None]
-        assert all(_key(operand.quant) == _key(call.tensor.quant) for operand in operands), (
-            f"{call.node.name}: operands and result have different scales"
-        )
+        if any(_key(operand.quant) != _key(call.tensor.quant) for operand in operands):
+            raise DataError(f"{call.node.name}: operands and result have different scales", hint="the graph is damaged: compile the model again")
         return function(call, [operand.stored for operand in operands])
 
     return kernel

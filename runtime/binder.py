@@ -120,7 +120,10 @@ class Binder:
         window = self._window(instruction, located, attributes) if self.known_order else None
         sums = self._float_sums(instruction, located) if self.known_order else None
         site = Site(instruction, views, attributes, self.scratch, self.memo, known, window, sums=sums)
-        run = self.kernels[instruction.name](site)
+        try:
+            run = self.kernels[instruction.name](site)
+        except MemoryError as error:
+            site.fault(f"it needs {error}", "use smaller tiles, or pad less")
         if self.meter is not None and (look := self.meter.before(index, decoded, instruction.name, views)) is not None:
             unpacking.append(look)
         self._note_readers([at for name, at in (*others, *([result] if attributes.get("accumulate") else [])) if name not in known])

@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from runtime import native
 from runtime.kernels_elementwise import byte_table, expanded_table
 from runtime.kernels_window import positions
 from runtime.memory import NAMES, Array
-from runtime.native import HAS_PRODUCTS, LANES, REGISTER_BYTES, TAPS, Call, load
+from runtime.native import LANES, REGISTER_BYTES, TAPS, Call
 from runtime.requantize import bounds
 from runtime.scratch import collapse
 from runtime.site import Run, Site
 from runtime.windows import Geometry, geometry
 
-load()
+native.load()
+HAS_PRODUCTS = native.HAS_PRODUCTS
 #: by how much the unsigned bytes that a product takes exceed what they stand for
 SHIFT = 128
 
@@ -71,7 +73,8 @@ def _gathering(site: Site, shape: Geometry, left: Array) -> Run:
     height, width, channels = x.shape
     joined = shape.dilation[1] == 1 and x.strides[1] == channels
     runs = (shape.kernel[1], 1) if joined else (1, shape.kernel[1])  # taps at once, and how often
-    if shape.taps == 1 and shape.stride == (1, 1) and not shape.padded and left.shape[1] == channels and x.flags.c_contiguous:
+    every = shape.taps == 1 and shape.outputs == (height, width) and not shape.padded  # and then the stride is of no matter
+    if every and left.shape[1] == channels and x.flags.c_contiguous:
         rows = (address(x), x.size, 1, 1, x.size, address(left), left.size)
         return Call("unsigned_rows", *rows)
     sizes = (*shape.outputs, shape.kernel[0], *shape.stride, *shape.dilation, *shape.pad[:2])
@@ -241,7 +244,7 @@ def bind_by_table(site: Site) -> Run | None:
     else:
         table = byte_table(site)
     tiles = _as_rows([y, *sources])
-    if table is None or tiles is None or any(tile.itemsize > 2 for tile in tiles) or not _rows_of(y):
+    if table is None or tiles is None or any(tile.itemsize > 2 for tile in tiles) or not _rows_of(tiles[0]):
         return None
     y, *operands = tiles
     table = np.ascontiguousarray(table)

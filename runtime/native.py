@@ -1,8 +1,8 @@
 """The compiled loops as functions of this process: object code that a child process made, kept on disk for the next start.
 
-The one big idea: numba and the parts of LLVM that compile are needed once per computer, by a process that ends; what stays in memory is 30 KB of code.
-Each entry of the code takes one pointer, to its arguments as 64-bit words; its name ends with their kinds ("q" integers, "f" float32), so a call that does
-not fit finds no entry. Importing this raises ImportError where there is no numba that can be used.
+The one big idea: numba and the parts of LLVM that compile are needed once per computer, by a process that ends; what stays in memory is
+30 KB of code. Each entry of the code takes one pointer, to its arguments as 64-bit words; its name ends with their kinds ("q" integers, "f"
+float32), so a call that does not fit finds no entry. Importing this raises ImportError where there is no numba that can be used.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ HAS_PRODUCTS = {"+avx512f", "+avx512vnni"} <= set(FEATURES.split(","))
 
 def _compile() -> bytes:
     """The object code, as a child process makes it in some seconds. Raises ImportError."""
-    package = Path(__file__).parent
-    start = f"import sys; sys.path.insert(0, {str(package.parent)!r}); from {package.name} import compiled; sys.stdout.buffer.write(compiled.object_code())"
+    root = str(Path(__file__).parents[1])
+    start = f"import sys; sys.path.insert(0, {root!r}); from runtime import compiled; sys.stdout.buffer.write(compiled.object_code())"
     environment = {**os.environ, "NUMBA_CPU_NAME": PROCESSOR, "NUMBA_CPU_FEATURES": FEATURES}
     done = subprocess.run([sys.executable, "-c", start], env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode or not done.stdout:
@@ -77,7 +77,7 @@ def _object_code() -> bytes:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
                 file.write(hashlib.sha256(code).digest() + code)
-            os.replace(file.name, folder / name)  # another process may do the same
+            Path(file.name).replace(folder / name)  # another process may do the same
             break
     return code
 

@@ -16,6 +16,7 @@ from runtime.memory import Array, aligned
 
 #: elements that a kernel works on at once, so that its float32 working arrays stay in the first- and second-level cache
 PIECE = 32768
+LARGEST_WORK = 1 << 31  # bytes of one working array
 
 
 class Scratch:
@@ -26,8 +27,10 @@ class Scratch:
         self._held: dict[int, Any] = {}
 
     def take(self, role: str, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        """An array whose content lasts until the next kernel that takes the same role."""
+        """An array whose content lasts until the next kernel that takes the same role. Raises MemoryError."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size > LARGEST_WORK:
+            raise MemoryError(f"{size} bytes of working memory; at most {LARGEST_WORK}")
         buffer = self._buffers.get(role)
         if buffer is None or len(buffer) < size:
             buffer = self._buffers[role] = aligned(max(size, len(buffer) * 3 // 2 if buffer is not None else 0))

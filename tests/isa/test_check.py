@@ -105,6 +105,8 @@ LINES = {
     "st @0xfff:s8[2], %0x0:s8[2]": "operand y, @0xfff, reaches from 0xfff to 0x1001, outside the 4096 bytes of dram",
     "matmul $0x3fc:s32[1,2], %0x0:s8[1,1], %0x1:s8[1,2]": "operand y, $0x3fc, reaches from 0x3fc to 0x404, outside the 1024 bytes of acc",
     "st @0x8ff:s8[2], %0x0:s8[2]": "operand y, @0x8ff, writes into the constants",
+    f"maxpool {POOL} pad=0,0,8192,8192": "x has 537395328 elements with its padding",
+    "reduce %0x0:s32[1], %0x10:s8[4] zero=2147483648": "zero is 2147483648",
     "fill %0x0:s8[4]{0}": "operand y, %0x0:s8[4]{0}, writes some bytes twice",
     "fill %0x0:s32[2,2]{8,8}": "operand y, %0x0:s32[2,2]{8,8}, writes some bytes twice",
     "requant %0x0:s8[4], $0x0:s32[4]{6}": "operand a, $0x0, is not aligned",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isa import TABLE, Instruction, InstructionSpec, Loop, ParseError, Program, format_instruction, format_program, parse_program
+from isa import TABLE, Instruction, InstructionSpec, Loop, ParseError, Program, format_instruction, format_program, mistakes, parse_program
 from isa.tokens import print_float32, read_float32
 from tests.isa.strategies import float32, instructions, program_of, programs
 
@@ -120,6 +120,9 @@ ERRORS = {
     HEADER + '.input "a" s8[1] @0 zero=0': "f:4:1: .input lacks scale=\n  hint: its fields are scale, zero, layer, type",
     HEADER + '.input "a" s8[1] $0 scale=1 zero=0': "f:4:18: .input lies at '$0'\n  hint: give a plain address in dram (@) or spm (%)",
     HEADER + '.input "a" s8[1] @0 scale=1 zero=0 type=float': "f:4:41: unknown outside type 'float'\n  hint: did you mean 'float64'?",
+    HEADER + '.input "a" s8[1] @0 scale=nan zero=0': (
+        "f:4:27: scale is 'nan'\n  hint: expected a number above 0: what one step of the stored integers is worth"
+    ),
     HEADER + '.input "a" s8[1] @0 scale=1 zero=0\n' * 2: "f:5:8: a second .input named 'a'\n  hint: names are unique among each kind",
     HEADER + '.input "a s8[1] @0': (
         "f:4:8: the string '\"a s8[1] @0' is not closed\n  hint: end it with a double quote on the same line; write a quote inside as \\\""
@@ -195,6 +198,18 @@ def test_mistakes_are_explained(text: str) -> None:
     with pytest.raises(ParseError) as caught:
         parse_program(text, file="f")
     assert str(caught.value) == ERRORS[text]
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    """In the order of the text, and none that only follows from another: a layer or loop that can't be read is still one."""
+    text = (
+        '.npu 2\n.target edge rws=3\n.memory dram=x\n.layer "a test\n  loop x\n    ld %0x0+0x8*i:s8[8], @0x0:s8[8] sginal=mm.0\n'
+        "    ld %0x0+0x8*i:s8[8], @0x0:s8[8] signal=mm.0\n    fil %0x0:s8[8]\n  end\n"
+    )
+    found = mistakes(text, file="f")
+    assert [error.line for error in found] == [1, 2, 3, 4, 5, 6, 8]
+    assert all(error.column and error.hint for error in found)
+    assert mistakes(CANONICAL) == []
 
 
 @settings(max_examples=300, deadline=None)

@@ -120,6 +120,22 @@ def test_windows_of_every_kind(
 
 
 @needs_numba
+@pytest.mark.parametrize("name", ["conv", "dwconv"])
+def test_inputs_larger_than_what_the_windows_read(name: str, bound: dict[str, list[bool]]) -> None:
+    """What lies beyond the last window is not copied: there is no room for it."""
+    from runtime import fast
+
+    rng = np.random.default_rng(0)
+    for size in ((4, 400), (400, 4)):
+        for stride in ((1, 1), (2, 2)):
+            x, w = integers(rng, (*size, 16)), integers(rng, (1, 1, 16, 16)[: 4 if name == "conv" else 3])
+            found = execute(name, {"x": x, "w": w}, result=((2, 2, 16), "s32"), stride=stride)
+            seen = x[: 2 * stride[0] : stride[0], : 2 * stride[1] : stride[1]].astype(np.int64)
+            assert (found == (seen @ w[0, 0] if name == "conv" else seen * w[0, 0])).all()
+    assert bound[name] == [fast.HAS_PRODUCTS or name == "dwconv"] * 4
+
+
+@needs_numba
 def test_the_vector_engine_is_compiled(bound: dict[str, list[bool]]) -> None:
     rng = np.random.default_rng(0)
     a, b, sums = integers(rng, (9, 70)), integers(rng, (9, 70)), rng.integers(-(2**31), 2**31, (4, 5, 33)).astype(np.int32)
@@ -127,8 +143,9 @@ def test_the_vector_engine_is_compiled(bound: dict[str, list[bool]]) -> None:
     for gap in (0, 5):
         execute("add", {"a": a, "b": b}, result=((9, 70), "s8"), gap=gap, qa=(0.1, 3), qb=(0.2, -4), qy=(0.3, 5))
         execute("lut", {"x": a, "t": integers(rng, (256,))}, result=((9, 70), "s8"), gap=gap, constant=("t",), base=-128)
+        execute("cvt", {"x": np.array(5, np.int8)}, result=((), "s8"))
         execute("requant", {"a": sums, "s": scales}, result=((4, 5, 33), "s8"), gap=gap, constant=("s",), zero=-9, clamp=(-100, 90))
-    assert bound == {"add": [True] * 2, "lut": [True] * 2, "requant": [True] * 2}
+    assert bound == {"add": [True] * 2, "lut": [True] * 2, "requant": [True] * 2, "cvt": [True] * 2}
 
 
 @needs_numba

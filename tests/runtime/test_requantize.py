@@ -116,7 +116,8 @@ def test_float32_is_two_exact_products_rounded_to_24_bits(dtype: str) -> None:
     near = [sign * ((1 << power) + step) for power in range(32) for step in (-3, -2, -1, 0, 1, 2, 3) for sign in (1, -1)]
     values = sorted({value for value in (*EDGES, *near, *range(-260, 261)) if LOW <= value <= HIGH})
     mantissas = (0x800000, 0x800001, 0xFFFFFF, 0xC00000, 0xAAAAAB)
-    scales = [Fraction(sign * mantissa) * Fraction(2) ** power for mantissa in mantissas for power in (-149, -60, -39, -32, -24, 0, 40) for sign in (1, -1)]
+    powers = (-149, -60, -39, -32, -24, 0, 40)
+    scales = [Fraction(sign * mantissa) * Fraction(2) ** power for mantissa in mantissas for power in powers for sign in (1, -1)]
     a = np.repeat(np.array(values, np.int32)[:, None], len(scales), 1)
     s = np.array([float(scale) for scale in scales], np.float32)
     low, high = (-128, 127) if dtype == "s8" else (-(1 << 15), (1 << 15) - 1)
