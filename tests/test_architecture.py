@@ -23,8 +23,8 @@ ALLOWED = {
     "runtime": STANDARD | {"isa", "runtime", "numpy"},
     "npucc": STANDARD | {"isa", "runtime", "npucc", "numpy", "google", "onnx", "onnxruntime", "networkx", "rich", "typer"},
 }
-#: modules of the optional compiled engine, and the one file that may import them
-OPTIONAL = {"runtime/compiled.py": {"numba", "llvmlite"}}
+#: modules of the optional compiled engine, and the files that may import them
+OPTIONAL = {"runtime/compiled.py": {"numba", "llvmlite"}, "runtime/native.py": {"llvmlite"}}
 FOLDERS = {"isa": isa, "runtime": runtime, "npucc": npucc}
 
 

@@ -39,7 +39,7 @@ def instruction(name: str, *tiles: Tile, **attributes: Value) -> Instruction:
 
 def padded_strides(shape: tuple[int, ...], dtype: str, gap: int) -> tuple[int, ...]:
     """Strides of a tile whose rows are `gap` elements longer than they need be."""
-    wider = (*shape[:-1], shape[-1] + gap)
+    wider = (*shape[:-1], shape[-1] + gap) if shape else ()
     return dense_strides(wider, dtype)
 
 
