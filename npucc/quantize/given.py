@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from npucc import scalar
 from npucc.graph import Editor, Given, Graph, Node, Quant, Tensor
 from npucc.ops import OPS, Table
 from npucc.quantize.candidates import left_may_be_wide
@@ -73,9 +74,12 @@ def _given(graph: Graph, name: str) -> Given | None:
 
 
 def _spread_whole(node: Node, known: dict[str, Given]) -> None:
-    """Multiples of a whole number are whole numbers already: who cuts off their fractions changes nothing."""
-    given = known.get(node.inputs[0]) if node.attributes == Table(("trunc", "x")) else None
-    if given is not None and float(given.scale).is_integer():
+    """What cuts off all above or below zero leaves values on their steps; so does what cuts off the fractions of multiples of a whole number."""
+    given = known.get(node.inputs[0]) if isinstance(node.attributes, Table) else None
+    if given is None or not isinstance(node.attributes, Table):
+        return
+    whole = node.attributes == Table(("trunc", "x")) and float(given.scale).is_integer()
+    if whole or scalar.is_clip(node.attributes.expression) in ((0.0, np.inf), (-np.inf, 0.0)):
         known.setdefault(node.outputs[0], given)
 
 

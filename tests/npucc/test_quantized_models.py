@@ -366,6 +366,16 @@ def test_bytes_between_bytes_are_rounded_towards_zero(factors: tuple[float, floa
     assert steps_apart(npucc.compile(proto, host=False), onnxruntime_results(proto, feed), feed) == 0
 
 
+def test_what_is_cut_off_at_zero_keeps_its_steps() -> None:
+    """PRelu, which onnxruntime computes in float: each part of its input lies on the input's steps."""
+    random = np.random.default_rng(0)
+    proto = between_pairs([node("PRelu", "x_real a", "r")], [1, 3, 16, 16], {"a": random.uniform(0, 0.4, (3, 1, 1)).astype(np.float32)})
+    feeds = [{"x": random.normal(size=(1, 3, 16, 16)).astype(np.float32)} for _ in range(4)]
+    package = npucc.compile(proto, calibration=feeds)
+    assert steps_apart(package, onnxruntime_results(proto, feeds[0]), feeds[0]) == 0
+    assert {package.graph.quant(each.outputs[0]).key for each in package.graph if each.op == "table"} == {package.graph.quant("x").key}
+
+
 def test_only_what_the_model_leaves_open_is_calibrated() -> None:
     """A result without a pair, and the sum of it: two ranges to find."""
     middle = [node("Sin", "x_real", "s"), node("ReduceMean", "s", "m", axes=[1]), node("Mul", "m x_real", "r")]
