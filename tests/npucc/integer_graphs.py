@@ -204,7 +204,6 @@ def sixteen_bits(net: Net) -> Graph:
     g = net.op("interpolate", [x], ops.Interpolate("half_pixel", (18, 16), (2.0, 2.0)), quant=wide)
     rows = net.op("reshape", [net.op("pad", [x], ops.Pad((0, 0, 1, 0), (0, 0, 0, 2), 0.1))], ops.Reshape((1, 6, 100)))
     norm = net.op("layer_norm", [rows], ops.LayerNorm(), quant=wide)
-    whole = net.op("layer_norm", [net.op("reshape", [c], ops.Reshape((math.prod(net.editor.tensors[c].shape),)))], ops.LayerNorm())
     h = net.op("matmul", [norm, net.weights((100, 11), 1)], ops.MatMul())
     i = net.op("table", [c], ops.Table(("sigmoid", "x")))
     j = net.op("table", [net.conv(a, 5, (1, 1))], ops.Table(("tanh", "x")), quant=wide)
@@ -212,6 +211,8 @@ def sixteen_bits(net: Net) -> Graph:
     last = net.op("softmax", [rows], ops.Softmax(-1)), net.op("reduce_max", [c], ops.Reduce((1,)))
     sizes = ops.Interpolate("asymmetric", (7, 12), (0.8, 1.5))
     narrowed, widened = net.op("interpolate", [x], sizes), net.op("interpolate", [net.input(1, 6, 9, 8)], sizes, quant=wide)
+    row = net.op("reshape", [c], ops.Reshape((math.prod(net.editor.tensors[c].shape),)))
+    whole = net.op("layer_norm", [row], ops.LayerNorm(), quant=Quant("s8", np.float32(0.04)))
     return net.graph(b, d, e, f, g, h, i, j, k, *last, narrowed, widened, whole)
 
 
