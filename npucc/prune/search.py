@@ -1,7 +1,7 @@
 """Budgets: try, measure, correct, until the cycles or the accuracy are as asked for.
 
-The one big idea: attempts come from a list in which the cheapest stands first, so that one number, how far to go in it, decides, and bisection
-finds it.
+The one big idea: attempts come from a list in which the cheapest stands first, so that one number, how far to go in it, decides, and the line
+between two attempts tells where to try next.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 STEPS = 5
 CLOSE = 0.01  # of all cycles: no need to estimate them better
+USED_UP = 0.8  # of the drop: no need to look for an amount that uses more of it
 NEAR = 0.05  # below the cycles asked for: no need to look for a program that uses them up
 
 
@@ -62,7 +63,9 @@ def _search_cycles(job: Job, wanted: float) -> Found:
     disagreement = judge.disagreement(amount)
     if disagreement > job.options.drop:
         scale, least = 1 << STEPS, job.prices.of(attempt.removed).cycles / job.prices.of(job.nothing).cycles
-        amount, disagreement = _largest(judge, lambda n: Amount(_by_cycles(job, least ** (n / scale)), None), scale, job.options.drop)
+        amount, disagreement = _largest(
+            judge, lambda n: Amount(_by_cycles(job, least ** (n / scale)), None), np.arange(scale + 1), disagreement, job.options.drop
+        )
         stopped, attempt = "drop", try_out(job, amount)
         after = job.clock.cycles(attempt.graph)
     return Found(attempt, stopped, (whole, after), disagreement)
@@ -134,7 +137,8 @@ def _search_layers(job: Job, drop: float) -> Found:
     amount, stopped = Amount(removed, patterns), "pattern"
     disagreement = judge.disagreement(amount)
     if disagreement > drop:
-        amount, disagreement = _largest(judge, lambda n: Amount(removed, {name: patterns[name] for name in order[:n]}), len(order), drop)
+        far = np.sqrt(np.cumsum([0.0, *(min(errors[name], 1.0) for name in order)]))  # errors of layers add up, and rows are lost to their root
+        amount, disagreement = _largest(judge, lambda n: Amount(removed, {name: patterns[name] for name in order[:n]}), far, disagreement, drop)
         stopped = "drop"
     return Found(try_out(job, amount), stopped, None, disagreement, errors)
 
@@ -148,17 +152,22 @@ def _by_cycles(job: Job, share: float) -> Array:
     return choose(job.curves, job.prices, enough, by_cycles=True)
 
 
-def _largest(judge: Judge, at: Callable[[int], Amount], most: int, drop: float) -> tuple[Amount, float]:
-    """By bisection the last of the amounts 0 … most − 1 that keeps the drop, and its disagreement; amount 0 if none does."""
-    low, high, found, disagreement = 0, most, at(0), 0.0
+def _largest(judge: Judge, at: Callable[[int], Amount], far: Array, most: float, drop: float) -> tuple[Amount, float]:
+    """Of the amounts 0 … n − 1 a large one that keeps the drop, and its disagreement; amount 0 if none does.
+
+    `far`: [n + 1], ascending, what disagreement grows with, about in proportion; `most`: that of amount n, which is too much. Each place to try is
+    where the straight line between the two nearest measured ones meets the drop.
+    """
+    low, high, found, disagreement = 0, len(far) - 1, at(0), 0.0
     for _ in range(STEPS):
-        if high - low <= 1:
+        if high - low <= 1 or disagreement >= USED_UP * drop > 0:
             break
-        middle = (low + high) // 2
+        aim = far[low] + (far[high] - far[low]) * (drop - disagreement) / (most - disagreement)
+        middle = int(np.clip(np.searchsorted(far, aim, side="right") - 1, low + 1, high - 1))
         amount = at(middle)
         measured = judge.disagreement(amount)
         if measured > drop:
-            high = middle
+            high, most = middle, measured
         else:
             low, found, disagreement = middle, amount, measured
     return found, disagreement
