@@ -1,8 +1,9 @@
 """What a legal program may do but has no reason to: the marks of an address that is wrong within its memory.
 
 The one big idea: each write makes a *value*, bytes that belong together. Someone reads a value before it is gone; when part of it is
-overwritten, the rest is not read any more (a `fill` is a background and may be); one operand does not mix values of different make
-(loaded, computed, constant; element types). Constants are loaded in whole blocks, and all of them are.
+overwritten, the rest is not read any more (a `fill` is a background and may be); one operand, or one output of the program, does not mix
+values of different make (loaded, computed, constant; element types). Constants are loaded in whole blocks, and all of them are; on the chip
+they are read in whole blocks too (a bias, its scales, a slice of weights), each always as the same type, and all of them are.
 
 The rules of `isa.check` let such programs pass, for they give the same bytes in every order, and by hand one may write a line buffer whose rows
 are replaced one by one. The compiler's programs keep the discipline, so a wrong address in one of them shows.
@@ -26,6 +27,8 @@ PADDING = 64  # constants that nobody loads are taken to be padding up to here, 
 INPUT, BACKGROUND = "input", "fill"
 
 Numbers = npt.NDArray[np.int32]
+#: constants in DRAM: from, to, the bytes between, what they are taken for; and a line that does
+Blocks = dict[tuple[int, int, Footprint, str], Instruction]
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class _Value:
     left: int
     read: bool = False
     broken: bool = False
+    moved: int | None = None  # of constants that lie here as they lie in DRAM: how far below
 
 
 def suspicions(program: Program) -> list[Finding]:
@@ -54,7 +58,8 @@ class _Walk:
         sizes = {"dram": program.dram_bytes, "spm": program.target.spm_bytes, "acc": program.target.acc_bytes}
         self.owners = {space: np.zeros(size, np.int32) for space, size in sizes.items()}  # number of the value that each byte belongs to
         self.values = [_Value(None, (), 0)]  # number 0: nobody's
-        self.blocks: dict[tuple[int, int, Footprint], Instruction] = {}  # constants as they are loaded: from, to, the bytes between
+        self.loaded: Blocks = {}  # constants as they are loaded
+        self.used: Blocks = {}  # and as they are read once they are on the chip
         self.found: list[Finding] = []
         self.reported: set[tuple[str, int]] = set()
         for record in program.inputs:
@@ -62,39 +67,52 @@ class _Walk:
 
     def advance(self, step: Step, iterations: tuple[int, ...]) -> None:
         """One instruction: what it reads, then what it writes."""
-        constant = False
+        source: tuple[Access, int] | None = None
         for access in step.accesses:
             address = address_at(access.tile, iterations) if access.tile.steps else access.tile.address
             if access.reads and self.holds_constants(access.tile, address):
-                constant = True
-                block = (address + access.footprint.low, address + access.footprint.high, access.footprint)
-                self.blocks.setdefault(block, step.instruction)
+                source = (access, address)
+                self.loaded.setdefault(_block(access, address, ""), step.instruction)
             elif access.reads:
                 self.read(access, address, step.instruction)
         for access in step.accesses:
             if access.writes:
                 address = address_at(access.tile, iterations) if access.tile.steps else access.tile.address
                 queue = BACKGROUND if step.instruction.name == "fill" else QUEUES[step.queue]
-                self.write(access.tile, address, step.instruction, (queue, access.tile.dtype, "constant" if constant else ""))
+                make = (queue, access.tile.dtype, "constant" if source else "")
+                moved = _distance(source, access.tile, address) if source else None
+                if source and moved is None:
+                    self.used.setdefault(_block(*source, ""), step.instruction)
+                self.write(access.tile, address, step.instruction, make, moved)
 
     def holds_constants(self, tile: Tile, address: int) -> bool:
         first = self.program.constants_address
         return tile.space == "dram" and first <= address < first + self.program.constants_bytes
 
     def read(self, access: Access, address: int, instruction: Instruction) -> None:
-        numbers = [number for number in np.unique(_bytes_of(self.owners[access.tile.space], access.tile, address)).tolist() if number]
-        place = print_place(access.tile)
-        values = [self.values[number] for number in numbers]
-        makes = {value.make for value in values if value.make[0] != BACKGROUND}
-        if len(makes) > 1:
-            told = " and ".join(sorted(" ".join(filter(None, make)) for make in makes))
-            self.report("mix", instruction, f"{instruction.name} reads {place} across bytes that were made differently ({told})")
+        values = self.values_of(access.tile, address)
+        for value in values:
+            if value.moved is not None:
+                self.used.setdefault(_block(access, address + value.moved, access.tile.dtype), instruction)
+        self.require_one_make(values, instruction, f"{instruction.name} reads {print_place(access.tile)}")
+
+    def values_of(self, tile: Tile, address: int) -> list[_Value]:
+        """What the bytes of a tile belong to, each from now on read."""
+        values = [self.values[number] for number in np.unique(_bytes_of(self.owners[tile.space], tile, address)).tolist() if number]
         for value in values:
             value.read = True
-            if value.broken and value.make[0] != BACKGROUND:
-                self.report("rest", instruction, f"{instruction.name} reads {place}, where the rest of a partly overwritten value is left")
+        return values
 
-    def write(self, tile: Tile, address: int, instruction: Instruction | None, make: tuple[str, ...]) -> None:
+    def require_one_make(self, values: list[_Value], instruction: Instruction, reader: str) -> None:
+        values = [value for value in values if value.make[0] != BACKGROUND]
+        makes = {value.make for value in values}
+        if len(makes) > 1:
+            told = " and ".join(sorted(" ".join(filter(None, make)) for make in makes))
+            self.report("mix", instruction, f"{reader} across bytes that were made differently ({told})")
+        if any(value.broken for value in values):
+            self.report("rest", instruction, f"{reader}, where the rest of a partly overwritten value is left")
+
+    def write(self, tile: Tile, address: int, instruction: Instruction | None, make: tuple[str, ...], moved: int | None = None) -> None:
         view = _bytes_of(self.owners[tile.space], tile, address)
         for number, count in zip(*(each.tolist() for each in np.unique(view, return_counts=True)), strict=True):
             old = self.values[number]
@@ -103,7 +121,7 @@ class _Walk:
             if old.left == 0:
                 self.require_read(old)
         view[...] = len(self.values)
-        self.values.append(_Value(instruction, make, view.size))
+        self.values.append(_Value(instruction, make, view.size, moved=moved))
 
     def require_read(self, value: _Value) -> None:
         if value.instruction is not None and not value.read:
@@ -113,12 +131,16 @@ class _Walk:
     def finish(self) -> None:
         """At the end: results count as read, everything else must have been."""
         for record in (*self.program.outputs, *self.program.tensors):
-            for number in np.unique(_bytes_of(self.owners[record.tile.space], record.tile, record.tile.address)).tolist():
-                self.values[number].read = True
+            values = self.values_of(record.tile, record.tile.address)
+            written = [value.instruction for value in values if value.instruction is not None]
+            if record in self.program.outputs and written:
+                self.require_one_make(values, written[-1], f"the caller reads output {record.name!r}")
         for value in self.values:
             if value.left > 0:
                 self.require_read(value)
-        for message, instruction in _block_remarks(self.program, self.blocks):
+        first, stop = self.program.constants_address, self.program.constants_address + self.program.constants_bytes
+        remarks = list(_block_remarks("load", self.loaded, first, stop)) or list(_block_remarks("read", self.used, first, stop))
+        for message, instruction in remarks:
             self.report("constants", instruction, message)
 
     def report(self, rule: str, instruction: Instruction, message: str) -> None:
@@ -135,18 +157,27 @@ def _bytes_of(owners: Numbers, tile: Tile, address: int) -> Numbers:
     return np.lib.stride_tricks.as_strided(owners[address:], (*shape, DTYPES[tile.dtype]), strides)
 
 
-def _block_remarks(program: Program, blocks: dict[tuple[int, int, Footprint], Instruction]) -> Iterator[tuple[str, Instruction]]:
-    """Blocks of constants that share some of their bytes, and constants between blocks that nobody loads."""
-    end, widest, last = program.constants_address, None, None  # up to where, the block that reaches so far, the line before
-    for (low, high, bytes_of_block), instruction in sorted(blocks.items(), key=lambda item: item[0][:2]):
-        first = low - bytes_of_block.low
-        if low < end and (widest is None or overlaps(*widest, bytes_of_block, first)):
-            yield f"{instruction.name} loads constants from {print_address(low)}, in the middle of a block that another line loads", instruction
+def _block(access: Access, address: int, dtype: str) -> tuple[int, int, Footprint, str]:
+    return address + access.footprint.low, address + access.footprint.high, access.footprint, dtype
+
+
+def _distance(source: tuple[Access, int], result: Tile, address: int) -> int | None:
+    """From the result of a load up to its source, where both are dense; None elsewhere."""
+    tile, place = source[0].tile, source[1]
+    return place - address if tile.is_dense and result.is_dense and tile.dtype == result.dtype else None
+
+
+def _block_remarks(verb: str, blocks: Blocks, first: int, stop: int) -> Iterator[tuple[str, Instruction]]:
+    """Blocks of constants that share some of their bytes, and constants (between `first` and `stop`) that belong to no block."""
+    end, widest, last = first, None, None  # up to where, the block that reaches so far, the line before
+    for (low, high, bytes_of_block, _), instruction in sorted(blocks.items(), key=lambda item: item[0][:2]):
+        start = low - bytes_of_block.low
+        if low < end and (widest is None or overlaps(*widest, bytes_of_block, start)):
+            yield f"{instruction.name} {verb}s constants from {print_address(low)}, in the middle of a block that another line {verb}s", instruction
         if low >= end + PADDING:
-            yield f"nobody loads the constants from {print_address(end)} to {print_address(low)}, just before those that this line loads", instruction
+            yield f"nobody {verb}s the constants from {print_address(end)} to {print_address(low)}, just before those that this line {verb}s", instruction
         if high >= end:
-            end, widest = high, (bytes_of_block, first)
+            end, widest = high, (bytes_of_block, start)
         last = instruction
-    stop = program.constants_address + program.constants_bytes
     if last is not None and stop >= end + PADDING:
-        yield f"nobody loads the constants from {print_address(end)} to {print_address(stop)}, just after those that this line loads", last
+        yield f"nobody {verb}s the constants from {print_address(end)} to {print_address(stop)}, just after those that this line {verb}s", last

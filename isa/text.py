@@ -21,7 +21,7 @@ from isa.program import Instruction, Layer, Loop, Program, TensorRecord
 from isa.reader import VERSION, Reader, unknown_instruction
 from isa.spec import SPEC
 from isa.target import Target
-from isa.tokens import did_you_mean, quoted
+from isa.tokens import did_you_mean, nearest, quoted
 
 MAXIMUM_TEXT = 64 << 20  # characters
 MAXIMUM_LINES = 200_000
@@ -72,7 +72,9 @@ def mistakes(text: str, *, file: str = "") -> list[ParseError]:
         except ParseError as error:
             found.append(error)
             word = lines[error.line - 1].split()[0] if error.line and lines[error.line - 1].strip() else ""
-            if not word or error.line in seen or (word.startswith(".") and word not in DIRECTIVES):
+            if word.startswith("."):
+                word = nearest(word, DIRECTIVES)
+            if not word or error.line in seen:
                 break
             seen.add(error.line)
             lines[error.line - 1] = STAND_INS.get(word, "")

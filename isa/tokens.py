@@ -44,8 +44,13 @@ class TokenError(Exception):
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """`did you mean 'conv'?` when something known is near, else the list of what is known."""
     known = list(known)
-    near = difflib.get_close_matches(found[:64], known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    near = nearest(found, known)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+
+
+def nearest(found: str, known: Iterable[str]) -> str:
+    """What was probably meant; "" when nothing known is near."""
+    return next(iter(difflib.get_close_matches(found[:64], known, n=1)), "")
 
 
 def quoted(found: str) -> str:

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from isa.program import Instruction, Program, TensorRecord, Tile, address_at
+from isa.geometry import writes_twice
+from isa.program import DTYPES, Instruction, Program, TensorRecord, Tile, address_at
 from isa.spec import SPEC
 from runtime.decode import Decoded, decode
 from runtime.errors import RuntimeFault
 from runtime.gemm import FloatSums
 from runtime.host import Host
 from runtime.kernels import KERNELS, Bind
-from runtime.memory import NUMPY, Array, Memory, extent, merge, overlaps_itself
+from runtime.memory import NUMPY, Array, Memory, extent, merge
 from runtime.packing import unpack
 from runtime.scratch import Scratch
 from runtime.site import Run, Site, sequence
@@ -179,7 +180,8 @@ class Binder:
         decoded = self._decoded.get(id(instruction))
         if decoded is None:
             decoded = self._decoded[id(instruction)] = decode(instruction)
-            if "y" in decoded.tiles and overlaps_itself(decoded.tiles["y"]):
+            y = decoded.tiles.get("y")
+            if y is not None and writes_twice(y.storage.shape, y.storage.strides, DTYPES[y.dtype]):
                 told = f"{instruction.name}: elements of the result share bytes"
                 raise RuntimeFault(told, line=instruction.line, hint="use strides that keep them apart")
         return decoded

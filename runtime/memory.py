@@ -110,16 +110,6 @@ def extent(tile: Tile, address: int) -> tuple[int, int]:
     return low - tile.address + address, high - tile.address + address
 
 
-def overlaps_itself(tile: Tile) -> bool:
-    """Whether two elements may share a byte: then the order of writes would matter (conservative for unusual strides)."""
-    reach = DTYPES[tile.dtype]
-    for stride, size in sorted((abs(stride), size) for stride, size in zip(tile.strides, tile.shape, strict=True) if size > 1):
-        if stride < reach:
-            return True
-        reach += (size - 1) * stride
-    return False
-
-
 def merge(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The union of byte ranges as sorted, disjoint ranges."""
     merged: list[tuple[int, int]] = []

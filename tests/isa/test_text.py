@@ -203,11 +203,11 @@ def test_mistakes_are_explained(text: str) -> None:
 def test_all_mistakes_are_told_at_once() -> None:
     """In the order of the text, and none that only follows from another: a layer or loop that can't be read is still one."""
     text = (
-        '.npu 2\n.target edge rws=3\n.memory dram=x\n.layer "a test\n  loop x\n    ld %0x0+0x8*i:s8[8], @0x0:s8[8] sginal=mm.0\n'
+        '.npu 2\n.sorce "x"\n.target edge rws=3\n.memory dram=x\n.layer "a test\n  loop x\n    ld %0x0+0x8*i:s8[8], @0x0:s8[8] sginal=mm.0\n'
         "    ld %0x0+0x8*i:s8[8], @0x0:s8[8] signal=mm.0\n    fil %0x0:s8[8]\n  end\n"
     )
     found = mistakes(text, file="f")
-    assert [error.line for error in found] == [1, 2, 3, 4, 5, 6, 8]
+    assert [error.line for error in found] == [1, 2, 3, 4, 5, 6, 7, 9]
     assert all(error.column and error.hint for error in found)
     assert mistakes(CANONICAL) == []
 
