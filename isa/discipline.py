@@ -164,7 +164,8 @@ def _block(access: Access, address: int, dtype: str) -> tuple[int, int, Footprin
 def _distance(source: tuple[Access, int], result: Tile, address: int) -> int | None:
     """From the result of a load up to its source, where both are dense; None elsewhere."""
     tile, place = source[0].tile, source[1]
-    return place - address if tile.is_dense and result.is_dense and tile.dtype == result.dtype else None
+    alike = tile.shape == result.shape and tile.dtype == result.dtype
+    return place - address if alike and tile.is_dense and result.is_dense else None
 
 
 def _block_remarks(verb: str, blocks: Blocks, first: int, stop: int) -> Iterator[tuple[str, Instruction]]:
@@ -172,10 +173,11 @@ def _block_remarks(verb: str, blocks: Blocks, first: int, stop: int) -> Iterator
     end, widest, last = first, None, None  # up to where, the block that reaches so far, the line before
     for (low, high, bytes_of_block, _), instruction in sorted(blocks.items(), key=lambda item: item[0][:2]):
         start = low - bytes_of_block.low
+        place = print_address(low)
         if low < end and (widest is None or overlaps(*widest, bytes_of_block, start)):
-            yield f"{instruction.name} {verb}s constants from {print_address(low)}, in the middle of a block that another line {verb}s", instruction
+            yield f"{instruction.name} {verb}s constants from {place}, in the middle of a block that another line {verb}s", instruction
         if low >= end + PADDING:
-            yield f"nobody {verb}s the constants from {print_address(end)} to {print_address(low)}, just before those that this line {verb}s", instruction
+            yield f"nobody {verb}s the constants from {print_address(end)} to {place}, just before those that this line {verb}s", instruction
         if high >= end:
             end, widest = high, (bytes_of_block, start)
         last = instruction

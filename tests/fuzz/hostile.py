@@ -152,8 +152,8 @@ def _run(program: Program, constants: bytes) -> str:
     try:
         if simulate(program).total_cycles > CYCLES:
             return "too long to run"
-        feeds = {record.name: np.zeros(record.tile.shape, record.dtype) for record in program.inputs}
-        Machine(program, constants).run(feeds)
+        machine = Machine(program, constants)  # refuses an input that does not fit its memory, before anybody makes one
+        machine.run({record.name: np.zeros(record.tile.shape, record.dtype) for record in program.inputs})
     except RuntimeFault:
         return "refused"
     return "run"
