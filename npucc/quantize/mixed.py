@@ -27,7 +27,7 @@ from npucc.quantize.sensitivity import Sensitivity, measure
 Array = np.ndarray[Any, np.dtype[Any]]
 Way = TypeVar("Way")
 
-PERCENT = 0.12  # dB that one percent of cycles has to gain
+PERCENT = 0.1  # dB that one percent of cycles has to gain
 GENEROUS = 3.0  # times less is asked of an estimate than of the measurement that follows it
 FREE = 0.02  # percent of cycles: what costs less is compared as if it cost that
 SMALLEST_GAIN = 0.02  # dB: less is no reason to widen anything

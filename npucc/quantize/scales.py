@@ -31,7 +31,7 @@ BOOLEAN = Quant("u8", np.asarray(1.0, np.float32), 0)
 WHOLE = 2**15 - 1  # integers up to here are exact in 16 bits
 EACH_DEFAULT: Mapping[str, str] = MappingProxyType({})
 FAITHFUL = 1.5  # times the least squared error of the values is allowed to a range that errs less at the outputs
-ROOM = {"s16": 1.25, "s32": 2.0}  # times the range seen: other samples need not be clipped, and steps are plenty
+ROOM = {"s16": 1.1, "s32": 2.0}  # times the range seen: other samples need not be clipped, and steps are plenty
 CLIPPING_MUST_PAY = 0.5  # a graph input is clipped only if that at least halves its squared error
 
 
