@@ -22,6 +22,7 @@ from isa.text import format_instruction
 from isa.tokens import print_address, print_place
 
 MAXIMUM_FINDINGS = 100
+MAXIMUM_NOTED = 1 << 22  # runs of strided tiles that are noted or looked up one by one, in all
 MAXIMUM_ROWS = 1 << 14  # rows of one tile that are looked up when its bounding interval was not all written
 
 Channel = tuple[str, str, int]  # from queue, to queue, number
@@ -97,6 +98,8 @@ class _Walk:
         self.signallers: dict[Channel, Instruction] = {}
         self.reported: set[tuple[int, ...]] = set()
         self.looked_up: set[tuple[str, int, int]] = set()  # strided tiles whose runs were all found written, or reported
+        self.written: set[tuple[str, int, int]] = set()  # strided tiles whose runs were all noted
+        self.runs = 0  # noted or looked up, all together
         self.memories = {space: _Memory() for space in ("dram", "spm", "acc")}
         dram = self.memories["dram"].written
         dram.add(program.constants_address, program.constants_address + program.constants_bytes)
@@ -137,8 +140,21 @@ class _Walk:
             low, high = address + access.footprint.low, address + access.footprint.high
             memory = self.memories[access.tile.space]
             if access.writes and not memory.written.covers(low, high):
-                _add_bytes(memory.written, access.footprint, low, high)
+                self.note_written(access, low, high)
             memory.log(step.queue, access.writes).add(low, high, number, address, access.footprint, step.instruction)
+
+    def note_written(self, access: Access, low: int, high: int) -> None:
+        """Run by run, each place once; of endless runs the gaps count as written too."""
+        written, mark = self.memories[access.tile.space].written, access.footprint
+        place = (access.tile.space, low, id(mark))
+        if place in self.written:
+            return
+        self.written.add(place)
+        self.runs += mark.runs
+        if self.runs > MAXIMUM_NOTED:
+            written.add(low, high)
+        else:
+            _add_bytes(written, mark, low, high)
 
     def require_written(self, step: Step, access: Access, low: int, written: Coverage) -> None:
         """Report a read of bytes that no earlier instruction wrote. Strided tiles are looked up run by run."""
@@ -147,6 +163,9 @@ class _Walk:
         if place in self.looked_up or key in self.reported:
             return
         self.looked_up.add(place)
+        self.runs += access.footprint.runs
+        if self.runs > MAXIMUM_NOTED:
+            return
         runs = ((start, start + access.footprint.run) for start in _run_addresses(access.footprint, low))
         missing = next((written.first_missing(*run) for run in runs if not written.covers(*run)), None)
         if missing is None:

@@ -17,7 +17,7 @@ import networkx as nx
 import numpy as np
 
 from npucc.errors import GraphError
-from npucc.ops import OPS, Attributes, Quantize
+from npucc.ops import MANY, OPS, Attributes, Quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +329,9 @@ def verify(graph: Graph) -> None:
         low, high = record.arity
         if not low <= len(node.inputs) <= high:
             raise GraphError(f"node {node.name!r} ({node.op}) has {len(node.inputs)} inputs, expected {low} to {high}")
-        for name in node.inputs:
+        for index, name in enumerate(node.inputs):
+            if not name and (index < low or high == MANY):
+                raise GraphError(f"node {node.name!r} ({node.op}) lacks its input {index}")
             if name and name not in made:
                 raise GraphError(f"node {node.name!r} ({node.op}) reads {name!r}, which nothing before it makes")
         for name in node.outputs:

@@ -250,14 +250,27 @@ def window_size(size: int, kernel: int, stride: int, dilation: int, pads: int) -
     return (size + pads - dilation * (kernel - 1) - 1) // stride + 1
 
 
+MANY = 1 << 30  # inputs
+WRONG: Shape = (-1,)  # of operands that do not go together: no tensor has it
+
+
+def _are_vectors(shapes: Sequence[Shape | None], size: int) -> bool:
+    """Whether each, where it is given, is [size]."""
+    return all(shape in (None, (size,)) for shape in shapes)
+
+
 def _conv(a: Conv, shapes: Sequence[Shape]) -> Shape:
-    (n, _, h, w), (out, _, kh, kw) = shapes[0], shapes[1]
+    (n, channels, h, w), (out, per_group, kh, kw) = shapes[0], shapes[1]
+    if per_group * a.groups != channels or out % a.groups or not _are_vectors(shapes[2:], out):
+        return WRONG
     top, left, bottom, right = a.pads
     return (n, out, window_size(h, kh, a.strides[0], a.dilations[0], top + bottom), window_size(w, kw, a.strides[1], a.dilations[1], left + right))
 
 
 def _conv_transpose(a: ConvTranspose, shapes: Sequence[Shape]) -> Shape:
-    (n, _, h, w), (_, out, kh, kw) = shapes[0], shapes[1]
+    (n, channels, h, w), (weights, out, kh, kw) = shapes[0], shapes[1]
+    if weights != channels or channels % a.groups or not _are_vectors(shapes[2:], out * a.groups):
+        return WRONG
     sizes = []
     for i, (size, kernel) in enumerate(((h, kh), (w, kw))):
         sizes.append((size - 1) * a.strides[i] + (kernel - 1) * a.dilations[i] + 1 + a.output_padding[i] - a.pads[i] - a.pads[i + 2])
@@ -266,8 +279,8 @@ def _conv_transpose(a: ConvTranspose, shapes: Sequence[Shape]) -> Shape:
 
 def _matmul(_: MatMul, shapes: Sequence[Shape]) -> Shape:
     left, right = shapes[0], shapes[1]
-    if left[-1] != right[-2]:
-        return (-1,)
+    if left[-1] != right[-2] or not _are_vectors(shapes[2:], right[-1]):
+        return WRONG
     return (*np.broadcast_shapes(left[:-2], right[:-2]), left[-2], right[-1])
 
 
@@ -297,7 +310,11 @@ def _gather(a: Gather, shapes: Sequence[Shape]) -> Shape:
 
 
 def _reshape(a: Reshape, shapes: Sequence[Shape]) -> Shape | None:
-    return a.shape if math.prod(a.shape) == math.prod(shapes[0]) else (-1,)
+    return a.shape if math.prod(a.shape) == math.prod(shapes[0]) else WRONG
+
+
+def _layer_norm(_: LayerNorm, shapes: Sequence[Shape]) -> Shape:
+    return shapes[0] if _are_vectors(shapes[1:], shapes[0][-1]) else WRONG
 
 
 TABLE: tuple[Operator, ...] = (
@@ -319,16 +336,16 @@ TABLE: tuple[Operator, ...] = (
     Operator("reduce_max", Reduce, (1, 1), _reduce, "maximum over axes (kept as 1)", moves_data=True),
     Operator("reduce_min", Reduce, (1, 1), _reduce, "minimum over axes (kept as 1)", moves_data=True),
     Operator("softmax", Softmax, (1, 1), _same, "softmax along one axis", fixed_range=(0.0, 1.0)),
-    Operator("layer_norm", LayerNorm, (1, 3), _same, "layer normalization over the last dimension"),
+    Operator("layer_norm", LayerNorm, (1, 3), _layer_norm, "layer normalization over the last dimension"),
     Operator("interpolate", Interpolate, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "another size, linear in between"),
     Operator("resize", Resize, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "another size, by the nearest element", moves_data=True),
-    Operator("concat", Concat, (1, 1 << 30), _concat, "concatenation", moves_data=True),
+    Operator("concat", Concat, (1, MANY), _concat, "concatenation", moves_data=True),
     Operator("slice", Slice, (1, 1), lambda a, _: a.sizes, "strided slice", moves_data=True),
     Operator("gather", Gather, (2, 2), _gather, "slices of a table, picked by computed indices", moves_data=True, indices=(1,)),
     Operator("transpose", Transpose, (1, 1), lambda a, s: tuple(s[0][i] for i in a.permutation), "permutation of dimensions", moves_data=True),
     Operator("reshape", Reshape, (1, 1), _reshape, "another shape, same order", moves_data=True),
     Operator("expand", Expand, (1, 1), lambda a, _: a.shape, "broadcast to a shape", moves_data=True),
     Operator("pad", Pad, (1, 1), lambda a, s: tuple(n + b + e for n, b, e in zip(s[0], a.before, a.after, strict=True)), "padding", moves_data=True),
-    Operator("host", Host, (0, 1 << 30), lambda *_: None, "a part of the ONNX model, run by onnxruntime on the host", host=True),
+    Operator("host", Host, (0, MANY), lambda *_: None, "a part of the ONNX model, run by onnxruntime on the host", host=True),
 )
 OPS: dict[str, Operator] = {record.name: record for record in TABLE}

@@ -153,7 +153,8 @@ class Binder:
         if instruction.name != "requant" or self.latest is None:
             return None
         (producer, y, sums), a = self.latest, located["a"]
-        same = a.tile.space == "acc" and a.address == y.address and a.tile.is_dense and y.tile.is_dense and a.tile.elements == y.tile.elements
+        same = a.tile.space == "acc" and a.address == y.address and a.tile.is_dense and y.tile.is_dense
+        same = same and (a.tile.elements, a.tile.shape[-1:]) == (y.tile.elements, y.tile.shape[-1:])  # else the bias lies otherwise
         return sums if same and not sums.taken and self.writers["acc"].only(*a.extent) == producer else None
 
     def _follow_accumulators(self, number: int, site: Site, queue: str, located: dict[str, Located]) -> None:

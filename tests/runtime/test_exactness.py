@@ -94,7 +94,7 @@ def dwconv(y: Tile = SUMS) -> Instruction:
 def requant(place: int, a: Tile = SUMS) -> Instruction:
     """Into the place-th result."""
     y = Tile.dense("spm", 0x2000 + place * 256, "s8", a.shape)
-    return instruction("requant", y, a, Tile.dense("spm", SCALE, "f32", (CHANNELS,)), zero=3)
+    return instruction("requant", y, a, Tile.dense("spm", SCALE, "f32", a.shape[-1:]), zero=3)
 
 
 def outcomes(body: list[Instruction], monkeypatch: pytest.MonkeyPatch, *, bias: Any) -> tuple[list[Any], int]:
@@ -141,6 +141,7 @@ PROGRAMS: dict[str, tuple[list[Instruction], int]] = {
     "one reader": ([conv(), requant(0)], 1),
     "no bias": ([conv(bias=False), requant(0)], 1),
     "another shape of the same bytes": ([conv(), requant(0, FLAT)], 1),
+    "rows of another length of the same bytes": ([conv(), requant(0, Tile.dense("acc", 0, "s32", (12, 2)))], 0),
     "overwritten after the reader": ([conv(), requant(0), conv(bias=False), requant(1)], 2),
     "two readers": ([conv(), requant(0), requant(1)], 0),
     "a reader after another product": ([conv(), requant(0), conv(LATER, bias=False), requant(1, LATER), requant(2)], 1),
