@@ -304,6 +304,20 @@ def _concat(a: Concat, shapes: Sequence[Shape]) -> Shape:
     return tuple(total if i == a.axis else size for i, size in enumerate(shapes[0]))
 
 
+def _slice(a: Slice, shapes: Sequence[Shape]) -> Shape:
+    spans = zip(a.starts, a.sizes, a.steps, shapes[0], strict=True)
+    inside = all(0 <= place < whole for start, size, step, whole in spans if size for place in (start, start + (size - 1) * step))
+    return a.sizes if inside else WRONG
+
+
+def _transpose(a: Transpose, shapes: Sequence[Shape]) -> Shape:
+    return tuple(shapes[0][i] for i in a.permutation) if sorted(a.permutation) == list(range(len(shapes[0]))) else WRONG
+
+
+def _expand(a: Expand, shapes: Sequence[Shape]) -> Shape:
+    return tuple(np.broadcast_shapes(a.shape, shapes[0]))
+
+
 def _gather(a: Gather, shapes: Sequence[Shape]) -> Shape:
     data, indices = shapes
     return (*data[: a.axis], *indices, *data[a.axis + 1 :])
@@ -340,11 +354,11 @@ TABLE: tuple[Operator, ...] = (
     Operator("interpolate", Interpolate, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "another size, linear in between"),
     Operator("resize", Resize, (1, 1), lambda a, s: (*s[0][:-2], *a.size), "another size, by the nearest element", moves_data=True),
     Operator("concat", Concat, (1, MANY), _concat, "concatenation", moves_data=True),
-    Operator("slice", Slice, (1, 1), lambda a, _: a.sizes, "strided slice", moves_data=True),
+    Operator("slice", Slice, (1, 1), _slice, "strided slice", moves_data=True),
     Operator("gather", Gather, (2, 2), _gather, "slices of a table, picked by computed indices", moves_data=True, indices=(1,)),
-    Operator("transpose", Transpose, (1, 1), lambda a, s: tuple(s[0][i] for i in a.permutation), "permutation of dimensions", moves_data=True),
+    Operator("transpose", Transpose, (1, 1), _transpose, "permutation of dimensions", moves_data=True),
     Operator("reshape", Reshape, (1, 1), _reshape, "another shape, same order", moves_data=True),
-    Operator("expand", Expand, (1, 1), lambda a, _: a.shape, "broadcast to a shape", moves_data=True),
+    Operator("expand", Expand, (1, 1), _expand, "broadcast to a shape", moves_data=True),
     Operator("pad", Pad, (1, 1), lambda a, s: tuple(n + b + e for n, b, e in zip(s[0], a.before, a.after, strict=True)), "padding", moves_data=True),
     Operator("host", Host, (0, MANY), lambda *_: None, "a part of the ONNX model, run by onnxruntime on the host", host=True),
 )
