@@ -3,7 +3,7 @@
 The one big idea: the bound operands are plain addresses and strides (in bytes), so a call costs less than a microsecond and each loop
 is one pass over the cache. Sums are 32-bit integers that wrap, exact in any order; floating point takes the very steps of the numpy
 kernels, one rounding each (numba contracts nothing). Nothing here checks bounds: the tiles were checked when they were bound.
-All is in one file because numba's cache asks only whether the file of a function has changed.
+All is in one file, whose digest tells `native.py` whether the object code that it keeps is still of these loops.
 """
 
 from __future__ import annotations

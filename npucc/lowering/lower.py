@@ -95,8 +95,10 @@ def lower(graph: Graph, target: Target, *, progress: Progress | None = None, fus
     `fuse=False` gives every node its own layer (same values, more traffic); `shares` of the scratchpad may hold whole tensors.
     """
     job = _job(graph, target, progress, fuse=fuse)
-    attempts = [_finish(job, _lower_with(job, dict(residents))) for residents in _placements(job, shares)]
-    lowered = min(attempts, key=lambda attempt: simulate(attempt.program, attempt.constants).total_cycles) if len(attempts) > 1 else attempts[0]
+    placements = _placements(job, shares)
+    attempts = (_finish(job, _lower_with(job, dict(residents))) for residents in placements)  # the best and the newest are held, not all
+    alone = len(placements) == 1
+    lowered = next(attempts) if alone else min(attempts, key=lambda attempt: simulate(attempt.program, attempt.constants).total_cycles)
     layers = tuple(replace(layer, body=roll(layer.body)) for layer in lowered.program.layers)
     return replace(lowered, program=replace(lowered.program, layers=layers))
 

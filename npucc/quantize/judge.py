@@ -84,9 +84,8 @@ class Judge:
         weights: dict[str, Array] = {}
         return Attempt(self, float_session(to_onnx(integer, apart=weights), weights, x64quantprecision="1"))
 
-    def verdict(self, integer: Graph) -> Verdict:
+    def verdict(self, attempt: Attempt) -> Verdict:
         """About one way to store the network, on held samples."""
-        attempt = self.attempt(integer)
         found = [attempt.run(index) for index in range(self.held)]
         ratios = np.array([error_ratio(found[index][name], self.wanted[index][name]) for name, index in self.rows if index < self.held])
         decibels = float(np.mean(-10 * np.log10(ratios + INAUDIBLE))) if len(ratios) else 0.0

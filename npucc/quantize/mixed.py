@@ -77,7 +77,7 @@ def mixed_precision(network: Network, plain: Rounded, judge: Judge, target: Targ
     kept = take_back(list(gains), trial.price, trial.attempt, trial.misses)
     wide = {root: Wide(trial.groups[root], gain, trial.price[root]) for root, gain in gains.items()}
     chosen, taken_back = (tuple(each for root, each in wide.items() if (root in kept) == stays) for stays in (True, False))
-    before = trial.judge.verdict(trial.stored(frozenset()).integer).decibels
+    before = trial.judge.verdict(trial.judge.attempt(trial.stored(frozenset()).integer)).decibels
     return trial.stored(kept), Mixed(chosen, taken_back, before=before, price=trial.together(sorted(kept)))
 
 
@@ -134,9 +134,9 @@ class _Trial:
 
     def attempt(self, roots: Set[str]) -> _Way:
         """With 16 bits in these groups, ready to be judged."""
-        integer = self.stored(roots).integer
-        loss = self.judge.verdict(integer).loss if self.network.options.limits_drop else 0.0
-        return _Way(self.judge.attempt(integer), sum(max(self.price[root], 0.0) for root in roots), loss)
+        attempt = self.judge.attempt(self.stored(roots).integer)
+        loss = self.judge.verdict(attempt).loss if self.network.options.limits_drop else 0.0
+        return _Way(attempt, sum(max(self.price[root], 0.0) for root in roots), loss)
 
     def misses(self, fewer: _Way, more: _Way) -> bool:
         """Whether `more` has something worth its cycles that `fewer` has not; under a limited drop, whether only `more` keeps it, or both miss

@@ -150,7 +150,7 @@ def _stored(network: Network, target: Target | None) -> tuple[Rounded, Mixed]:
     several = [rounded, network.without_corrections(rounded)] if network.corrections else [rounded]
     if mixed.chosen:
         several.insert(0, network.with_corrected_biases(rounded))
-    verdict, best = max(((judge.verdict(each.integer), each) for each in several), key=lambda pair: pair[0].worth)
+    verdict, best = max(((judge.verdict(judge.attempt(each.integer)), each) for each in several), key=lambda pair: pair[0].worth)
     return best, replace(mixed, after=verdict.decibels, loss=verdict.loss, judged=judge.held)
 
 
