@@ -178,7 +178,8 @@ class Call:
 
     def requantized(self, total: Array, factor: Array | float) -> Array:
         """clamp(rint(float32(total) · factor) + zero)."""
-        return self.clamp(np.rint(total.astype(F32) * np.asarray(factor, F32)).astype(np.float64) + self.quant.zero)
+        with np.errstate(over="ignore"):  # what overflows float32 is clamped
+            return self.clamp(np.rint(total.astype(F32) * np.asarray(factor, F32)).astype(np.float64) + self.quant.zero)
 
     def rescaled(self, total: Array, factor: arithmetic.Factor, arrange: Callable[[Array], Array] = np.asarray) -> Array:
         """clamp(round(total · factor) + zero) in the factor's mode; `arrange` brings per-channel numbers to the channels' axis."""

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from isa.target import Target
+
 if TYPE_CHECKING:
+    from npucc.package import Package
     from npucc.segments import HostNode
 
 SHOWN_HOST_NODES = 20
@@ -130,7 +133,7 @@ def layers(report: Mapping[str, Any], *, top: int | None = None, width: int = WI
     """Layers with the parts of their cycles: all in program order, or the `top` longest. Below WIDE columns the parts are percentages."""
     records: list[Mapping[str, Any]] = list(report["layers"])
     chosen = records if top is None or top >= len(records) else sorted(records, key=lambda layer: -int(layer["cycles"]))[:top]
-    title = f"{len(records)} layers" if len(chosen) == len(records) else f"the {len(chosen)} longest of {len(records)} layers"
+    title = number(len(records), "layer") if len(chosen) == len(records) else f"the {len(chosen)} longest of {number(len(records), 'layer')}"
     whole = {part: sum(int(layer[part]) for layer in records) for part in CYCLE_PARTS}
     total = {"name": "total", "op": "", **report, **whole, "dram_bytes": report["dram_read_bytes"] + report["dram_write_bytes"]}
     row, headers = (_wide_row, WIDE_HEADERS) if width >= WIDE else (_narrow_row, NARROW_HEADERS)
@@ -176,6 +179,21 @@ def pruning(report: Mapping[str, Any]) -> Table:
 
 def _errors(row: Mapping[str, Any]) -> list[str]:
     return ["" if row[key] is None else f"{row[key]:.2%}" for key in ("error_before", "error_after")]
+
+
+def chip(target: Target) -> str:
+    """A target's name and what it is."""
+    return f"{target.name} ({target.description})" if target.description else target.name
+
+
+def program(package: Package) -> str:
+    """How long a program is."""
+    return f"{number(len(package.program.layers), 'layer')}, {number(package.instructions, 'instruction')}"
+
+
+def number(count: int, noun: str) -> str:
+    """`1 layer`, `25 layers`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def size(count: float) -> str:

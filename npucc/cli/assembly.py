@@ -83,7 +83,7 @@ def asm(
     isa.check(package.program, file=str(program))
     path = output or Path(program.with_suffix(".npu").name)
     package.save(path)
-    terminal.note(f"wrote {path}: {len(package.program.layers)} layers, {tables.size(len(package.constants))} of constants")
+    terminal.note(f"wrote {path}: {tables.number(len(package.program.layers), 'layer')}, {tables.size(len(package.constants))} of constants")
 
 
 def disasm(
@@ -132,7 +132,7 @@ def check(file: Either, json: options.Json = False) -> None:
         for kind, each in [*(("error", f) for f in findings), *(("warning", f) for f in warnings)]:
             typer.echo(f"{kind}: {file}:{'' if each.line else ' '}{each}", err=True)
         if not findings:
-            typer.echo(f"{file}: {len(program.layers)} layers, no findings")
+            typer.echo(f"{file}: {tables.number(len(program.layers), 'layer')}, no findings")
     if findings:
         raise typer.Exit(1)
 

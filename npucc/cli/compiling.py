@@ -131,10 +131,8 @@ def _show_package(package: Package, path: Path, *, stage: str | None, dump: str 
         return
     if dump is not None:
         terminal.write_or_show(dump, None)
-    layers = (
-        f"{len(package.program.layers)} layers, {package.instructions:,} instructions, {tables.size(package.program.constants_bytes)} of constants"
-    )
-    rows = [("wrote", f"{path} ({tables.size(path.stat().st_size)})"), ("target", f"{target.name} ({target.description})"), ("program", layers)]
+    program = f"{tables.program(package)}, {tables.size(package.program.constants_bytes)} of constants"
+    rows = [("wrote", f"{path} ({tables.size(path.stat().st_size)})"), ("target", tables.chip(target)), ("program", program)]
     rows += [] if package.quantized is None else [("quantized", tables.precision(package.quantized))]
     terminal.show(tables.facts([*rows, *tables.totals(report, clock_hz=target.clock_hz), *tables.work(package.operations)]))
     if package.host_nodes:

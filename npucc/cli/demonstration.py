@@ -60,8 +60,8 @@ def demo(
         )
         return
     rows = [
-        ("network", f"{bundled.MODEL.name}, {len(package.program.layers)} layers, {package.instructions:,} instructions"),
-        ("target", f"{chip.name} ({chip.description})"),
+        ("network", f"{bundled.MODEL.name}, {tables.program(package)}"),
+        ("target", tables.chip(chip)),
     ]
     parts: list[RenderableType] = [tables.facts([*rows, *accuracy(result, package), *tables.totals(report, clock_hz=chip.clock_hz)]), ""]
     terminal.show(*parts, tables.layers(report, top=5, width=terminal.width()), "", *excerpt(package))

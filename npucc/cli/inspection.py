@@ -82,11 +82,11 @@ def _summary(package: Package, path: Path) -> RenderableType:
     rows: list[tuple[str, object]] = [
         ("package", f"{path} ({tables.size(path.stat().st_size)})"),
         ("source", program.source or "unknown"),
-        ("target", f"{program.target.name} ({program.target.description})"),
+        ("target", tables.chip(program.target)),
         *(("input", _signature(record)) for record in program.inputs),
         *(("output", _signature(record)) for record in program.outputs),
         ("calibration", CALIBRATION.get(package.calibration, "unknown")),
-        ("program", f"{len(program.layers)} layers, {package.instructions:,} instructions"),
+        ("program", tables.program(package)),
         ("constants", tables.size(program.constants_bytes)),
         ("DRAM used", tables.size(program.dram_bytes)),
         *tables.totals(report, clock_hz=program.target.clock_hz),

@@ -24,7 +24,7 @@ Examples:
   npucc run model.npu --input samples.npz -o outputs.npz
   npucc run model.npu --input samples.npz --limit 1 --all --json
   npucc run model.npu --trace trace.json                 open it in Perfetto or chrome://tracing
-  npucc run model.npu --until 57:3 --dump-memory here    stop after line 57 was executed 3 times
+  npucc run model.npu --until 57:3 --dump-memory here    stop when line 57 of `npucc disasm` was executed 3 times
 \b
 Cycles and energy do not depend on the input's values, but on a target that skips zero inputs. The outputs' first axis counts the samples."""
 
@@ -49,11 +49,15 @@ def run(  # noqa: PLR0913  one per option
     ] = None,
     dump_tensors: Annotated[
         Path | None,
-        typer.Option("--dump-tensors", metavar="DIR", help="Write every named tensor of the first sample into a folder.", show_default=False),
+        typer.Option(
+            "--dump-tensors", metavar="DIR", help="Write every .tensor and output of the first sample into a folder, as stored.", show_default=False
+        ),
     ] = None,
     until: Annotated[
         str | None,
-        typer.Option("--until", metavar="LINE[:N]", help="Stop the first sample after the N-th execution of a line of the text.", show_default=False),
+        typer.Option(
+            "--until", metavar="LINE[:N]", help="Stop the first sample after the N-th execution of a line of `npucc disasm`.", show_default=False
+        ),
     ] = None,
     dump_memory: Annotated[
         Path | None,
@@ -159,5 +163,5 @@ def _report(package: Package, result: Result, *, count: int, synthetic: bool, js
         terminal.show(tables.counters(report), "")
     samples = f"{count} sample{'s' * (count != 1)}; figures are for one"
     target = package.program.target
-    rows = [("target", f"{target.name} ({target.description})"), ("ran", samples), *tables.totals(report, clock_hz=target.clock_hz)]
+    rows = [("target", tables.chip(target)), ("ran", samples), *tables.totals(report, clock_hz=target.clock_hz)]
     terminal.show(tables.facts([*rows, *tables.work(package.operations)]))

@@ -61,8 +61,8 @@ def _table(stop: Stop) -> Any:
     rows = []
     for name, values in stop.operands.items():
         summary = _summary(values)
-        shown = " ".join(map(str, values.reshape(-1)[:SHOWN_VALUES].tolist())) + (" …" if values.size > SHOWN_VALUES else "")
-        rows.append((name, summary["dtype"], "×".join(map(str, summary["shape"])), shown, summary["low"], summary["high"]))
+        shown = " ".join(map(str, values.reshape(-1)[:SHOWN_VALUES])) + (" …" if values.size > SHOWN_VALUES else "")
+        rows.append((name, summary["dtype"], "×".join(map(str, summary["shape"])), shown, values.min(), values.max()))
     return tables.grid(f"operands of {stop.instruction.name}, after it", ("operand", "type", "shape", "values", "low", "high"), rows, left=4)
 
 
