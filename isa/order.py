@@ -143,6 +143,11 @@ class _Walk:
                 self.note_written(access, low, high)
             memory.log(step.queue, access.writes).add(low, high, number, address, access.footprint, step.instruction)
 
+    def may_list(self, mark: Footprint) -> bool:
+        """Whether the runs of one more tile may be gone through one by one."""
+        self.runs += mark.runs
+        return self.runs <= MAXIMUM_NOTED
+
     def note_written(self, access: Access, low: int, high: int) -> None:
         """Run by run, each place once; of endless runs the gaps count as written too."""
         written, mark = self.memories[access.tile.space].written, access.footprint
@@ -150,11 +155,10 @@ class _Walk:
         if place in self.written:
             return
         self.written.add(place)
-        self.runs += mark.runs
-        if self.runs > MAXIMUM_NOTED:
-            written.add(low, high)
-        else:
+        if self.may_list(mark):
             _add_bytes(written, mark, low, high)
+        else:
+            written.add(low, high)
 
     def require_written(self, step: Step, access: Access, low: int, written: Coverage) -> None:
         """Report a read of bytes that no earlier instruction wrote. Strided tiles are looked up run by run."""
@@ -163,8 +167,7 @@ class _Walk:
         if place in self.looked_up or key in self.reported:
             return
         self.looked_up.add(place)
-        self.runs += access.footprint.runs
-        if self.runs > MAXIMUM_NOTED:
+        if not self.may_list(access.footprint):
             return
         runs = ((start, start + access.footprint.run) for start in _run_addresses(access.footprint, low))
         missing = next((written.first_missing(*run) for run in runs if not written.covers(*run)), None)

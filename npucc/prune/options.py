@@ -13,6 +13,7 @@ LAYER@2:4, LAYER@block=50%, LAYER@unstructured=50%
 LAYER@channels=25%      the layers whose name matches lose 25 % of their channels, whatever the budget takes elsewhere
 criterion=second_order  what goes: second_order, activation or magnitude
 repair=yes              whether what stays is refitted
+arrange=yes             whether channels may first change places so that N:M among neighbours loses less
 samples=512, rows=16384 calibration samples to use at most, and places in them, over all samples, that a layer's statistics look at
 
 channels or cycles go with one pattern: channels=30%,2:4. Disagreement is measured on calibration samples, in halves: each half judges a network
@@ -34,7 +35,7 @@ from npucc.prune.patterns import BlockPattern, NeighbourPattern, Pattern
 CRITERIA = ("second_order", "activation", "magnitude")
 KEYS = (
     "channels=30%, cycles=0.7, drop=0.5, 2:4, block=70%, unstructured=60%, skip=LAYER, LAYER@2:4, LAYER@channels=25%, "
-    "criterion=…, repair=yes|no, samples=512, rows=16384"
+    "criterion=…, repair=yes|no, arrange=yes|no, samples=512, rows=16384"
 )
 
 
@@ -54,6 +55,7 @@ class PruneOptions:
     layers: tuple[tuple[str, Pattern | float], ...] = ()
     criterion: str = "second_order"
     repair: bool = True
+    arrange: bool = True
     samples: int = 512
     rows: int = 16384
 
@@ -185,5 +187,5 @@ def _blocks(name: str, text: str) -> BlockPattern:
 
 _PARSERS: dict[str, Callable[[str, str], object]] = {
     "channels": _share, "cycles": _share, "drop": _number, "block": _blocks, "unstructured": _blocks, "skip": _word,
-    "criterion": _word, "repair": _yes, "samples": _count, "rows": _count,
+    "criterion": _word, "repair": _yes, "arrange": _yes, "samples": _count, "rows": _count,
 }  # fmt: skip

@@ -19,6 +19,7 @@ from npucc.errors import PruneError
 from npucc.graph import Editor, Graph, Node
 from npucc.operations import node_macs
 from npucc.ops import OPS
+from npucc.prune.arrange import arrange
 from npucc.prune.attempt import Job
 from npucc.prune.channels import Curve, draw_curves
 from npucc.prune.compiled import Clock
@@ -26,6 +27,7 @@ from npucc.prune.families import Family, Statistics, find_families
 from npucc.prune.measure import OutputMeter
 from npucc.prune.moments import input_moments
 from npucc.prune.options import PruneOptions
+from npucc.prune.patterns import NeighbourPattern
 from npucc.prune.price import PriceList
 from npucc.prune.report import FamilyRow, LayerRow, PruneReport
 from npucc.prune.search import Found, search
@@ -68,6 +70,8 @@ def prune(
         raise PruneError("there are no calibration samples", hint="give at least one, better some hundreds")
     clock = Clock(target, samples if iter(feeds) is feeds else feeds, quant or QuantizeOptions())
     dense, zero_channels = remove_zero_channels(_with_own_constants(graph))
+    if neighbours := _neighbour_patterns(dense, options):
+        dense = arrange(dense, neighbours, samples)
     job = _prepare(graph, dense, samples, clock, options, progress)
     found = search(job)
     return Pruned(found.attempt.graph, _report(job, found, zero_channels))
@@ -91,6 +95,14 @@ def _prepare(
         curves = draw_curves(first, families, prices, options, OutputMeter(dense, judged).error, progress=progress)
         statistics = replace(statistics, grams={name: gram + halves[1][name] for name, gram in halves[0].items()})
     return Job(original, dense, statistics, curves, prices, clock.target, samples, judged, options, clock, progress)
+
+
+def _neighbour_patterns(dense: Graph, options: PruneOptions) -> dict[str, NeighbourPattern]:
+    """By layer, where channels may change places."""
+    if not options.arrange:
+        return {}
+    wanted = {name: (options.pattern_of(site.node), site) for name, site in find_sites(dense).items()}
+    return {name: pattern for name, (pattern, site) in wanted.items() if isinstance(pattern, NeighbourPattern) and pattern.fits(site)}
 
 
 def _families(dense: Graph, statistics: Statistics, options: PruneOptions) -> tuple[Family, ...]:

@@ -44,7 +44,7 @@ from tests.benchmarks.accuracy import Run, Task, single_task, tasks_of
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SPECS = ("channels=20%", "channels=30%", "channels=45%", "cycles=0.75", "2:4", "block=50%", "unstructured=60%")
-PLAIN = ",criterion=magnitude,repair=no"
+PLAIN = ",criterion=magnitude,repair=no,arrange=no"
 DENSE = "–"
 CURVES = {
     **{key: tuple(f"{key}={amount}%" for amount in range(10, 90, 10)) for key in ("channels", "block", "unstructured")},

@@ -16,6 +16,7 @@ from npucc.export import to_onnx
 from npucc.feeds import Port, open_dataset
 from npucc.graph import Graph
 from npucc.prune import PruneOptions, prune
+from npucc.prune.arrange import arrange, reordered
 from npucc.prune.families import find_families
 from npucc.prune.measure import OutputMeter
 from npucc.prune.patterns import BlockPattern, NeighbourPattern
@@ -136,6 +137,49 @@ def test_any_set_of_labels_can_be_cut(seed: int) -> None:
         assert np.array_equal(want, have)
     assert smaller.tensors["logits"].shape == (1, 5)
     assert smaller.tensors["x"].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_channels_of_a_family_may_change_places(seed: int) -> None:
+    """Equality to the bit, as above."""
+    _, graph = net(seed, whole=True)
+    slots, source, random = find_slots(graph), np.arange(find_slots(graph).count), np.random.default_rng(seed)
+    for labels in slots.families():
+        source[labels] = random.permutation(labels)
+    moved = reordered(graph, slots, source)
+    assert sum(np.any(moved.tensors[name].data != each.data) for name, each in graph.tensors.items() if each.data is not None) > 8
+    for want, have in zip(run(graph, whole_feed(seed)), run(moved, whole_feed(seed)), strict=True):
+        assert np.array_equal(want, have)
+
+
+def uneven(*, zero_beside: bool) -> FloatNet:
+    """Sixteen channels, the first eight of which are loud: 2:4 loses half of them unless they are spread. Two layers read them."""
+    n = FloatNet(0)
+    n.input("x", 1, 6, 5, 5)
+    loud = n.random.normal(size=(16, 6, 1, 1)) * np.repeat([10.0, 0.1], 8)[:, None, None, None]
+    n.op("conv", ["x", n.constant("w_make", loud.astype(np.float32)), n.weights("b_make", 16)], "made", ops.Conv(clamp=(0.0, float("inf"))))
+    n.op("conv", ["made", n.weights("w_read", 12, 16, 3, 3), n.weights("b_read", 12)], "read", ops.Conv(pads=(1, 1, 1, 1)))
+    n.op("conv", ["made", n.weights("w_beside", 12, 16, 1, 1), n.weights("b_beside", 12)], "beside")
+    n.op("add", ["read", "beside"], "sum")
+    if zero_beside:
+        data = n.editor.tensors["w_beside"].data
+        assert data is not None
+        data[:, ::4] = 0
+    return n
+
+
+def test_loud_channels_are_spread_over_the_neighbours() -> None:
+    graph, pattern = uneven(zero_beside=False).graph("sum"), NeighbourPattern(2, 4)
+    feeds = [{"x": np.random.default_rng(index).normal(size=(1, 6, 5, 5)).astype(np.float32)} for index in range(4)]
+    moved = arrange(graph, {"read_node": pattern}, feeds)
+    made = moved.tensors["w_make"].data
+    assert made is not None
+    loud = np.abs(made).max(axis=(1, 2, 3)) > 1
+    assert (loud.reshape(4, 4).sum(axis=1) == 2).all()
+    assert np.allclose(run(graph, feeds[0])[0], run(moved, feeds[0])[0], rtol=1e-3, atol=1e-2)
+    assert arrange(moved, {"read_node": pattern}, feeds) is moved, "there is no better order"
+    held = uneven(zero_beside=True).graph("sum")
+    assert arrange(held, {"read_node": pattern}, feeds) is held, "zeros of a layer that gets no pattern keep theirs"
 
 
 def test_what_is_tied() -> None:
@@ -375,7 +419,7 @@ def test_repair_beats_magnitude_on_a_trained_network() -> None:
         infer = tensor_runner(pruned, pruned.outputs)
         return float(np.mean([infer(sample.feed)[pruned.outputs[0]].argmax() == np.asarray(sample.labels).item() for sample in samples]))
 
-    specs = ("2:4,samples=24,rows=2048", "2:4,samples=2,criterion=magnitude,repair=no")
+    specs = ("2:4,samples=24,rows=2048", "2:4,samples=2,criterion=magnitude,repair=no,arrange=no")
     repaired, plain = (accuracy(prune(graph, feeds, target=TINY, options=PruneOptions.parse(spec)).graph) for spec in specs)
     assert accuracy(graph) > 0.9
     assert repaired > accuracy(graph) - 0.02, repaired
