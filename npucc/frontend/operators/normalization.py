@@ -64,10 +64,20 @@ def group_normalization(node: NodeImport) -> str:
 
 def _grouped(node: NodeImport, grouped: Sequence[int], parameters: int) -> str:
     shape = node.shape(0)
-    flat = node.reshape(node.input(0), grouped)
-    normal = node.reshape(node.emit("layer_norm", (flat,), ops.LayerNorm(node.real("epsilon", 1e-5))), shape)
+    normal = _normal(node, node.input(0), grouped, ops.LayerNorm(node.real("epsilon", 1e-5)))
     scale, bias = (np.repeat(_vector(node, index, what, parameters), shape[1] // parameters) for index, what in ((1, "scale"), (2, "bias")))
     return per_channel(node, normal, scale, bias)
+
+
+def _normal(node: NodeImport, x: str, merged: Sequence[int], norm: ops.LayerNorm, parameters: Sequence[str] = ()) -> str:
+    """x as `merged`, normalized over the last dimension of that, in its own shape again."""
+    flat = node.reshape(x, merged)
+    return node.reshape(node.emit("layer_norm", (flat, *parameters), norm), node.shape_of(x))
+
+
+def _merged(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """The shape with all dimensions from `axis` on as one."""
+    return (*shape[:axis], math.prod(shape[axis:]))
 
 
 def layer_normalization(node: NodeImport) -> list[str]:
@@ -86,13 +96,10 @@ def layer_normalization(node: NodeImport) -> list[str]:
 def layer_norm(node: NodeImport, x: str, gamma: int, beta: int, epsilon: float, axis: int = -1) -> str:
     """LayerNorm of a tensor over all dimensions from `axis` on, which are merged into one; scale and bias are inputs of the node."""
     shape = node.shape_of(x)
-    axis = axis % len(shape)
-    tail = shape[axis:]
-    flat = node.reshape(x, (*shape[:axis], math.prod(tail)))
-    parameters = [_parameter(node, index, tail) for index in (gamma, beta)]
+    parameters = [_parameter(node, index, shape[axis:]) for index in (gamma, beta)]
     while parameters and not parameters[-1]:
         parameters.pop()
-    return node.reshape(node.emit("layer_norm", (flat, *parameters), ops.LayerNorm(epsilon)), shape)
+    return _normal(node, x, _merged(shape, axis), ops.LayerNorm(epsilon), parameters)
 
 
 def _parameter(node: NodeImport, index: int, tail: tuple[int, ...]) -> str:
@@ -107,27 +114,23 @@ def _parameter(node: NodeImport, index: int, tail: tuple[int, ...]) -> str:
 
 def rms_normalization(node: NodeImport) -> str:
     """x / sqrt(mean(x²) + epsilon) · scale over all dimensions from `axis` on."""
-    return rms_norm(node, node.input(0), 1, node.real("epsilon", 1e-5), node.integer("axis", -1))
+    axis = node.axis(node.integer("axis", -1), node.rank())
+    return rms_norm(node, node.input(0), 1, node.real("epsilon", 1e-5), axis)
 
 
 def rms_norm(node: NodeImport, x: str, gamma: int, epsilon: float, axis: int = -1) -> str:
     """RMSNorm of a tensor over all dimensions from `axis` on, which are merged into one; the scale is an input of the node."""
-    shape = node.shape_of(x)
-    axis = axis % len(shape)
-    flat = node.reshape(x, (*shape[:axis], math.prod(shape[axis:])))
-    normal = node.reshape(node.emit("layer_norm", (flat,), ops.LayerNorm(epsilon, centered=False)), shape)
+    normal = _normal(node, x, _merged(node.shape_of(x), axis), ops.LayerNorm(epsilon, centered=False))
     return node.binary("mul", normal, node.input(gamma)) if node.has(gamma) else normal
 
 
 def mean_variance_normalization(node: NodeImport) -> str:
     """(x − mean) / standard deviation over the given axes, brought to the end: a layer_norm without parameters."""
-    rank, shape = node.rank(), node.shape(0)
+    rank = node.rank()
     axes = sorted(node.axis(axis, rank) for axis in (node.integers("axes") or [0, 2, 3]))
-    kept = [axis for axis in range(rank) if axis not in axes]
-    order = [*kept, *axes]
+    order = [axis for axis in range(rank) if axis not in axes] + axes
     moved = node.transpose(node.input(0), order)
-    flat = node.reshape(moved, (*(shape[axis] for axis in kept), math.prod(shape[axis] for axis in axes)))
-    normal = node.reshape(node.emit("layer_norm", (flat,), ops.LayerNorm(SMALLEST_VARIANCE)), node.shape_of(moved))
+    normal = _normal(node, moved, _merged(node.shape_of(moved), rank - len(axes)), ops.LayerNorm(SMALLEST_VARIANCE))
     return node.transpose(normal, list(np.argsort(order)))
 
 
