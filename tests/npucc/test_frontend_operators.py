@@ -338,6 +338,7 @@ TRANSFORMERS = [
     fused("SkipSimplifiedLayerNormalization", "x z g", {}, SCALED, shape=WORDS),
     fused("BiasGelu", "x o", {}, SCALED, shape=WORDS), fused("QuickGelu", "x", {}, {}), fused("FastGelu", "x o", {}, SCALED, shape=WORDS),
     fused("FusedMatMul", "x z", {"transB": 1, "alpha": 0.25}, {}, shape=WORDS),
+    fused("ExpandDims", "x a", {}, {"a": np.int32(1)}, shape=WORDS), fused("ExpandDims", "x a", {}, {"a": np.int32(-1)}, shape=WORDS),
     fused("TransposeMatMul", "x z", {"transA": 1}, {}, shape=WORDS),
     *(fused("GroupQueryAttention", inputs, {"num_heads": 4, "kv_num_heads": 2, **extra}, {"n": np.array(steps, np.int32), **QUERIES}, shape=shape,
             shapes={"k": (1, shape[1], 32), "v": (1, shape[1], 32), "pk": PAST, "pv": PAST}, outputs="y k1 v1")
@@ -376,16 +377,22 @@ def test_positive_arguments() -> None:
     assert_agrees(model([node("Abs", "x", "a"), node("Sqrt", "a", "y"), node("Exp", "x", "e"), node("Log", "e", "z")], {"x": IMAGE}, ["y", "z"]))
 
 
-def test_group_norm_of_channels_last() -> None:
+@pytest.mark.parametrize("skip", [(), (2, 4), (2, 1, 1, 4), (2, 3, 5, 4)], ids=str)
+def test_group_norm_of_channels_last(skip: tuple[int, ...]) -> None:
     """onnxruntime has none on the CPU."""
     attributes = {"groups": 2, "activation": 1, "domain": "com.microsoft"}
-    proto = model([node("GroupNorm", "x g b", "y", **attributes)], {"x": (2, 3, 5, 4)}, ["y"], {"g": normal(4), "b": normal(4, seed=1)})
+    nodes = [node("SkipGroupNorm", "x g b k c", "y s", **attributes) if skip else node("GroupNorm", "x g b", "y", **attributes)]
+    added = {"k": normal(*skip, seed=3), "c": normal(4, seed=4)} if skip else {}
+    proto = model(nodes, {"x": (2, 3, 5, 4)}, ["y", "s"][: len(nodes[0].output)], {"g": normal(4), "b": normal(4, seed=1), **added})
     x = normal(2, 3, 5, 4, seed=2)
+    feed = {"x": x}
+    if skip:
+        x = x + added["k"].reshape(2, *((1, 1) if len(skip) == 2 else skip[1:3]), 4) + added["c"]
     parts = x.reshape(2, 15, 2, 2)
     normed = ((parts - parts.mean((1, 3), keepdims=True)) / np.sqrt(parts.var((1, 3), keepdims=True) + 1e-5)).reshape(x.shape) * normal(4)
     normed += normal(4, seed=1)
-    (y,) = run(to_onnx(import_model(proto)), {"x": x})
-    np.testing.assert_allclose(y, normed / (1 + np.exp(-normed)), atol=1e-5)
+    for found, expected in zip(run(to_onnx(import_model(proto)), feed), [normed / (1 + np.exp(-normed)), x], strict=False):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_embedding_of_words() -> None:
@@ -401,7 +408,7 @@ TESTED = {case.operator for case in CASES} | {"Sqrt", "Log", "EmbedLayerNormaliz
 #: among ONNX's own tests in tests/onnx_backend
 ELSEWHERE = {
     "Tan", "Asin", "Acos", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh", "ReduceLogSum", "CastLike", "Swish", "RMSNormalization", "CumProd",
-    "IsNaN", "IsInf", "GroupNorm",
+    "IsNaN", "IsInf", "GroupNorm", "SkipGroupNorm",
     *("Div", "BitShift", "BitwiseNot", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "TensorScatter"),  # in test_integers
 }  # fmt: skip
 

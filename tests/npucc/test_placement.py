@@ -175,6 +175,8 @@ ELSEWHERE: dict[str, Small] = {
     "RotaryEmbedding": Small([node("RotaryEmbedding", "x c d", "y")], {"c": normal(1, 4, 4), "d": normal(1, 4, 4)}, (1, 2, 4, 8), 23),
     "com.microsoft.Gelu": small("Gelu", **MICROSOFT),
     "com.microsoft.SimplifiedLayerNormalization": small("SimplifiedLayerNormalization", "x g", {"g": normal(6)}, **MICROSOFT),
+    "com.microsoft.ExpandDims": small("ExpandDims", "x a", {"a": np.int32(0)}, **MICROSOFT),
+    "com.microsoft.SkipGroupNorm": Small([node("SkipGroupNorm", "x g g x g", "y s", groups=2, **MICROSOFT)], {"g": normal(4)}, (2, 3, 5, 4)),
     "com.microsoft.GroupNorm": Small([node("GroupNorm", "x g g", "y", groups=2, activation=0, **MICROSOFT)], {"g": normal(4)}, (2, 3, 5, 4)),
     "com.microsoft.EmbedLayerNormalization": Small(
         [*WHOLE, node("EmbedLayerNormalization", "n - v v - g g", "y m", **MICROSOFT)], {**TEN, "v": normal(99, 6), "g": normal(6)}),

@@ -229,6 +229,7 @@ TABLE: tuple[Importer, ...] = (
     Importer("Flatten", flatten),
     Importer("Squeeze", squeeze),
     Importer("Unsqueeze", unsqueeze),
+    Importer("ExpandDims", unsqueeze, domain="com.microsoft"),
     Importer("Transpose", transpose),
     Importer("Concat", concat),
     Importer("Split", split),

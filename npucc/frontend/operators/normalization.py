@@ -64,12 +64,12 @@ def group_normalization(node: NodeImport) -> str:
 
 def _grouped(node: NodeImport, grouped: Sequence[int], parameters: int) -> str:
     shape = node.shape(0)
-    normal = _normal(node, node.input(0), grouped, ops.LayerNorm(node.real("epsilon", 1e-5)))
+    normal = normalized(node, node.input(0), grouped, ops.LayerNorm(node.real("epsilon", 1e-5)))
     scale, bias = (np.repeat(_vector(node, index, what, parameters), shape[1] // parameters) for index, what in ((1, "scale"), (2, "bias")))
     return per_channel(node, normal, scale, bias)
 
 
-def _normal(node: NodeImport, x: str, merged: Sequence[int], norm: ops.LayerNorm, parameters: Sequence[str] = ()) -> str:
+def normalized(node: NodeImport, x: str, merged: Sequence[int], norm: ops.LayerNorm, parameters: Sequence[str] = ()) -> str:
     """x as `merged`, normalized over the last dimension of that, in its own shape again."""
     flat = node.reshape(x, merged)
     return node.reshape(node.emit("layer_norm", (flat, *parameters), norm), node.shape_of(x))
@@ -99,7 +99,7 @@ def layer_norm(node: NodeImport, x: str, gamma: int, beta: int, epsilon: float, 
     parameters = [_parameter(node, index, shape[axis:]) for index in (gamma, beta)]
     while parameters and not parameters[-1]:
         parameters.pop()
-    return _normal(node, x, _merged(shape, axis), ops.LayerNorm(epsilon), parameters)
+    return normalized(node, x, _merged(shape, axis), ops.LayerNorm(epsilon), parameters)
 
 
 def _parameter(node: NodeImport, index: int, tail: tuple[int, ...]) -> str:
@@ -120,7 +120,7 @@ def rms_normalization(node: NodeImport) -> str:
 
 def rms_norm(node: NodeImport, x: str, gamma: int, epsilon: float, axis: int = -1) -> str:
     """RMSNorm of a tensor over all dimensions from `axis` on, which are merged into one; the scale is an input of the node."""
-    normal = _normal(node, x, _merged(node.shape_of(x), axis), ops.LayerNorm(epsilon, centered=False))
+    normal = normalized(node, x, _merged(node.shape_of(x), axis), ops.LayerNorm(epsilon, centered=False))
     return node.binary("mul", normal, node.input(gamma)) if node.has(gamma) else normal
 
 
@@ -130,7 +130,7 @@ def mean_variance_normalization(node: NodeImport) -> str:
     axes = sorted(node.axis(axis, rank) for axis in (node.integers("axes") or [0, 2, 3]))
     order = [axis for axis in range(rank) if axis not in axes] + axes
     moved = node.transpose(node.input(0), order)
-    normal = _normal(node, moved, _merged(node.shape_of(moved), rank - len(axes)), ops.LayerNorm(SMALLEST_VARIANCE))
+    normal = normalized(node, moved, _merged(node.shape_of(moved), rank - len(axes)), ops.LayerNorm(SMALLEST_VARIANCE))
     return node.transpose(normal, list(np.argsort(order)))
 
 

@@ -12,7 +12,7 @@ from npucc.frontend.node import Importer, NodeImport
 from npucc.frontend.operators.elementwise import activation
 from npucc.frontend.operators.layout import take
 from npucc.frontend.operators.matrix import conv, gemm
-from npucc.frontend.operators.normalization import layer_norm, per_channel, rms_norm
+from npucc.frontend.operators.normalization import layer_norm, normalized, per_channel, rms_norm
 
 MICROSOFT = "com.microsoft"
 
@@ -154,11 +154,29 @@ def _then_activation(run: Callable[[NodeImport], str], *, addend: int = 99) -> C
 
 def group_norm(node: NodeImport) -> str:
     """GroupNorm of [N, H, W, C] (or [N, C, H, W]), through SiLU where asked."""
+    return _group_norm(node, node.input(0))
+
+
+def skip_group_norm(node: NodeImport) -> list[str]:
+    """GroupNorm of input + skip + bias; the second result is that sum. A skip [N, C] and the bias [C] are added everywhere."""
+    shape = node.shape(0)
     last = bool(node.integer("channels_last", 1))
-    x = node.transpose(node.input(0), (0, 3, 1, 2)) if last else node.input(0)
+    total = node.input(0)
+    for index in (3, 4):
+        if node.has(index):
+            part = node.shape(index)
+            spread = part if len(part) == 4 else (*part[:-1], 1, 1, part[-1]) if last else (*part, 1, 1)
+            total = node.binary("add", total, node.reshape(node.input(index), spread))
+    if node.shape_of(total) != shape:
+        raise node.refuse(f"its skip or bias does not fit an input of shape {list(shape)}", hint="check the input shapes")
+    return [_group_norm(node, total), total]
+
+
+def _group_norm(node: NodeImport, x: str) -> str:
+    last = bool(node.integer("channels_last", 1))
+    x = node.transpose(x, (0, 3, 1, 2)) if last else x
     shape, groups = node.shape_of(x), node.integer("groups", 1)
-    flat = node.reshape(x, (shape[0], groups, math.prod(shape[1:]) // groups))
-    normal = node.reshape(node.emit("layer_norm", (flat,), ops.LayerNorm(node.real("epsilon", 1e-5))), shape)
+    normal = normalized(node, x, (shape[0], groups, math.prod(shape[1:]) // groups), ops.LayerNorm(node.real("epsilon", 1e-5)))
     scaled = per_channel(node, normal, node.floats(1, "gamma").astype(np.float64), node.floats(2, "beta").astype(np.float64))
     scaled = node.table(("mul", "x", ("sigmoid", "x")), scaled) if node.integer("activation", 0) else scaled
     return node.transpose(scaled, (0, 2, 3, 1)) if last else scaled
@@ -175,4 +193,5 @@ TABLE: tuple[Importer, ...] = (
     Importer("FusedConv", _then_activation(conv, addend=3), "constant weights", domain=MICROSOFT),
     Importer("FusedGemm", _then_activation(gemm), domain=MICROSOFT),
     Importer("GroupNorm", group_norm, "constant scale and bias", domain=MICROSOFT),
+    Importer("SkipGroupNorm", skip_group_norm, "constant scale and bias", domain=MICROSOFT),
 )
