@@ -7,6 +7,7 @@ again what is rounded already goes; what is left sets the scale of the tensor it
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,10 +171,32 @@ def _keep_integers(graph: Graph) -> tuple[Graph, tuple[Refusal, ...]]:
 def give_scales(graph: Graph) -> tuple[Graph, tuple[Refusal, ...]]:
     """The graph without `quantize` nodes: the tensor that one read has its scale, unless it has another already, from which it is rescaled."""
     work = _Giving(Editor(graph), [])
+    for name in graph.inputs:
+        _hold_all_steps(work.editor, graph, name)
     for node in graph:
         if isinstance(node.attributes, ops.Quantize):
             work.give(node, node.attributes)
     return work.editor.freeze(), tuple(work.refusals)
+
+
+def _hold_all_steps(editor: Editor, graph: Graph, name: str) -> None:
+    """An input of floats that the model rounds to several scales of 8 bits, moved before or not, has 16 that cover all of those."""
+    source = editor.tensors[name]
+    found = {as_quant(steps).key: as_quant(steps) for steps in _roundings(graph, name)}
+    if source.dtype != "float32" or source.given is not None or len(found) < 2 or any(quant.dtype != "s8" for quant in found.values()):
+        return
+    reach = max(float(quant.scale) * max(abs(limit - quant.zero) for limit in RANGES["s8"]) for quant in found.values())
+    scale = np.asarray(reach / RANGES["s16"][1], np.float32)
+    editor.add_tensor(replace(source, given=Given("s16", scale, 0)))
+
+
+def _roundings(graph: Graph, name: str) -> Iterator[ops.Quantize]:
+    """How a tensor is rounded, by what reads it directly or after moving it."""
+    for user in graph.users(name):
+        if isinstance(user.attributes, ops.Quantize):
+            yield user.attributes
+        elif ops.OPS[user.op].moves_data and user.inputs[0] == name:
+            yield from _roundings(graph, user.outputs[0])
 
 
 @dataclass(slots=True)
