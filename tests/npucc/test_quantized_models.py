@@ -470,12 +470,12 @@ def test_a_dynamically_quantized_lstm_is_an_lstm_with_the_weights_of_its_integer
 
 def test_an_input_that_is_rounded_to_several_scales_has_16_bits() -> None:
     """Each slice of the input is rounded from floats: by 8 bits twice, a tenth of the values would be a step off."""
-    stored = {"z": np.int8(3), "axis": np.array([0]), "s0": np.float32(0.031), "s1": np.float32(0.047), "from0": np.array([0]), "from1": np.array([20])}
+    stored = {"z": np.int8(3), "axis": np.array([0]), "s0": np.float32(0.031), "s1": np.float32(0.047), "from0": np.array([0]), "to0": np.array([20])}
     nodes = []
     for part in "01":
         nodes += [node("Slice", f"x from{part} to{part} axis", f"p{part}"), node("QuantizeLinear", f"p{part} s{part} z", f"q{part}"),
                   node("DequantizeLinear", f"q{part} s{part} z", f"y{part}")]  # fmt: skip
-    proto = model(nodes, {"x": [40, 50]}, ["y0", "y1"], {**stored, "to0": np.array([20]), "to1": np.array([40])})
+    proto = model(nodes, {"x": [40, 50]}, ["y0", "y1"], {**stored, "from1": np.array([20]), "to1": np.array([40])})
     feed = {"x": np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)}
     package = npucc.compile(proto, host=False)
     wanted, found = onnxruntime_results(proto, feed), package.run(feed).outputs
