@@ -87,7 +87,7 @@ class Judge:
     def verdict(self, attempt: Attempt) -> Verdict:
         """About one way to store the network, on held samples."""
         found = [attempt.run(index) for index in range(self.held)]
-        ratios = np.array([error_ratio(found[index][name], self.wanted[index][name]) for name, index in self.rows if index < self.held])
+        ratios = attempt.ratios(self.held)
         decibels = float(np.mean(-10 * np.log10(ratios + INAUDIBLE))) if len(ratios) else 0.0
         names = self.outputs(self.held)
         loss = max((self._loss(name, found, ratios) for name in dict.fromkeys(names)), default=0.0)
@@ -102,6 +102,12 @@ class Judge:
             if abs(gain - asked) > SURE * error or count >= len(self.samples):
                 return gain > asked
             count *= 2
+
+    def surely_gains(self, more: Attempt, fewer: Attempt, asked: float) -> bool:
+        """Whether, by all samples, `more` is worth over `asked` dB more than `fewer` and that is no chance."""
+        count = len(self.samples)
+        gain, error = paired_gain(self.outputs(count), [index for _, index in self.rows], more.ratios(count), fewer.ratios(count))
+        return gain - asked > CONFIDENCE * error
 
     def _loss(self, name: str, found: Sequence[Outputs], ratios: Array) -> float:
         """Points of accuracy, of one output: the upper end of the confidence interval of their mean over the samples.
@@ -129,13 +135,16 @@ class Attempt:
     def run(self, index: int) -> Outputs:
         """The outputs in one sample."""
         names = list(dict.fromkeys(self.judge.outputs(len(self.judge.samples))))
-        return dict(zip(names, self.session.run(names, dict(self.judge.samples[index])) if names else [], strict=True))
+        outputs = dict(zip(names, self.session.run(names, dict(self.judge.samples[index])) if names else [], strict=True))
+        if index == len(self.found):
+            wanted = self.judge.wanted[index]
+            self.found.append([error_ratio(outputs[name], wanted[name]) for name, each in self.judge.rows if each == index])
+        return outputs
 
     def ratios(self, count: int) -> Array:
         """Error energy over signal energy of each row of the first `count` samples."""
         for index in range(len(self.found), min(count, len(self.judge.samples))):
-            outputs, wanted = self.run(index), self.judge.wanted[index]
-            self.found.append([error_ratio(outputs[name], wanted[name]) for name, each in self.judge.rows if each == index])
+            self.run(index)
         return np.array([ratio for each in self.found[:count] for ratio in each])
 
 

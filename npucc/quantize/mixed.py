@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,6 +60,11 @@ class Mixed:
     price: float = 0.0
     judged: int = 0
 
+    @property
+    def in_vain(self) -> Mixed:
+        """All taken back."""
+        return replace(self, chosen=(), taken_back=(*self.chosen, *self.taken_back), price=0.0)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, of as many digits as mean something."""
         figures = {name: round(getattr(self, name), 3) for name in ("before", "after", "loss", "price", "judged")}
@@ -77,8 +82,8 @@ def mixed_precision(network: Network, plain: Rounded, judge: Judge, target: Targ
     kept = take_back(list(gains), trial.price, trial.attempt, trial.misses)
     wide = {root: Wide(trial.groups[root], gain, trial.price[root]) for root, gain in gains.items()}
     chosen, taken_back = (tuple(each for root, each in wide.items() if (root in kept) == stays) for stays in (True, False))
-    before = trial.judge.verdict(trial.judge.attempt(trial.stored(frozenset()).integer)).decibels
-    return trial.stored(kept), Mixed(chosen, taken_back, before=before, price=trial.together(sorted(kept)))
+    stored = trial.stored(kept) if kept or found.methods else plain
+    return stored, Mixed(chosen, taken_back, price=trial.together(sorted(kept)))
 
 
 def _sensitivity(network: Network, plain: Rounded) -> Sensitivity:

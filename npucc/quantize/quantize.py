@@ -24,9 +24,9 @@ from npucc.quantize.digits import in_digits
 from npucc.quantize.equalize import SAMPLES as EQUALIZE_SAMPLES
 from npucc.quantize.equalize import ScaledChannels, equalize
 from npucc.quantize.given import narrowed, not_kept, spread
-from npucc.quantize.judge import SAMPLES, Judge
+from npucc.quantize.judge import SAMPLES, Attempt, Judge, Verdict
 from npucc.quantize.made_up import leave_room, made_up
-from npucc.quantize.mixed import Mixed, Wide, mixed_precision
+from npucc.quantize.mixed import PERCENT, Mixed, Wide, mixed_precision
 from npucc.quantize.network import Network, Rounded
 from npucc.quantize.options import MEASURED, OWN, QuantizeOptions
 from npucc.quantize.precision import uneven_operands
@@ -144,14 +144,39 @@ def _stored(network: Network, target: Target | None) -> tuple[Rounded, Mixed]:
         rounded = network.with_corrected_biases(rounded)
         return rounded, mixed
     judge = Judge.of(rounded.graph, rounded.integer, network.calibration.first, fitted=max(options.bias_samples, options.round_samples))
-    rounded = network.with_corrected_biases(rounded)
+    plain = network.with_corrected_biases(rounded)
+    best = _Judged.of(judge, plain)
+    ways = [network.without_corrections(plain)] * bool(network.corrections)
     if measures:
-        rounded, mixed = mixed_precision(network, rounded, judge, _priced_on(options, target))
-    several = [rounded, network.without_corrections(rounded)] if network.corrections else [rounded]
+        wide, mixed = mixed_precision(network, plain, judge, _priced_on(options, target))
+        mixed = replace(mixed, before=best.verdict.decibels)
+        dear = _dearer(network, wide, mixed, judge) if wide is not plain else best
+        if options.limits_drop or judge.surely_gains(dear.attempt, best.attempt, PERCENT * mixed.price):
+            best, ways = dear, []
+        else:
+            mixed = mixed.in_vain
+    best = max([best, *(_Judged.of(judge, each) for each in ways)], key=lambda each: each.verdict.worth)
+    return best.way, replace(mixed, after=best.verdict.decibels, loss=best.verdict.loss, judged=judge.held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    way: Rounded
+    attempt: Attempt
+    verdict: Verdict
+
+    @classmethod
+    def of(cls, judge: Judge, way: Rounded) -> _Judged:
+        attempt = judge.attempt(way.integer)
+        return cls(way, attempt, judge.verdict(attempt))
+
+
+def _dearer(network: Network, wide: Rounded, mixed: Mixed, judge: Judge) -> _Judged:
+    """The best of three: biases corrected in 8 bits, anew, or not."""
+    several = [wide, *[network.without_corrections(wide)] * bool(network.corrections)]
     if mixed.chosen:
-        several.insert(0, network.with_corrected_biases(rounded))
-    verdict, best = max(((judge.verdict(judge.attempt(each.integer)), each) for each in several), key=lambda pair: pair[0].worth)
-    return best, replace(mixed, after=verdict.decibels, loss=verdict.loss, judged=judge.held)
+        several.insert(0, network.with_corrected_biases(wide))
+    return max((_Judged.of(judge, each) for each in several), key=lambda each: each.verdict.worth)
 
 
 def _unknown(graph: Graph) -> list[str]:
