@@ -161,6 +161,8 @@ def _stored(network: Network, target: Target | None) -> tuple[Rounded, Mixed]:
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
+    """A way to store the network with what was measured about it."""
+
     way: Rounded
     attempt: Attempt
     verdict: Verdict
@@ -172,7 +174,7 @@ class _Judged:
 
 
 def _dearer(network: Network, wide: Rounded, mixed: Mixed, judge: Judge) -> _Judged:
-    """The best of three: biases corrected in 8 bits, anew, or not."""
+    """The best of these, with 16 bits or other ranges: biases corrected in 8 bits, anew, or not."""
     several = [wide, *[network.without_corrections(wide)] * bool(network.corrections)]
     if mixed.chosen:
         several.insert(0, network.with_corrected_biases(wide))

@@ -15,7 +15,7 @@ from npucc.export import to_onnx
 from npucc.graph import Graph
 from npucc.lowering import lower
 from npucc.quantize import QuantizeOptions, quantize, sensitivity
-from npucc.quantize.judge import QUIET, margin_deviation, paired_gain, turned_over
+from npucc.quantize.judge import QUIET, Attempt, Judge, margin_deviation, paired_gain, turned_over
 from npucc.quantize.mixed import most_within, propose, take_back
 from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.sensitivity import Sensitivity, affordable_samples
@@ -175,6 +175,15 @@ def test_a_gain_is_as_sure_as_the_samples_agree() -> None:
     assert error < 0.02
     drawn = [paired_gain(names, samples, errors * 10 ** random.normal(0, 0.1, 32), errors)[0] for _ in range(200)]
     assert paired_gain(names, samples, noisy, errors)[1] == pytest.approx(np.std(drawn), rel=0.3)
+
+
+def test_a_gain_that_one_sample_decides_buys_no_cycles() -> None:
+    judge = Judge([{}] * 16, 16, (), tuple(("y", index) for index in range(16)))
+    session = exact_session(to_onnx(sensitive()))
+    poor, lucky, better = (Attempt(judge, session, [[error]] * 15 + [[last]]) for error, last in ((1e-3, 1e-1), (1e-3, 1e-3), (1e-4, 1e-2)))
+    assert paired_gain(["y"] * 16, range(16), lucky.ratios(16), poor.ratios(16))[0] > 2
+    assert not judge.surely_gains(lucky, poor, 0.5)
+    assert judge.surely_gains(better, poor, 0.5)
 
 
 def test_a_drop_is_kept_and_estimated_honestly() -> None:
