@@ -49,8 +49,9 @@ class Wide:
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """What was chosen by estimate, without what the measurement took back. `before` and `after`: measured signal-to-noise ratio in dB, mean over
-    outputs and samples; `loss`: points of accuracy lost at most, measured; `price`: percent more cycles, all together. `judged`: samples."""
+    """What was chosen by estimate, without what the measurement took back. `before` (as scheme int8: also without measured
+    ranges) and `after`: measured signal-to-noise ratio in dB, mean over outputs and samples; `loss`: points of accuracy lost at most,
+    measured; `price`: percent more cycles, all together. `judged`: samples."""
 
     chosen: tuple[Wide, ...] = ()
     taken_back: tuple[Wide, ...] = ()
