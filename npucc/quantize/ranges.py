@@ -57,6 +57,7 @@ class Histogram:
         self.infinite = 0
         self.lows = self.highs = 0.0  # of each array the least and the largest value, summed
         self.arrays = 0
+        self.least_error: dict[Expression, Range] = {}  # found by `least_error_range`, by the function; the search for 16 bits asks many times
 
     @property
     def observed(self) -> Range:
@@ -69,6 +70,7 @@ class Histogram:
 
     def add(self, values: Array) -> None:
         """Count the values; infinite ones are only noted. NaN is the caller's to refuse."""
+        self.least_error.clear()
         flat = values.reshape(-1).astype(np.float32, copy=False)
         finite = np.isfinite(flat)
         if not finite.all():
@@ -89,6 +91,7 @@ class Histogram:
 
     def merge(self, other: Histogram) -> None:
         """Count what the other has counted. The other stays as it is."""
+        self.least_error.clear()
         average, other_average = self.average, other.average
         joined, self.arrays = average.joined(other_average), max(self.arrays, other.arrays)
         self.lows, self.highs = joined.low * self.arrays, joined.high * self.arrays
@@ -191,6 +194,12 @@ def _through(function: Expression, values: Array) -> Array:
 
 def least_error_range(histogram: Histogram, function: Expression = "x") -> Range:
     """The range with the least mean squared error of rounding and clipping: both ends together first, then each alone."""
+    if function not in histogram.least_error:
+        histogram.least_error[function] = _search_least_error(histogram, function)
+    return histogram.least_error[function]
+
+
+def _search_least_error(histogram: Histogram, function: Expression) -> Range:
     observed, fit = histogram.observed, Fit.of(histogram, function)
 
     def best_of(candidates: Iterable[Range]) -> Range:
