@@ -157,14 +157,14 @@ def table(expression: scalar.Expression, source: Quant, result: Quant) -> LookUp
     if source.dtype != "s16":
         return LookUp(quantize(_values(expression, np.arange(low, high + 1), source), result), low)
     entries = _entries(expression, np.arange(low, high + 2, 1 << WIDE_SHIFT), source, result)
-    values = LookUp(entries, low, WIDE_SHIFT, 0 if result.dtype == "s16" else 8)
+    values = LookUp(entries, low, WIDE_SHIFT, 8 if result.dtype == "s8" else 0)
     return replace(values, missing=_missing(values, expression, source, result))
 
 
 def _entries(expression: scalar.Expression, stored: np.ndarray, source: Quant, result: Quant) -> np.ndarray:
-    """Results in steps of 16 bits: those of 8 bits with 8 more behind the point."""
+    """Results in their own steps; those of 8 bits with 8 more behind the point."""
     value = _values(expression, stored, source)
-    if result.dtype == "s16":
+    if result.dtype != "s8":
         return quantize(value, result)
     with np.errstate(invalid="ignore", over="ignore"):
         fine = np.rint((value / F32(result.scale) + F32(result.zero)) * F32(256))
@@ -174,6 +174,9 @@ def _entries(expression: scalar.Expression, stored: np.ndarray, source: Quant, r
 
 def _missing(values: LookUp, expression: scalar.Expression, source: Quant, result: Quant) -> LookUp | None:
     """What interpolation lacks in the neighbouring values of x where it lacks most; None where it lacks little, or as much elsewhere."""
+
+    if result.dtype not in SMALL_ERROR:
+        return None
 
     def lacking(stored: np.ndarray) -> np.ndarray:
         return np.asarray(_entries(expression, stored, source, result) - values.at(stored))

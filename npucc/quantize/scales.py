@@ -187,6 +187,17 @@ def is_index(graph: Graph, name: str) -> bool:
     return any(name == node.inputs[index] for node in graph.users(name) for index in OPS[node.op].indices)
 
 
+def _gives_index(graph: Graph, names: Sequence[str]) -> bool:
+    """Whether an input of real numbers, moved or not, has its fractions dropped for a look-up: token numbers written as floats."""
+    cut = (node.outputs[0] for name in names for node in graph.users(name) if node.attributes == Table(("trunc", "x")))
+    return any(name in graph.inputs for name in names) and any(_becomes_index(graph, name) for name in cut)
+
+
+def _becomes_index(graph: Graph, name: str) -> bool:
+    """Whether a look-up takes its positions from the tensor, moved or not."""
+    return is_index(graph, name) or any(OPS[user.op].moves_data and _becomes_index(graph, user.outputs[0]) for user in graph.users(name))
+
+
 def _is_taken_whole(graph: Graph, name: str) -> bool:
     return _is_whole_number(graph, name) or softmax_axis(graph, name) is not None
 
@@ -211,6 +222,8 @@ def _quant(graph: Graph, names: Sequence[str], covered: Range) -> Quant:
     """In steps of one for integers; 1/n for a softmax, as onnxruntime's kernel assumes; else what covers the range."""
     if any(is_index(graph, name) for name in names):
         return INDEX
+    if _gives_index(graph, names):
+        return whole_steps(names[0], covered.joined(Range(-WHOLE, WHOLE)))  # all that fit: other samples have other tokens
     if any(_is_whole_number(graph, name) for name in names):
         fixed = any(name in graph.inputs or name in graph.outputs for name in names)
         return whole_steps(names[0], covered) if fixed or -covered.low <= WHOLE >= covered.high else activation_quant(covered, "s16")

@@ -210,3 +210,19 @@ def test_a_torch_export_runs_on_the_npu(shape: tuple[int, ...]) -> None:
     assert package.host_nodes == ()
     assert "scaled_dot_product_attention" in {name for layer in package.program.layers for name in layer.nodes}
     assert sqnr(run(proto, feeds[0])[0], package.run(feeds[0]).outputs["add_2"]) > 28
+
+
+# ---- tokens written as floats
+
+
+@pytest.mark.parametrize("quant", ["int8", "auto"])
+def test_token_numbers_may_be_floats(quant: str) -> None:
+    """Old Keras exports feed tokens as floats and cast them: none is mistaken for its neighbour, not even one that calibration has not seen."""
+    random = np.random.default_rng(0)
+    turned = node("Transpose", "ids", "turned", perm=[1, 0])
+    nodes = [turned, node("Cast", "turned", "index", to=TensorProto.INT32), node("Gather", "words index", "y")]
+    proto = model(nodes, {"ids": (1, 20)}, ["y"], {"words": random.normal(size=(3000, 8)).astype(np.float32)})
+    calibration = [{"ids": random.integers(0, 900, (1, 20)).astype(np.float32)} for _ in range(8)]
+    package = npucc.compile(proto, calibration=calibration, quant=quant)
+    feed = {"ids": random.integers(0, 3000, (1, 20)).astype(np.float32)}
+    assert sqnr(run(proto, feed)[0], package.run(feed).outputs["y"]) > 30
