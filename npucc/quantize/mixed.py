@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,12 +80,13 @@ def mixed_precision(network: Network, plain: Rounded, judge: Judge, target: Targ
     found = _sensitivity(network, plain)
     trial = _Trial.of(network, plain, found, target, judge)
     gains = propose(found, trial.price, budget=trial.allowed, all_that_gain=network.options.limits_drop)
-    gains = dict(list(gains.items())[: most_within(list(gains), trial.together, trial.allowed)])
+    together = cache(trial.together)
+    gains = dict(list(gains.items())[: most_within(list(gains), together, trial.allowed)])
     kept = take_back(list(gains), trial.price, trial.attempt, trial.misses)
     wide = {root: Wide(trial.groups[root], gain, trial.price[root]) for root, gain in gains.items()}
     chosen, taken_back = (tuple(each for root, each in wide.items() if (root in kept) == stays) for stays in (True, False))
     stored = trial.stored(kept) if kept or found.methods else plain
-    return stored, Mixed(chosen, taken_back, price=trial.together(sorted(kept)))
+    return stored, Mixed(chosen, taken_back, price=together(kept))
 
 
 def _sensitivity(network: Network, plain: Rounded) -> Sensitivity:
@@ -151,7 +153,7 @@ class _Trial:
             return min(self.network.options.drop - fewer.loss, 0.0) < min(self.network.options.drop - more.loss, 0.0)
         return self.judge.gains(more.attempt, fewer.attempt, PERCENT * (more.spent - fewer.spent))
 
-    def together(self, roots: Sequence[str]) -> float:
+    def together(self, roots: Set[str]) -> float:
         """Percent more cycles with all of these groups in 16 bits."""
         if not roots:
             return 0.0
@@ -159,12 +161,12 @@ class _Trial:
         return 100 * (cycles / max(self.prices.cycles, 1) - 1)
 
 
-def most_within(roots: Sequence[str], together: Callable[[Sequence[str]], float], allowed: float) -> int:
+def most_within(roots: Sequence[str], together: Callable[[frozenset[str]], float], allowed: float) -> int:
     """How many of the groups, from the first on, have an allowed price together: it may be higher than that of each alone."""
     enough, too_many = 0, len(roots) + 1
     middle = len(roots)
     while too_many - enough > 1:
-        price = together(roots[:middle])
+        price = together(frozenset(roots[:middle]))
         enough, too_many = (middle, too_many) if price <= allowed and price < IMPOSSIBLE else (enough, middle)
         middle = (enough + too_many) // 2
     return enough

@@ -92,14 +92,17 @@ def gram_matrix(rows: Array) -> Array:
     x = rows.astype(np.float64)
     count, depth = rows.shape[1:]
     sums = x.sum(axis=1)
-    whole = np.stack([count * (each.T @ each) - np.outer(total, total) for each, total in zip(x, sums, strict=True)])
-    diagonal = np.einsum("gkk->gk", whole)
+    scaled = np.matmul(x.swapaxes(1, 2), x)
+    scaled *= count
+    scaled -= sums[:, :, None] * sums[:, None, :]
+    largest = float(np.einsum("gkk->gk", scaled).max())
     bits = min(GRAM_BITS, EXACT_BITS - ERROR_BITS - math.ceil(math.log2(max(depth, 2))))
-    scaled = np.rint(np.ldexp(whole, bits - math.frexp(max(float(diagonal.max()), 1.0))[1]))
+    scaled *= math.ldexp(1.0, bits - math.frexp(max(largest, 1.0))[1])
+    np.rint(scaled, out=scaled)
     level = np.einsum("gkk->g", scaled) / depth
     ridge = np.ceil(RIDGE * min(1.0, depth / max(count, 1)) * level) + 1
     scaled[:, np.arange(depth), np.arange(depth)] += ridge[:, None]
-    return np.asarray(scaled)
+    return scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ def round_weights(steps: Array, lattice: Lattice, evidence: Evidence) -> Array:
 def solve(fixed: Array, lattice: Lattice, gram: Array) -> Array:
     """Whole numbers on the lattice for weights in fixed point, all [groups, depth, outputs]."""
     order = np.argsort(-np.einsum("gkk->gk", gram), axis=1, kind="stable")
-    sorted_gram = np.take_along_axis(np.take_along_axis(gram, order[:, :, None], 1), order[:, None, :], 2)
+    sorted_gram = np.stack([each[np.ix_(places, places)] for each, places in zip(gram, order, strict=True)])
     factor = np.broadcast_to(lattice.factor, fixed.shape)
     result = np.empty_like(fixed)
     for start in range(0, fixed.shape[2], CHUNK):
@@ -175,14 +178,14 @@ def _solve_block(fixed: Array, lattice: Lattice, gram: Array, error: Array, slop
     size = fixed.shape[1]
     own, change = slope[:, start : start + size].copy(), np.zeros_like(fixed)
     old = error[:, start : start + size]
-    unit = float(2**FRACTION)
+    steps = 2.0**FRACTION * lattice.factor
+    limits, reach = np.where(fixed == 0, 0.0, lattice.limit), REACH * steps  # pruned weights stay pruned
     for column in range(size):
-        step = lattice.factor[:, column]
+        step, limit, wanted = steps[:, column], limits[:, column], fixed[:, column]
         best = old[:, column] - own[:, column] / gram[:, column, column, None]
-        best = np.clip(best, -REACH * unit * step, REACH * unit * step)
-        code = np.clip(np.rint((fixed[:, column] + best) / (unit * step)), -lattice.limit, lattice.limit)
-        code[fixed[:, column] == 0] = 0  # pruned weights stay pruned
-        change[:, column] = code * step * unit - fixed[:, column] - old[:, column]
+        best = np.maximum(np.minimum(best, reach[:, column]), -reach[:, column])
+        code = np.maximum(np.minimum(np.rint((wanted + best) / step), limit), -limit)
+        change[:, column] = code * step - wanted - old[:, column]
         own[:, column:] += gram[:, column:, column, None] * change[:, column, None, :]
     old += change
     return change

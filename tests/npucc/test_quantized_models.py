@@ -461,9 +461,9 @@ def test_a_dynamically_quantized_lstm_is_an_lstm_with_the_weights_of_its_integer
     rng = np.random.default_rng(0)
     constants: dict[str, Any] = {"b": rng.normal(size=(directions, 8 * hidden)).astype(np.float32) * 0.3}
     for name, rows in (("w", inputs), ("r", hidden)):
-        constants[name] = rng.integers(-128, 128, (directions, rows, 4 * hidden)).astype(np.int8)
+        constants[name] = rng.integers(-64, 65, (directions, rows, 4 * hidden)).astype(np.int8)  # larger: onnxruntime saturates pairs on AVX2
         shape = (directions, 4 * hidden) if per_column else (directions,)
-        constants[f"{name}s"], constants[f"{name}z"] = rng.uniform(0.002, 0.004, shape).astype(np.float32), np.zeros(shape, np.int8)
+        constants[f"{name}s"], constants[f"{name}z"] = rng.uniform(0.004, 0.008, shape).astype(np.float32), np.zeros(shape, np.int8)
     cell = node("DynamicQuantizeLSTM", "x w r b - - - - ws wz rs rz", "y h", domain="com.microsoft", hidden_size=hidden, direction="bidirectional")
     assert_agrees(model([cell], {"x": (5, 1, inputs)}, ["y", "h"], constants), tolerance=0.03)  # onnxruntime rounds activations to 8 bits
 
