@@ -102,7 +102,7 @@ def gram_matrix(rows: Array) -> Array:
     level = np.einsum("gkk->g", scaled) / depth
     ridge = np.ceil(RIDGE * min(1.0, depth / max(count, 1)) * level) + 1
     scaled[:, np.arange(depth), np.arange(depth)] += ridge[:, None]
-    return scaled
+    return np.asarray(scaled)
 
 
 @dataclass(frozen=True, slots=True)
