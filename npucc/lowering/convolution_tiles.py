@@ -118,7 +118,6 @@ class _Lowering:
         self.weights: dict[tuple[int, int], Tile] = {}
         around = Windows(problem.size[1], problem.kernel, problem.strides, problem.dilations)
         self.cycles_kept, self.bytes_kept = kept_shares(problem.weights, emitter.target, 0 if self.tied else math.prod(problem.size), around)
-        self.works: dict[tuple[int, ...], Work] = {}
         self.parameters: dict[int, View] = {}
         self.groups: dict[int, View] = {}
 
@@ -220,12 +219,6 @@ class _Lowering:
         return self.problem.x.shape[0] * -(-self.problem.size[0] // plan.rows) * -(-self.problem.size[1] // plan.columns)
 
     def _work(self, plan: Plan) -> Work:
-        tile = plan.rows, plan.columns, plan.outputs, plan.channels  # whatever their order and their transfers
-        if tile not in self.works:
-            self.works[tile] = self._work_of(plan)
-        return self.works[tile]
-
-    def _work_of(self, plan: Plan) -> Work:
         tiles = self.pixel_tiles(plan) * -(-self.problem.outputs // plan.outputs)
         return Work(tiles, self._matrix_cycles(plan), self._vector_cycles(plan))
 

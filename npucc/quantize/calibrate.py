@@ -201,9 +201,14 @@ def _with_finite_scores(graph: Graph) -> Graph:
 
 
 def float_session(model: onnx.ModelProto, weights: Mapping[str, Array], **entries: str) -> onnxruntime.InferenceSession:
-    """The model in onnxruntime on the CPU, quiet and with few threads. `weights`: its large stored tensors, which no message of protobuf copies."""
+    """The model in onnxruntime on the CPU, quiet and with few threads. `weights`: its large stored tensors, which no message of protobuf copies.
+
+    Convolutions stay in the model's layout: the other one adds channels in blocks as wide as the processor's registers, so that last bits, and
+    with them what is rounded up or down, would differ from processor to processor.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # the next would change the layout
     options.log_severity_level = 4  # what fails is raised
     for key, value in entries.items():
         options.add_session_config_entry(f"session.{key}", value)

@@ -81,8 +81,7 @@ class Judge:
 
     def attempt(self, integer: Graph) -> Attempt:
         """One way to store the network, ready to run."""
-        weights: dict[str, Array] = {}
-        return Attempt(self, float_session(to_onnx(integer, apart=weights), weights, x64quantprecision="1"))
+        return Attempt(self, float_session(to_onnx(integer), {}, x64quantprecision="1"))
 
     def verdict(self, attempt: Attempt) -> Verdict:
         """About one way to store the network, on held samples."""

@@ -92,17 +92,17 @@ def gram_matrix(rows: Array) -> Array:
     x = rows.astype(np.float64)
     count, depth = rows.shape[1:]
     sums = x.sum(axis=1)
-    scaled = np.matmul(x.swapaxes(1, 2), x)
-    scaled *= count
-    scaled -= sums[:, :, None] * sums[:, None, :]
-    largest = float(np.einsum("gkk->gk", scaled).max())
+    gram = np.matmul(x.swapaxes(1, 2), x)
+    gram *= count
+    gram -= sums[:, :, None] * sums[:, None, :]
+    largest = float(np.einsum("gkk->gk", gram).max())
     bits = min(GRAM_BITS, EXACT_BITS - ERROR_BITS - math.ceil(math.log2(max(depth, 2))))
-    scaled *= math.ldexp(1.0, bits - math.frexp(max(largest, 1.0))[1])
-    np.rint(scaled, out=scaled)
-    level = np.einsum("gkk->g", scaled) / depth
+    gram *= math.ldexp(1.0, bits - math.frexp(max(largest, 1.0))[1])
+    np.rint(gram, out=gram)
+    level = np.einsum("gkk->g", gram) / depth
     ridge = np.ceil(RIDGE * min(1.0, depth / max(count, 1)) * level) + 1
-    scaled[:, np.arange(depth), np.arange(depth)] += ridge[:, None]
-    return np.asarray(scaled)
+    gram[:, np.arange(depth), np.arange(depth)] += ridge[:, None]
+    return np.asarray(gram)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +180,7 @@ def _solve_block(fixed: Array, lattice: Lattice, gram: Array, error: Array, slop
     old = error[:, start : start + size]
     steps = 2.0**FRACTION * lattice.factor
     limits, reach = np.where(fixed == 0, 0.0, lattice.limit), REACH * steps  # pruned weights stay pruned
+    # minimum and maximum: np.clip takes twice as long on arrays as small as a column
     for column in range(size):
         step, limit, wanted = steps[:, column], limits[:, column], fixed[:, column]
         best = old[:, column] - own[:, column] / gram[:, column, column, None]
