@@ -20,7 +20,7 @@ from npucc.graph import Graph, Node, Quant, Tensor
 
 FLOAT = "float32"
 HALF = 256  # a 16-bit value is 256 · upper + lower, lower within a byte
-FLOOR = 1 << 24  # makes a dividend positive, so that integer division rounds down
+FLOOR = 1 << 32  # makes a dividend positive, so that integer division rounds down
 
 
 class Writer(Protocol):
@@ -109,7 +109,9 @@ class Call:
 def must_be_spelled_out(graph: Graph, node: Node) -> bool:
     """Whether onnxruntime's own kernels for the node's QDQ form would not give the stored integers for sure."""
     quant = graph.tensors[node.outputs[0]].quant
-    return node.op in FORMS and quant is not None and quant.dtype in ("s8", "s16") and FORMS[node.op][0](graph, node)
+    if node.op not in FORMS or quant is None or not FORMS[node.op][0](graph, node):
+        return False
+    return quant.dtype in ("s8", "s16") or (quant.dtype == "s32" and node.op == "table" and not _direct(graph, node))
 
 
 def spell_out(writer: Writer, node: Node, *, into: str) -> None:
@@ -130,11 +132,15 @@ def _is_wide(graph: Graph, node: Node) -> bool:
     return any(quant.dtype != "s8" for quant in _quants(graph, node))
 
 
+def _direct(graph: Graph, node: Node) -> str:
+    """The instruction that computes a function without a table, or ""."""
+    return arithmetic.without_table(node.attributes.expression, graph.quant(node.inputs[0]))  # type: ignore[attr-defined]
+
+
 def _is_looked_up(graph: Graph, node: Node) -> bool:
     """A function by table or a root, not what is exact in float: clips, copies and squares."""
     expression = node.attributes.expression  # type: ignore[attr-defined]
-    direct = arithmetic.without_table(expression, graph.quant(node.inputs[0]))
-    if direct:
+    if direct := _direct(graph, node):
         return direct == "sqrt"
     return graph.quant(node.inputs[0]).dtype in ("s8", "s16") and expression != "x" and scalar.is_clip(expression) is None
 
@@ -259,7 +265,7 @@ def _looked_up(call: Call, values: arithmetic.LookUp, position: str) -> str:
     part, half = call.op("Mul", rise, call.model.cast(rest, "int64")), 1 << (values.shift - 1)
     raised = call.less(part, -(FLOOR << values.shift) - half, "int64")
     quotient = call.op("Div", raised, call.number(1 << values.shift, "int64"))
-    return call.op("Add", low, call.less(call.model.cast(quotient, "int32"), FLOOR, "int32"))
+    return call.op("Add", low, call.model.cast(call.less(quotient, FLOOR, "int64"), "int32"))
 
 
 def _table(call: Call) -> None:

@@ -40,7 +40,7 @@ class Calibration:
     """`histograms`: of every tensor that is computed (not merely moved) or read in; `means`: per
     (tensor, axis): along the axis that a matrix operator sums over;
     `first`: the first few feeds; `operands`: histograms of what matrix operators read that is merely moved;
-    `loudness`: root mean square of each float graph input, sample by sample."""
+    `loudness`: root mean square of each float graph input and output, sample by sample."""
 
     histograms: dict[str, Histogram]
     means: dict[tuple[str, int], Array]
@@ -63,7 +63,7 @@ def calibrate(
     sums = {(name, axis): np.zeros(graph.tensors[name].shape[axis]) for name, several in axes.items() for axis in several}
     scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
     operands = _histograms([name for name in moved_operands(graph) if name not in histograms], repeats)
-    loudness: dict[str, list[float]] = {name: [] for name in graph.inputs if np.dtype(graph.tensors[name].dtype).kind == "f"}
+    loudness: dict[str, list[float]] = {name: [] for name in (*graph.inputs, *graph.outputs) if np.dtype(graph.tensors[name].dtype).kind == "f"}
     run = tensor_runner(graph, sorted({*histograms, *axes, *operands}))
     total, count = _total(feeds, limit), 0
     first: list[Mapping[str, Array]] = []

@@ -7,13 +7,15 @@ operators read a copy of it in 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from npucc import arithmetic, scalar
 from npucc.graph import Editor, Graph, Node
+from npucc.operations import node_macs
 from npucc.ops import OPS, Table
 from npucc.quantize.calibrate import Calibration
 from npucc.quantize.ranges import STEPS, Histogram, least_error_range, merged
@@ -41,7 +43,8 @@ def widen(graph: Graph, groups: Groups, calibration: Calibration, *, direct: Set
 
     `direct`: what is read in 16 bits itself.
     """
-    wide = wide_roots(graph, groups)
+    faint = faint_outputs(graph, calibration, STEPS)
+    wide = wide_roots(graph, groups, outputs=faint)
     copies: dict[str, str] = {}
     first_copies: dict[tuple[str, ...], str] = {}  # of what is repeated
     editor = Editor(graph)
@@ -54,26 +57,27 @@ def widen(graph: Graph, groups: Groups, calibration: Calibration, *, direct: Set
                 groups.join(first_copies.setdefault(groups.repeats.get(name, (name,)), copies[name]), copies[name])
             current = editor.nodes[node.name]
             editor.add_node(replace(current, inputs=tuple(copies[name] if each == name else each for each in current.inputs)))
-    long = _powers(graph, groups, wide)
+    long = _powers(graph, groups, wide) | _faint_functions(graph, groups, wide, calibration)
     wide |= {groups.root(name) for _, name in direct}
     originals = {copy: name for name, copy in copies.items()}
     return Widened(editor.freeze(), frozenset(wide), frozenset(long), _with_copies(calibration, groups, copies), originals)
 
 
-def wide_roots(graph: Graph, groups: Groups) -> set[str]:
-    """The roots of the groups that keep 16 bits."""
+def wide_roots(graph: Graph, groups: Groups, *, outputs: Collection[str] = ()) -> set[str]:
+    """The roots of the groups that keep 16 bits. `outputs`: those of the graph that do even where nothing else does."""
     members: dict[str, list[str]] = {}
     for name in graph.tensors:
         members.setdefault(groups.root(name), []).append(name)
     chosen: set[str] = set()
     for name, follow in _starts(graph):
         _mark(graph, groups, members, name, follow, chosen)
-    if chosen:
-        for name in graph.outputs:
-            _mark(graph, groups, members, name, SCORES | MEANS, chosen)
+    for name in graph.outputs if chosen else outputs:
+        _mark(graph, groups, members, name, SCORES | MEANS, chosen)
     return {root for root in chosen if not any(_is_fixed(graph, name) for name in members[root]) and not _is_softmax(graph, members[root])}
 
 
+WIDE_STEPS = 65535
+SMALL_OUTPUT = 1e-4  # elements for each multiply-accumulate of the network, at most
 BULK = 0.99  # of the values
 SMALLEST_BULK = 28.0  # dB; an even distribution without outliers has 45 and more, a normal one about 38
 SUMS = frozenset({"add", "sub"})
@@ -134,6 +138,43 @@ def _keeps_power(node: Node) -> bool:
     return moves or node.op == "add" or (isinstance(node.attributes, Table) and _is_direct(node, "sqrt"))
 
 
+def faint_outputs(graph: Graph, calibration: Calibration, steps: int) -> list[str]:
+    """Small outputs whose faint samples would be lost in so many steps, as small probabilities are."""
+    few = max(1.0, SMALL_OUTPUT * sum(node_macs(graph, node) for node in graph))
+    small = [name for name in graph.outputs if name in calibration.histograms and math.prod(graph.tensors[name].shape) <= few]
+    return [name for name in small if _quiet_ratio(calibration.histograms[name], calibration.loudness.get(name, []), steps) < SMALLEST_BULK]
+
+
+def _faint_functions(graph: Graph, groups: Groups, wide: set[str], calibration: Calibration) -> set[str]:
+    """Among the wide groups, functions (and what is chosen among their results) that are outputs too faint for 16 bits: 32 bits."""
+    chains = (_chosen_functions(graph, groups, groups.root(name)) for name in faint_outputs(graph, calibration, WIDE_STEPS))
+    return {root for chain in chains if chain <= wide for root in chain}
+
+
+def _chosen_functions(graph: Graph, groups: Groups, start: str) -> set[str]:
+    """The groups from a choice back to functions' results; empty where something else makes or reads one of them."""
+    chain: set[str] = set()
+    waiting = [start]
+    while waiting:
+        root = waiting.pop()
+        if root in chain:
+            continue
+        chain.add(root)
+        for name in groups.members(root):
+            producer = graph.producer(name)
+            if producer is None or not all(_only_chooses(user) for user in graph.users(name)):
+                return set()
+            if producer.op == "where":
+                waiting += [groups.root(each) for each in producer.inputs[1:] if not graph.tensors[each].is_constant]
+            elif not (OPS[producer.op].moves_data or isinstance(producer.attributes, Table)):
+                return set()
+    return chain
+
+
+def _only_chooses(node: Node) -> bool:
+    return node.op in ("compare", "where") or OPS[node.op].moves_data
+
+
 def _is_direct(node: Node, instruction: str) -> bool:
     return arithmetic.DIRECT.get(node.attributes.expression) == instruction  # type: ignore[attr-defined]
 
@@ -161,12 +202,12 @@ def uneven_operands(graph: Graph, groups: Groups, calibration: Calibration) -> s
     return found
 
 
-def _quiet_ratio(histogram: Histogram, loudness: Sequence[float]) -> float:
-    """Energy of a graph input's faint samples (a tenth is fainter) over that of 8-bit rounding, in dB."""
+def _quiet_ratio(histogram: Histogram, loudness: Sequence[float], steps: int = STEPS) -> float:
+    """Energy of faint samples (a tenth is fainter) over that of rounding to so many steps, in dB."""
     heard = sorted(value for value in loudness if value > 0)
     if not heard:
         return np.inf
-    step = least_error_range(histogram).width / STEPS
+    step = least_error_range(histogram).width / steps
     return 10 * float(np.log10(heard[len(heard) // 10] ** 2 / max(step * step / 12, 1e-30)))
 
 

@@ -469,6 +469,25 @@ def test_nan_within_the_model_is_refused_with_its_node() -> None:
     assert "NaN" in message
 
 
+def test_faint_probabilities_keep_their_bits_exactly() -> None:
+    """A detector's answer is 0.9 in a few samples and a millionth in the others, which 16 bits would store as zero."""
+    net = FloatNet()
+    net.input("x", 1, 16)
+    net.op("matmul", ["x", net.constant("w", np.full((16, 8), 0.25, np.float32))], "hidden", ops.MatMul((0.0, np.inf)))
+    net.op("matmul", ["hidden", net.constant("v", np.full((8, 1), 0.5, np.float32)), net.constant("b", np.full(1, -13.0, np.float32))], "logit")
+    net.op("table", ["logit"], "probability", ops.Table(("sigmoid", "x")))
+    graph = net.graph("probability")
+    feeds = [{"x": np.full((1, 16), level, np.float32)} for level in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)]
+    quantized = quantize(graph, feeds, options=INT8).graph
+    assert quantized.quant("probability").dtype == "s32"
+    session = exact_session(to_onnx(quantized))
+    for feed in feeds:
+        found = reference.to_real(quantized.tensors["probability"], reference.run(quantized, feed)["probability"])
+        np.testing.assert_array_equal(found.astype(np.float32), run_session(session, feed)["probability"])
+        exact = 1 / (1 + np.exp(13 - 16 * feed["x"].max()))
+        assert found.item() == pytest.approx(exact, rel=0.15)
+
+
 def test_what_has_no_8_bit_form_is_refused() -> None:
     net = FloatNet()
     net.input("x", 1, 2, 4, 4)
