@@ -1,7 +1,7 @@
-"""One attempt: what to take away, the network that is left of it, and how much that disagrees with the dense one.
+"""One attempt: what to take away, the network that is left of it, and how much accuracy that costs.
 
 The one big idea: everything that is known before stays the same for all attempts; an attempt is a set of labels to remove and a set of layers
-with patterns. Disagreement is measured on samples that the attempt was not fitted on.
+with patterns. What it costs is measured on samples that the attempt was not fitted on.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from isa.target import Target
 from npucc.graph import Graph
 from npucc.prune.channels import Curve, cut
-from npucc.prune.compiled import Clock
+from npucc.prune.compiled import Clock, Compiled
 from npucc.prune.families import Statistics
 from npucc.prune.measure import OutputMeter
 from npucc.prune.moments import Stream, dense_moments, with_constants
@@ -119,18 +120,30 @@ def layer_errors(job: Job, patterns: Mapping[str, Pattern]) -> dict[str, float]:
 
 
 class Judge:
-    """How much amounts disagree with the dense network: each half of the samples judges what was fitted on the other."""
+    """What amounts cost in accuracy. In float each half of the samples judges what was fitted on the other; then what quantizing adds, beyond what
+    it costs the `dense` network."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, dense: Compiled) -> None:
         self.job = job
         halves = (job.feeds[::2], job.feeds[1::2])
         self.folds = (halves, halves[::-1]) if len(job.feeds) >= FEWEST_HALVED else ((job.feeds, job.feeds),)
         self.meters = [OutputMeter(job.dense, judged) for _, judged in self.folds]
+        self.known: dict[tuple[object, ...], float] = {}
+        self.whole = OutputMeter(job.dense, job.feeds)
+        self.dense = fmean(self.whole.points_lost_in_integers(dense.integer))
 
-    def disagreement(self, amount: Amount) -> float:
-        """In points, mean over the halves."""
-        graphs = (try_out(self.job, amount, feeds=fitted).graph for fitted, _ in self.folds)
-        return float(np.mean([meter.disagreement(graph) for meter, graph in zip(self.meters, graphs, strict=True)]))
+    def loss(self, amount: Amount) -> float:
+        """In float: points of accuracy lost."""
+        key = (amount.removed.tobytes(), None if amount.patterns is None else frozenset(amount.patterns))
+        if key not in self.known:
+            graphs = (try_out(self.job, amount, feeds=fitted).graph for fitted, _ in self.folds)
+            self.known[key] = fmean([each for meter, graph in zip(self.meters, graphs, strict=True) for each in meter.points_lost(graph)])
+        return self.known[key]
+
+    def added(self, attempt: Attempt, compiled: Compiled) -> float:
+        """Points that this network loses more in integers than in float, less those that the dense one does; at least 0."""
+        now = fmean(self.whole.points_lost_in_integers(compiled.integer)) - fmean(self.whole.points_lost(attempt.graph))
+        return max(now - self.dense, 0.0)
 
 
 def result_labels(graph: Graph, labels: Mapping[tuple[str, int], Array], node: str) -> Array:

@@ -21,6 +21,14 @@ PLAIN = QuantizeOptions(scheme="int8", rounding="nearest", method="minmax", samp
 
 
 @dataclass(frozen=True, slots=True)
+class Compiled:
+    """A float graph in integers, and what its program takes."""
+
+    integer: Graph
+    cycles: int
+
+
+@dataclass(frozen=True, slots=True)
 class Clock:
     """`feeds` and `quant`: what quantization will be given."""
 
@@ -28,14 +36,15 @@ class Clock:
     feeds: Iterable[Mapping[str, Any]]
     quant: QuantizeOptions
 
-    def cycles(self, graph: Graph) -> int:
-        """Of the program that `compile` makes of the float graph."""
-        return self._simulated(graph, self.feeds, self.quant)
+    def compiled(self, graph: Graph) -> Compiled:
+        """As `compile` will make it of the float graph."""
+        return self._compiled(graph, self.feeds, self.quant)
 
     def plain_cycles(self, graph: Graph) -> int:
         """With 16 bits only where the rules ask for them."""
-        return self._simulated(graph, list(islice(self.feeds, 1)), PLAIN)
+        return self._compiled(graph, list(islice(self.feeds, 1)), PLAIN).cycles
 
-    def _simulated(self, graph: Graph, feeds: Iterable[Mapping[str, Any]], options: QuantizeOptions) -> int:
-        lowered = lower(quantize(graph, feeds, options=options, target=self.target).graph, self.target)
-        return simulate(lowered.program, lowered.constants).total_cycles
+    def _compiled(self, graph: Graph, feeds: Iterable[Mapping[str, Any]], options: QuantizeOptions) -> Compiled:
+        integer = quantize(graph, feeds, options=options, target=self.target).graph
+        lowered = lower(integer, self.target)
+        return Compiled(integer, simulate(lowered.program, lowered.constants).total_cycles)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from npucc.evaluate import score_rows
 from npucc.graph import Graph
+from npucc.loss import points_lost
 from npucc.prune.moments import cut_graph
-from npucc.quantize.calibrate import tensor_runner
+from npucc.quantize.calibrate import integer_session, tensor_runner
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,7 +33,7 @@ def watched(graph: Graph) -> tuple[str, ...]:
 
 
 class OutputMeter:
-    """Holds the dense network's outputs for some samples; `error` and `disagreement` of other graphs against them."""
+    """Holds the dense network's outputs for some samples; errors of other graphs against them, and what that costs."""
 
     def __init__(self, dense: Graph, feeds: Sequence[Mapping[str, Array]]) -> None:
         self.feeds = feeds
@@ -58,18 +58,16 @@ class OutputMeter:
         spread = ((wanted - wanted.mean(axis=0))[usable] ** 2).sum() if len(wanted) > 1 else (wanted[usable] ** 2).sum()
         return float(((have - wanted)[usable] ** 2).sum() / max(spread, 1e-12))
 
-    def disagreement(self, graph: Graph) -> float:
-        """Points (hundredths of the rows) in which the largest score is another one, in the first output that has scores; without any,
-        the error in per cent."""
-        scored = next((name for name in self.outputs if score_rows(self.wanted[0][name]) is not None), None)
-        if scored is None:
-            return 100.0 * self.error(graph)
-        run = self._run(graph)
-        rows = other = 0
-        for feed, wanted in zip(self.feeds, self.wanted, strict=True):
-            scores, have = (score_rows(values[scored]) for values in (wanted, run(feed)))
-            assert scores is not None
-            assert have is not None
-            rows += len(scores)
-            other += int((scores.argmax(axis=1) != have.argmax(axis=1)).sum())
-        return 100.0 * other / rows
+    def points_lost(self, graph: Graph) -> list[float]:
+        """Per sample: hundredths of the answers that a float graph loses, in the output that loses most (see npucc.loss)."""
+        run = tensor_runner(cut_graph(graph, self.outputs), self.outputs)
+        return self._points_lost([run(feed) for feed in self.feeds])
+
+    def points_lost_in_integers(self, integer: Graph) -> list[float]:
+        """The same, of a graph in integers."""
+        session, names = integer_session(integer), list(self.outputs)
+        return self._points_lost([dict(zip(names, session.run(names, dict(feed)), strict=True)) for feed in self.feeds])
+
+    def _points_lost(self, found: Sequence[Mapping[str, Array]]) -> list[float]:
+        several = (points_lost([values[name] for values in self.wanted], [values[name] for values in found]) for name in self.outputs)
+        return max(several, key=sum)

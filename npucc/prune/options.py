@@ -5,7 +5,7 @@ cycles=0.7              channels, until the compiled program takes 0.7 of the cy
 2:4                     of each 4 neighbouring weights at most 2 stay (any N:M), along the sum: kernel row, kernel column, input channel
 block=70%               70 % of the blocks of a layer's weights, in the size of the target's array
 unstructured=60%        60 % of a layer's weights, wherever they are
-drop=0.5                with cycles: at most 0.5 points of disagreement with the dense network, the cycles as they come;
+drop=0.5                with cycles: at most 0.5 points of accuracy lost, the cycles as they come;
                         with a pattern: only in as many layers as that allows, those first that lose least for what they save
 skip=LAYER              leave alone the layers whose name matches (with * and ?); may be repeated
 LAYER@2:4, LAYER@block=50%, LAYER@unstructured=50%
@@ -16,9 +16,9 @@ repair=yes              whether what stays is refitted
 arrange=yes             whether channels may first change places so that N:M among neighbours loses less
 samples=512, rows=16384 calibration samples to use at most, and places in them, over all samples, that a layer's statistics look at
 
-channels or cycles go with one pattern: channels=30%,2:4. Disagreement is measured on calibration samples, in halves: each half judges a network
-that was fitted on the other, in float, before quantization. It counts the rows whose largest score is another one; where no output has scores, it is
-the energy of the outputs' error in per cent.
+channels or cycles go with one pattern: channels=30%,2:4. Accuracy lost is estimated without labels, of the integer network against the dense integer
+network: other answers cost what the dense network thought its own more probable by (npucc/loss.py; where no output answers a
+question, the energy of the outputs' error in per cent). The calibration samples measure it in halves: each half judges what was fitted on the other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
-    """`channels`: share of the multiply-accumulates to remove; `cycles`: share of the cycles to reach; `drop`: points of disagreement
+    """`channels`: share of the multiply-accumulates to remove; `cycles`: share of the cycles to reach; `drop`: points of accuracy
     allowed; `pattern`: of the weights; `skip`: names of layers to leave alone; `layers`: (name, its own pattern or share of channels).
 
     Raises PruneError where a value is not allowed.

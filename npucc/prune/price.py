@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -62,14 +62,22 @@ class PriceList:
 
     def _node(self, node: Node, removed: Array) -> Price:
         if OPS[node.op].matrix:
-            product = self._product(node, removed)
-            weights = product.depth * product.outputs * product.groups
-            vector = vector_cycles(self.target, product.pixels * product.outputs * product.groups)
-            cycles = max(_matrix_cycles(product, self.target), vector, dma_cycles(self.target, weights, weights))
-            return Price(product.macs, cycles)
+            return self._matrix(self._product(node, removed), 1.0)
         if OPS[node.op].moves_data:
             return Price(0, 0.0)
         return Price(0, vector_cycles(self.target, math.prod(self._shape(node.outputs[0], removed))))
+
+    def thinned(self, node: Node, zeros: float) -> Price:
+        """A whole layer of which this share of the weights is zero by a pattern: packed, and skipped where the target skips."""
+        return self._matrix(self._product(node, np.zeros(self.slots.count, bool)), 1 - zeros)
+
+    def _matrix(self, product: Product, share: float) -> Price:
+        """`share`: of the weights that are not zero."""
+        weights = round(product.depth * product.outputs * product.groups * share)
+        vector = vector_cycles(self.target, product.pixels * product.outputs * product.groups)
+        worked = product if self.target.skip in ("none", "activations") else replace(product, depth=math.ceil(product.depth * share))
+        cycles = max(_matrix_cycles(worked, self.target), vector, dma_cycles(self.target, weights, weights))
+        return Price(round(product.macs * share), cycles)
 
     def _product(self, node: Node, removed: Array) -> Product:
         result, weights = self._shape(node.outputs[0], removed), self._shape(node.inputs[1], removed)

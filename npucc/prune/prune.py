@@ -179,7 +179,7 @@ def _report(job: Job, found: Found, zero_channels: int) -> PruneReport:
     layers = tuple(_layer_row(job, found, name) for name in job.dense.nodes if OPS[job.dense.nodes[name].op].matrix and name in graph.nodes)
     families = tuple(_family_row(curve, removed) for curve in job.curves)
     return PruneReport(
-        whole.macs, now.macs, before, after, error, found.disagreement, zero_channels, families, layers, found.stopped, found.cycles is not None
+        whole.macs, now.macs, before, after, error, found.loss, zero_channels, families, layers, found.stopped, found.cycles is not None
     )
 
 

@@ -47,15 +47,16 @@ class LayerRow:
 @dataclass(frozen=True, slots=True)
 class PruneReport:
     """`output_error`: energy of the error over that of the outputs, over calibration samples; `cycles`: estimated (see price.py), or, if `compiled`,
-    of the programs that compiling gives, where the budget is cycles; `disagreement`: in points, each half of the samples judging what was
-    fitted on the other, where there is a drop to keep; `stopped`: which limit ended the search."""
+    of the programs that compiling gives, where there is a budget; `loss`: points of accuracy lost to pruning, in integers, estimated (see
+    npucc.loss; each half of the samples judging what was fitted on the other), where there is a drop to keep; `stopped`: which limit ended
+    the search."""
 
     macs: int
     macs_kept: int
     cycles: float
     cycles_kept: float
     output_error: float
-    disagreement: float | None
+    loss: float | None
     zero_channels: int
     families: tuple[FamilyRow, ...]
     layers: tuple[LayerRow, ...]
@@ -63,6 +64,6 @@ class PruneReport:
     compiled: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "disagreement", "zero_channels", "stopped", "compiled")
+        names = ("macs", "macs_kept", "cycles", "cycles_kept", "output_error", "loss", "zero_channels", "stopped", "compiled")
         plain = {name: getattr(self, name) for name in names}
         return {**plain, "families": [row.as_dict() for row in self.families], "layers": [row.as_dict() for row in self.layers]}

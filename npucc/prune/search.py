@@ -6,15 +6,17 @@ between two attempts tells where to try next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from npucc.operations import node_macs
 from npucc.prune.attempt import Amount, Attempt, Job, Judge, layer_errors, patterns_of, try_out
-from npucc.prune.channels import choose, cut
+from npucc.prune.channels import ASIDE, choose, cut
+from npucc.prune.compiled import Compiled
+from npucc.prune.patterns import Pattern
 from npucc.prune.price import Price
 from npucc.prune.repair import masked
 
@@ -23,18 +25,19 @@ Array = np.ndarray[Any, np.dtype[Any]]
 STEPS = 5
 CLOSE = 0.01  # of all cycles: no need to estimate them better
 USED_UP = 0.8  # of the drop: no need to look for an amount that uses more of it
+ROUNDS = 3  # of looking for a smaller amount, because integers lose more than floats
 NEAR = 0.05  # below the cycles asked for: no need to look for a program that uses them up
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """`stopped`: which limit ended the search; `cycles`: of the compiled programs before and after, and `disagreement` in points, where they were
+    """`stopped`: which limit ended the search; `cycles`: of the compiled programs before and after, and `loss`, points of accuracy, where they were
     asked for; `errors`: of the outputs, per layer with its pattern alone."""
 
     attempt: Attempt
     stopped: str
-    cycles: tuple[float, float] | None = None
-    disagreement: float | None = None
+    cycles: tuple[int, int] | None = None
+    loss: float | None = None
     errors: Mapping[str, float] | None = None
 
 
@@ -55,38 +58,37 @@ def search(job: Job) -> Found:
 
 def _search_cycles(job: Job, wanted: float) -> Found:
     """Choose by estimated cycles, compile as it will be, correct the estimate; then step back while the drop is too large."""
-    whole = job.clock.cycles(job.original)
-    attempt, after, stopped = _within_cycles(job, wanted, wanted * whole)
+    dense = job.clock.compiled(job.original)
+    attempt, compiled, stopped = _within_cycles(job, wanted, wanted * dense.cycles)
     if job.options.drop is None:
-        return Found(attempt, stopped, (whole, after))
-    judge, amount = Judge(job), Amount(attempt.removed, None)
-    disagreement = judge.disagreement(amount)
-    if disagreement > job.options.drop:
-        scale, least = 1 << STEPS, job.prices.of(attempt.removed).cycles / job.prices.of(job.nothing).cycles
-        amount, disagreement = _largest(
-            judge, lambda n: Amount(_by_cycles(job, least ** (n / scale)), None), np.arange(scale + 1), disagreement, job.options.drop
-        )
-        stopped, attempt = "drop", try_out(job, amount)
-        after = job.clock.cycles(attempt.graph)
-    return Found(attempt, stopped, (whole, after), disagreement)
+        return Found(attempt, stopped, (dense.cycles, compiled.cycles))
+    judge = Judge(job, dense)
+    loss = judge.loss(Amount(attempt.removed, None)) + judge.added(attempt, compiled)
+    if loss <= job.options.drop:
+        return Found(attempt, stopped, (dense.cycles, compiled.cycles), loss)
+    steps, least = 1 << STEPS, job.prices.of(attempt.removed).cycles / job.prices.of(job.nothing).cycles
+    path = _Path(np.arange(steps + 1), lambda n: Amount(_by_cycles(job, least ** (n / steps)), None))
+    attempt, compiled, loss = _within_drop(judge, path, job.options.drop)
+    return Found(attempt, "drop", (dense.cycles, compiled.cycles), loss)
 
 
-def _within_cycles(job: Job, wanted: float, limit: float) -> tuple[Attempt, int, str]:
-    """(the attempt that takes away least of those whose program takes at most `limit` cycles, its cycles, what ended the search).
+def _within_cycles(job: Job, wanted: float, limit: float) -> tuple[Attempt, Compiled, str]:
+    """(the attempt that takes away least of those whose program takes at most `limit` cycles, compiled, what ended the search).
 
     Where no program is so short: the shortest one. The share of estimated cycles is corrected by what each program takes: repaired weights have
     other ranges, and 16 bits go to other tensors.
     """
     smallest = _by_cycles(job, 0.0)
     share, enough, too_much = _estimated_share(job, wanted), 0.0, 1.0
-    found: tuple[Attempt, int, str] | None = None
+    found: tuple[Attempt, Compiled, str] | None = None
     tried: set[bytes] = set()
     for number in range(2 * STEPS):
         attempt = try_out(job, Amount(_by_cycles(job, share), None))
-        after = job.clock.cycles(attempt.graph)
+        compiled = job.clock.compiled(attempt.graph)
+        after = compiled.cycles
         is_enough, is_smallest = after <= limit, bool((attempt.removed == smallest).all())
-        if found is None or (is_enough and after > found[1]) or found[1] > max(limit, after):
-            found = attempt, after, "cycles" if is_enough else "every family is as small as allowed" if is_smallest else "attempts"
+        if found is None or (is_enough and after > found[1].cycles) or found[1].cycles > max(limit, after):
+            found = attempt, compiled, "cycles" if is_enough else "every family is as small as allowed" if is_smallest else "attempts"
         enough, too_much = (share, too_much) if is_enough else (enough, share)
         if (is_enough and (after > (1 - NEAR) * limit or number >= STEPS)) or (is_smallest and not is_enough):
             break
@@ -127,20 +129,23 @@ def _estimated_share(job: Job, wanted: float) -> float:
 
 
 def _search_layers(job: Job, drop: float) -> Found:
-    """As many layers with patterns as the drop allows, those first that cost the outputs least for the multiply-accumulates they save."""
+    """As many layers with patterns as the drop allows, those first that cost the outputs least for what they save."""
     removed = choose(job.curves, job.prices, lambda _: True)
     patterns = patterns_of(job.dense, job)
     errors = layer_errors(job, patterns)
-    saved = {name: patterns[name].zeros * node_macs(job.dense, job.dense.nodes[name]) for name in patterns}
-    order = sorted(patterns, key=lambda name: errors[name] / max(saved[name], 1.0))
-    judge = Judge(job)
-    amount, stopped = Amount(removed, patterns), "pattern"
-    disagreement = judge.disagreement(amount)
-    if disagreement > drop:
-        far = np.sqrt(np.cumsum([0.0, *(min(errors[name], 1.0) for name in order)]))  # errors of layers add up, and rows are lost to their root
-        amount, disagreement = _largest(judge, lambda n: Amount(removed, {name: patterns[name] for name in order[:n]}), far, disagreement, drop)
-        stopped = "drop"
-    return Found(try_out(job, amount), stopped, None, disagreement, errors)
+    order = sorted(patterns, key=lambda name: errors[name] / max(_saved(job, name, patterns[name]), 1e-12))
+    far = np.sqrt(np.cumsum([0.0, *(min(errors[name], 1.0) for name in order)]))  # errors of layers add up, and rows are lost to their root
+    path = _Path(far, lambda n: Amount(removed, {name: patterns[name] for name in order[:n]}))
+    dense = job.clock.compiled(job.original)
+    attempt, compiled, loss = _within_drop(Judge(job, dense), path, drop)
+    return Found(attempt, "pattern" if len(attempt.patterns) == len(order) else "drop", (dense.cycles, compiled.cycles), loss, errors)
+
+
+def _saved(job: Job, name: str, pattern: Pattern) -> float:
+    """What the pattern takes off a layer: cycles on the target, and multiply-accumulates a little, as shares of the network's."""
+    node = job.dense.nodes[name]
+    whole, before, after = job.prices.of(job.nothing), job.prices.part((node,), job.nothing), job.prices.thinned(node, pattern.zeros)
+    return (before.cycles - after.cycles) / whole.cycles + ASIDE * (before.macs - after.macs) / max(whole.macs, 1)
 
 
 def _by_cycles(job: Job, share: float) -> Array:
@@ -152,22 +157,51 @@ def _by_cycles(job: Job, share: float) -> Array:
     return choose(job.curves, job.prices, enough, by_cycles=True)
 
 
-def _largest(judge: Judge, at: Callable[[int], Amount], far: Array, most: float, drop: float) -> tuple[Amount, float]:
-    """Of the amounts 0 … n − 1 a large one that keeps the drop, and its disagreement; amount 0 if none does.
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """Amounts 0 … n − 1 and `far` [n], ascending: what their loss grows with, about in proportion. Amount 0 takes nothing away that a drop limits."""
 
-    `far`: [n + 1], ascending, what disagreement grows with, about in proportion; `most`: that of amount n, which is too much. Each place to try is
-    where the straight line between the two nearest measured ones meets the drop.
+    far: Array
+    at: Callable[[int], Amount]
+
+    @property
+    def end(self) -> int:
+        return len(self.far) - 1
+
+
+def _within_drop(judge: Judge, path: _Path, drop: float) -> tuple[Attempt, Compiled, float]:
+    """A large amount that keeps the drop in integers, compiled, and its loss; amount 0 if none is found."""
+    allowed = drop
+    for _ in range(ROUNDS):
+        amount, loss = _largest(judge, path, allowed)
+        attempt = try_out(judge.job, amount)
+        compiled = judge.job.clock.compiled(attempt.graph)
+        total = loss + judge.added(attempt, compiled)
+        if total <= drop:
+            return attempt, compiled, total
+        allowed = min(allowed, loss) - (total - drop)
+    attempt = try_out(judge.job, path.at(0))
+    return attempt, judge.job.clock.compiled(attempt.graph), 0.0
+
+
+def _largest(judge: Judge, path: _Path, drop: float) -> tuple[Amount, float]:
+    """Of the amounts a large one that keeps the drop in float, and its loss; amount 0 if none does.
+
+    Each place to try is where the straight line between the two nearest measured ones meets the drop.
     """
-    low, high, found, disagreement = 0, len(far) - 1, at(0), 0.0
-    for _ in range(STEPS):
-        if high - low <= 1 or disagreement >= USED_UP * drop > 0:
+    low, high, found, loss = 0, path.end, path.at(0), 0.0
+    most = judge.loss(path.at(high)) if high and drop > 0 else math.inf
+    if most <= drop:
+        return path.at(high), most
+    for _ in range(STEPS if drop > 0 else 0):
+        if high - low <= 1 or loss >= USED_UP * drop:
             break
-        aim = far[low] + (far[high] - far[low]) * (drop - disagreement) / (most - disagreement)
-        middle = int(np.clip(np.searchsorted(far, aim, side="right") - 1, low + 1, high - 1))
-        amount = at(middle)
-        measured = judge.disagreement(amount)
+        aim = path.far[low] + (path.far[high] - path.far[low]) * (drop - loss) / (most - loss)
+        middle = int(np.clip(np.searchsorted(path.far, aim, side="right") - 1, low + 1, high - 1))
+        amount = path.at(middle)
+        measured = judge.loss(amount)
         if measured > drop:
             high, most = middle, measured
         else:
-            low, found, disagreement = middle, amount, measured
-    return found, disagreement
+            low, found, loss = middle, amount, measured
+    return found, loss

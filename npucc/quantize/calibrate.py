@@ -219,6 +219,11 @@ def float_session(model: onnx.ModelProto, weights: Mapping[str, Array], **entrie
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def integer_session(integer: Graph) -> onnxruntime.InferenceSession:
+    """A graph in integers in onnxruntime: the same integers that the NPU computes."""
+    return float_session(to_onnx(integer), {}, x64quantprecision="1")
+
+
 def checked(graph: Graph, feeds: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Array]]:
     """The feeds as the graph's inputs want them. Raises QuantizeError."""
     ports = ports_of_graph(graph)

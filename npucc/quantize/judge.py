@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from onnxruntime import InferenceSession
 
-from npucc.evaluate import score_rows
-from npucc.export import to_onnx
 from npucc.graph import Graph
-from npucc.quantize.calibrate import float_session, tensor_runner
+from npucc.loss import CONFIDENCE, points_lost, upper_end
+from npucc.quantize.calibrate import integer_session, tensor_runner
 from npucc.quantize.sensitivity import NOTHING, Outputs, error_ratio, has_signal, spread, work
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -29,7 +28,6 @@ SURE = 2.0  # standard errors of a difference: if it is farther from what is ask
 QUIET = 1e-6  # error energy over signal energy that nobody asks to lower (60 dB)
 INAUDIBLE = 1e-8  # what is not told apart from no error in reports
 GOOD = 45.0  # dB: up to here all that is gained counts, from here to `QUIET` half
-CONFIDENCE = 1.645  # standard errors: the mean is below in 95 of 100 cases
 
 
 def worth(outputs: Sequence[str], ratios: Array) -> float:
@@ -81,7 +79,7 @@ class Judge:
 
     def attempt(self, integer: Graph) -> Attempt:
         """One way to store the network, ready to run."""
-        return Attempt(self, float_session(to_onnx(integer), {}, x64quantprecision="1"))
+        return Attempt(self, integer_session(integer))
 
     def verdict(self, attempt: Attempt) -> Verdict:
         """About one way to store the network, on held samples."""
@@ -89,7 +87,7 @@ class Judge:
         ratios = attempt.ratios(self.held)
         decibels = float(np.mean(-10 * np.log10(ratios + INAUDIBLE))) if len(ratios) else 0.0
         names = self.outputs(self.held)
-        loss = max((self._loss(name, found, ratios) for name in dict.fromkeys(names)), default=0.0)
+        loss = max((self._loss(name, found) for name in dict.fromkeys(names)), default=0.0)
         return Verdict(decibels, worth(names, ratios), loss)
 
     def gains(self, more: Attempt, fewer: Attempt, asked: float) -> bool:
@@ -108,19 +106,10 @@ class Judge:
         gain, error = paired_gain(self.outputs(count), [index for _, index in self.rows], more.ratios(count), fewer.ratios(count))
         return gain - asked > CONFIDENCE * error
 
-    def _loss(self, name: str, found: Sequence[Outputs], ratios: Array) -> float:
-        """Points of accuracy, of one output: the upper end of the confidence interval of their mean over the samples.
-
-        Of scores: where the error of the margin turns the first two over, how much more probable the float model thinks the first; of any
-        output not less than its share of error in the energy.
-        """
-        energies = {index: ratio for (output, index), ratio in zip(self.rows, ratios.tolist(), strict=False) if output == name}
-        scores = {index: (score_rows(self.wanted[index][name]), score_rows(found[index][name])) for index in energies}
-        turned = {index: (wanted, given) for index, (wanted, given) in scores.items() if wanted is not None and given is not None}
-        deviation = margin_deviation(list(turned.values()))
-        losses = [min(ratio, 1.0) for ratio in energies.values()]
-        several = [losses, [turned_over(wanted, deviation) for wanted, _ in turned.values()]]
-        return max(100 * _upper_end(each) for each in several)
+    def _loss(self, name: str, found: Sequence[Outputs]) -> float:
+        """Points of accuracy, of one output: the upper end of the confidence interval of their mean over the samples."""
+        indices = [index for output, index in self.rows if output == name and index < self.held]
+        return upper_end(points_lost([self.wanted[index][name] for index in indices], [found[index][name] for index in indices]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,44 +148,3 @@ def paired_gain(outputs: Sequence[str], samples: Sequence[int], first: Array, se
     mean = math.fsum(without) / max(len(without), 1)
     variance = math.fsum((each - mean) ** 2 for each in without) * (len(without) - 1) / max(len(without), 1)
     return gain, math.sqrt(variance) if len(without) > 1 else math.inf
-
-
-def _upper_end(values: Sequence[float]) -> float:
-    """Of the one-sided confidence interval of the mean."""
-    if not values:
-        return 0.0
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((each - mean) ** 2 for each in values) / max(len(values) - 1, 1)
-    return mean + CONFIDENCE * math.sqrt(variance / len(values))
-
-
-def _first_two(rows: Array) -> Array:
-    """Positions of the largest score and the next [rows, 2]."""
-    return np.argsort(-rows, axis=1, kind="stable")[:, :2]
-
-
-def _margin(rows: Array, places: Array) -> Array:
-    taken = np.take_along_axis(rows.astype(np.float64), places, axis=1)
-    return np.asarray(taken[:, 0] - taken[:, 1])
-
-
-def margin_deviation(pairs: Sequence[tuple[Array, Array]]) -> float:
-    """Root mean square error of the margin between the float model's first two scores, over all rows."""
-    errors = [_margin(found, places) - _margin(wanted, places) for wanted, found in pairs for places in (_first_two(wanted),)]
-    squares = [float(np.dot(each, each)) for each in errors]
-    return math.sqrt(math.fsum(squares) / max(sum(each.size for each in errors), 1))
-
-
-def turned_over(rows: Array, deviation: float) -> float:
-    """Share of right answers lost in rows of scores [rows, classes] where margins err by a normal deviation.
-
-    Per row: the chance that the largest two change places, times by how much the model thinks the first more probable than the second.
-    Scores that are no probabilities are taken for logits.
-    """
-    probable = rows.astype(np.float64)
-    if rows.min() < 0 or rows.max() > 1:
-        probable = np.exp(probable - probable.max(axis=1, keepdims=True))
-        probable = probable / probable.sum(axis=1, keepdims=True)
-    places = _first_two(rows)
-    chances = [math.erfc(each / (math.sqrt(2) * max(deviation, 1e-30))) / 2 for each in _margin(rows, places).tolist()]
-    return float(np.dot(chances, _margin(probable, places)) / len(rows))

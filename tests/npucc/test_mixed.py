@@ -13,9 +13,10 @@ from npucc.errors import QuantizeError
 from npucc.evaluate import ErrorSum
 from npucc.export import to_onnx
 from npucc.graph import Graph
+from npucc.loss import margin_deviation, turned_over
 from npucc.lowering import lower
 from npucc.quantize import QuantizeOptions, quantize, sensitivity
-from npucc.quantize.judge import QUIET, Attempt, Judge, margin_deviation, paired_gain, turned_over
+from npucc.quantize.judge import QUIET, Attempt, Judge, paired_gain
 from npucc.quantize.mixed import most_within, propose, take_back
 from npucc.quantize.price import measure_prices, total_cycles
 from npucc.quantize.sensitivity import Sensitivity, affordable_samples

@@ -464,14 +464,14 @@ def test_a_cycle_budget_out_of_reach() -> None:
 
 def test_a_drop_budget_holds_on_the_samples() -> None:
     report = prune(float_graph(little(), {}), little_feeds(16), target=TINY, options=PruneOptions.parse("cycles=0.4,drop=0,rows=256")).report
-    assert (report.stopped, report.disagreement) == ("drop", 0)
+    assert (report.stopped, report.loss) == ("drop", 0)
     assert report.cycles_kept > 0.4 * report.cycles
 
 
 def test_a_drop_budget_chooses_layers() -> None:
     """Those whose pattern alone harms least for what it saves get it."""
     report = prune(net(0)[1], normal_feeds(16), target=TINY, options=PruneOptions.parse("1:4,drop=0,rows=256")).report
-    assert (report.stopped, report.disagreement) == ("drop", 0)
+    assert (report.stopped, report.loss) == ("drop", 0)
     prices = {row.name: row.error_alone / row.macs for row in report.layers if row.error_alone is not None}
     chosen = [prices[row.name] for row in report.layers if row.pattern]
     assert max(chosen, default=0.0) <= min(prices[row.name] for row in report.layers if not row.pattern and row.name in prices)
