@@ -245,7 +245,7 @@ def layer_errors(
     single = {node.name: ErrorSum() for node in graph}
     ranges = {node.name: RangeSum(graph.quant(node.outputs[0])) for node in graph}
     for count, feed in enumerate(feeds, start=1):
-        exact, found = _with_rescaled(graph, _scaled(float_tensors(feed), equalized)), stored(feed)
+        exact, found = _as_stored(graph, float_tensors(feed), equalized), stored(feed)
         for node in graph:
             ranges[node.name].add(exact[node.outputs[0]])
             _add_node(graph, node, exact, found, accumulated[node.name], single[node.name], requantize)
@@ -267,6 +267,13 @@ def _add_node(graph: Graph, node: Node, exact: Outputs, found: Outputs, accumula
     inputs = {name: reference.to_stored(graph.tensors[name], exact[name]) for name in node.inputs if name and not graph.tensors[name].is_constant}
     alone = reference.run_node(graph, node, inputs, requantize=requantize)[result.name]
     single.add(reference.to_real(result, alone), wanted)
+
+
+def _as_stored(graph: Graph, exact: Outputs, equalized: Iterable[Mapping[str, Any]]) -> Outputs:
+    """The float values of all tensors, rescaled copies (which the float model does not have) among them, channels as large as they are stored."""
+    several = list(equalized)
+    whole = _with_rescaled(graph, _scaled(exact, [each for each in several if each["tensor"] in exact]))
+    return _scaled(whole, [each for each in several if each["tensor"] not in exact])
 
 
 def _scaled(exact: Outputs, equalized: Iterable[Mapping[str, Any]]) -> dict[str, Array]:

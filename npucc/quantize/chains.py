@@ -53,7 +53,13 @@ def _made(graph: Graph, node: Node) -> Place | None:
     if node.op == "conv":
         return node.outputs[0], 1
     makes = (node.op == "layer_norm" and node.inputs[1] != "") or (node.op == "matmul" and len(constants[0].shape) == 2)
-    return (node.outputs[0], last) if makes else None
+    return (node.outputs[0], last) if makes or _is_tap(graph, node) else None
+
+
+def _is_tap(graph: Graph, node: Node) -> bool:
+    """Whether the node multiplies with ones, one for each channel: other whole numbers are as exact."""
+    factors = graph.tensors[node.inputs[1]].data if node.op == "mul" else None
+    return factors is not None and factors.shape == graph.tensors[node.outputs[0]].shape[-1:] and bool((factors == 1).all())
 
 
 def _is_free(tensor: Tensor) -> bool:
@@ -61,7 +67,7 @@ def _is_free(tensor: Tensor) -> bool:
     return tensor.is_constant and tensor.given is None
 
 
-def _read(graph: Graph, node: Node, place: Place) -> bool:
+def reads_channels(graph: Graph, node: Node, place: Place) -> bool:
     """Whether the node is a matrix operator whose weights can take the scales back."""
     if node.op not in ("conv", "matmul") or place[0] != node.inputs[0] or place[0] in node.inputs[1:]:
         return False
@@ -90,7 +96,7 @@ def _follow(graph: Graph, start: Place) -> Chain | None:
             passes = low in (0, -np.inf) and high == np.inf  # a ReLU6 would clip a scaled channel elsewhere
             if name in node.outputs and _made(graph, node) == place and passes:
                 makers[node.name] = None
-            elif name in node.inputs and _read(graph, node, place):
+            elif name in node.inputs and reads_channels(graph, node, place):
                 readers[node.name] = None
             elif (others := _tied(graph, node, place)) is not None and passes:
                 waiting += others

@@ -33,6 +33,7 @@ from npucc.quantize.precision import uneven_operands
 from npucc.quantize.repeats import Repeats, repeated
 from npucc.quantize.scales import is_index, known_beforehand, observed_ranges
 from npucc.quantize.share import share_scales
+from npucc.quantize.taps import with_taps, without_idle
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[str, int, int], None]
@@ -192,7 +193,9 @@ def _equalized(
     """The equalized graph, what was scaled in it, and the feeds, still whole."""
     rest = iter(feeds)
     first = list(islice(rest, min(EQUALIZE_SAMPLES, options.samples)))
-    return *equalize(graph, list(checked(graph, first)), progress=progress), feeds if rest is not feeds else chain(first, rest)
+    tapped, taps = with_taps(graph)
+    scaled, found = equalize(tapped, list(checked(graph, first)), progress=progress)
+    return without_idle(scaled, taps), found, feeds if rest is not feeds else chain(first, rest)
 
 
 def _priced_on(options: QuantizeOptions, target: Target | None) -> Target:
