@@ -143,6 +143,7 @@ def steps(
         yield Step(stage.name, graph, here)
 
     pruned: PruneReport | None = None
+    dense = graph if pruning else None
     if pruning and any(graph.tensors[name].given for node in graph if OPS[node.op].matrix for name in node.inputs if name):
         raise PruneError("the model is quantized already", hint="prune the float model; npucc quantizes what is left")
     if pruning and feeds is not None:
@@ -150,7 +151,7 @@ def steps(
         graph, pruned = _pruned(graph, feeds, chip, pruning, options, progress)
     yield Step("prune", graph)
 
-    quantized = quantize(graph, feeds, options=options, target=chip, imported=imported, progress=progress)
+    quantized = quantize(graph, feeds, options=options, target=chip, imported=imported, dense=dense, progress=progress)
     yield Step("quantize", quantized.graph)
 
     report("lower", 0, 1)

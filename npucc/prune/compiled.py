@@ -30,8 +30,9 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """`feeds` and `quant`: what quantization will be given."""
+    """`dense`, `feeds` and `quant`: what quantization will be given."""
 
+    dense: Graph
     target: Target
     feeds: Iterable[Mapping[str, Any]]
     quant: QuantizeOptions
@@ -45,6 +46,6 @@ class Clock:
         return self._compiled(graph, list(islice(self.feeds, 1)), PLAIN).cycles
 
     def _compiled(self, graph: Graph, feeds: Iterable[Mapping[str, Any]], options: QuantizeOptions) -> Compiled:
-        integer = quantize(graph, feeds, options=options, target=self.target).graph
+        integer = quantize(graph, feeds, options=options, target=self.target, dense=self.dense).graph
         lowered = lower(integer, self.target)
         return Compiled(integer, simulate(lowered.program, lowered.constants).total_cycles)

@@ -68,7 +68,7 @@ def prune(
     samples = list(islice(feeds, options.samples))
     if not samples:
         raise PruneError("there are no calibration samples", hint="give at least one, better some hundreds")
-    clock = Clock(target, samples if iter(feeds) is feeds else feeds, quant or QuantizeOptions())
+    clock = Clock(graph, target, samples if iter(feeds) is feeds else feeds, quant or QuantizeOptions())
     dense, zero_channels = remove_zero_channels(_with_own_constants(graph))
     if neighbours := _neighbour_patterns(dense, options):
         dense = arrange(dense, neighbours, samples)

@@ -27,6 +27,7 @@ WORK = 1.6e10  # multiply-accumulates to spend on a network, with more samples t
 SURE = 2.0  # standard errors of a difference: if it is farther from what is asked, more samples wouldn't tell more
 QUIET = 1e-6  # error energy over signal energy that nobody asks to lower (60 dB)
 INAUDIBLE = 1e-8  # what is not told apart from no error in reports
+POOR = 30.0  # dB: what is gained up to here counts twice
 GOOD = 45.0  # dB: up to here all that is gained counts, from here to `QUIET` half
 
 
@@ -35,7 +36,7 @@ def worth(outputs: Sequence[str], ratios: Array) -> float:
     half, those beyond `QUIET` not at all; mean over the outputs. `outputs` names that of each ratio."""
     several = [np.sqrt(ratios[[index for index, each in enumerate(outputs) if each == name]] + QUIET) for name in dict.fromkeys(outputs)]
     decibels = [-20 * math.log10(float(np.mean(errors))) for errors in several]
-    return math.fsum(each - max(each - GOOD, 0) / 2 for each in decibels) / max(len(decibels), 1)
+    return math.fsum(each - max(each - GOOD, 0) / 2 - max(POOR - each, 0) for each in decibels) / max(len(decibels), 1)
 
 
 @dataclass(frozen=True, slots=True)

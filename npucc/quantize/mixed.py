@@ -99,7 +99,9 @@ def _sensitivity(network: Network, plain: Rounded) -> Sensitivity:
         return alternatives(plain.graph, groups[root], plain.calibration, network.options, used=plain.scales.quants[root])
 
     feeds = network.calibration.first
-    return measure(plain.graph, plain.integer, plain.scales, feeds, groups, alternatives=others, progress=network.progress)
+    return measure(
+        plain.graph, plain.integer, plain.scales, feeds, groups, dense=network.dense, alternatives=others, progress=network.progress
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ class Rounded:
 @dataclass(frozen=True, slots=True)
 class Network:
     """`learns`: weights are rounded on what their layers read in the samples, which the first way decides (`evidence`); `solved`: those weights;
+    `dense`: whose outputs count, if not the graph's own;
     `corrections`: per matrix operator what is added to its bias; `float_means`: see `correct_biases`."""
 
     graph: Graph
@@ -52,6 +53,7 @@ class Network:
     calibration: Calibration
     options: QuantizeOptions
     learns: bool
+    dense: Graph | None = None
     progress: Progress | None = None
     evidence: dict[str, Evidence] = field(default_factory=dict)
     solved: Solved = field(default_factory=Solved)

@@ -93,6 +93,7 @@ def quantize(
     options: QuantizeOptions | None = None,
     target: Target | None = None,
     imported: Graph | None = None,
+    dense: Graph | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
     """The integer form of a float graph, calibrated with `feeds` ({input: array}), or with made-up inputs if that is None.
@@ -100,6 +101,7 @@ def quantize(
     `imported`: the graph before normalizations were folded; made-up inputs are chosen by their statistics.
     Scales and integers that the model brings along are kept; where it brings all, nothing is calibrated.
 
+    `dense`: the float graph before it was pruned, whose outputs count: 16 bits that only bring the pruned ones nearer are worth no cycles.
     `target`: whose cycles 16-bit tensors are priced in if the options say `priced_on=own`.
 
     Deterministic. Raises QuantizeError for feeds that do not fit, for NaN, and for what has no 8-bit form.
@@ -123,7 +125,7 @@ def quantize(
             leave_room(calibration, ordered)
             options = replace(options, method="minmax") if options.method == MEASURED else options
     shared, groups, rescaled = share_scales(ordered, observed_ranges(ordered, calibration), repeats)
-    network = Network(shared, groups, calibration, options, feeds is not None and needs_samples, progress)
+    network = Network(shared, groups, calibration, options, feeds is not None and needs_samples, dense, progress)
     rounded, mixed = _stored(network, target)
     activations = (name for name, tensor in rounded.graph.tensors.items() if not tensor.is_constant)
     anew = (*not_kept(rounded.graph, {name: rounded.scales.of(rounded.graph, name) for name in activations}), *narrowed(spread_out))
@@ -144,7 +146,8 @@ def _stored(network: Network, target: Target | None) -> tuple[Rounded, Mixed]:
     if not network.learns:
         rounded = network.with_corrected_biases(rounded)
         return rounded, mixed
-    judge = Judge.of(rounded.graph, rounded.integer, network.calibration.first, fitted=max(options.bias_samples, options.round_samples))
+    fitted = max(options.bias_samples, options.round_samples)
+    judge = Judge.of(network.dense or rounded.graph, rounded.integer, network.calibration.first, fitted=fitted)
     plain = network.with_corrected_biases(rounded)
     best = _Judged.of(judge, plain)
     ways = [network.without_corrections(plain)] * bool(network.corrections)

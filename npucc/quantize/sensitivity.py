@@ -76,15 +76,18 @@ Alternatives = Callable[[str], Mapping[str, Quant]]  # from a group's root to it
 
 def measure(
     graph: Graph, integer: Graph, scales: Scales, feeds: Sequence[Mapping[str, Array]], roots: Iterable[str], *,
-    alternatives: Alternatives | None = None, progress: Progress | None = None,
+    dense: Graph | None = None, alternatives: Alternatives | None = None, progress: Progress | None = None,
 ) -> Sensitivity:  # fmt: skip
     """Run the float graph with each group of `roots` in 8 bits: all on a sample or two, then those that matter on more.
 
-    `integer`: the same graph in integers, for its weights. `alternatives`: other scales to try for the groups that matter most.
+    `integer`: the same graph in integers, for its weights, whose error is that to the `dense` graph, if one is given.
+    `alternatives`: other scales to try for the groups that matter most.
     """
     chosen = tuple(roots)
     stored = tensor_runner(_with_stored_weights(graph, integer), graph.outputs)
-    probe = _Probe(graph, _switched_runner(graph, scales, chosen), tensor_runner(graph, graph.outputs), stored, progress)
+    exact = tensor_runner(graph, graph.outputs)
+    wanted = tensor_runner(dense, graph.outputs) if dense else exact
+    probe = _Probe(graph, _switched_runner(graph, scales, chosen), exact, wanted, stored, progress)
     first = _first_round(probe.on(spread(feeds, affordable_samples(graph, min(len(chosen), BUNDLES), most=FIRST))), chosen)
     important = first.important()
     second = probe.on(spread(feeds, affordable_samples(graph, len(important))))
@@ -126,11 +129,12 @@ def _different(quants: Mapping[str, Quant], used: Quant) -> dict[str, Quant]:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """The float model, with switches, as it is, and with stored weights."""
+    """The float model, with switches, as it is, as it should be (which is the same, unless it was pruned), and with stored weights."""
 
     graph: Graph
     switched: SwitchedRun
     exact: Run
+    wanted: Run
     stored: Run
     progress: Progress | None
 
@@ -138,7 +142,7 @@ class _Probe:
         """Ready to try groups on these samples."""
         wanted = [self.exact(feed) for feed in samples]
         rows = [(name, index) for index, outputs in enumerate(wanted) for name in self.graph.outputs if has_signal(outputs[name])]
-        weights = _ratios([self.stored(feed) for feed in samples], wanted, rows)
+        weights = _ratios([self.stored(feed) for feed in samples], [self.wanted(feed) for feed in samples], rows)
         return _Trial(self.switched, samples, wanted, rows, weights, self.progress)
 
 

@@ -112,7 +112,7 @@ def measure(task: Task, specs: Sequence[str], args: argparse.Namespace) -> Itera
         target = load_target(args.target[-1])
         pruned = graph if spec == DENSE else prune(graph, feeds, target=target, options=PruneOptions.parse(spec)).graph
         seconds = time.monotonic() - start
-        integer = quantize(pruned, feeds).graph
+        integer = quantize(pruned, feeds, dense=graph).graph
         beside = Beside(runner(integer), output, exact)
         floats = whole if spec == DENSE else task.evaluate(runner(pruned), args.limit)
         metric, agreements = task.evaluate(beside, args.limit), beside.agreements

@@ -137,9 +137,9 @@ def test_the_proposal_keeps_the_budget_and_takes_the_cheaper_of_equals() -> None
 
 
 def test_two_that_pay_only_together_are_proposed_together() -> None:
-    both = noise_of({"a": 1e-3, "b": 1e-3})
-    assert list(propose(both, {"a": 90.0, "b": 90.0}, budget=200.0)) == ["a", "b"]  # half the error: 3 dB. All of it: 23
-    alone = noise_of({"a": 1e-3}, weights=1e-3)
+    both = noise_of({"a": 1e-4, "b": 1e-4})
+    assert list(propose(both, {"a": 90.0, "b": 90.0}, budget=200.0)) == ["a", "b"]  # half the error: 3 dB
+    alone = noise_of({"a": 1e-4}, weights=1e-4)
     assert list(propose(alone, {"a": 95.0}, budget=100.0)) == []
     assert list(propose(alone, {"a": 95.0}, budget=100.0, all_that_gain=True)) == ["a"]
 
@@ -168,7 +168,7 @@ def test_what_does_not_arrive_is_taken_back() -> None:
 def test_a_gain_is_as_sure_as_the_samples_agree() -> None:
     """Two networks on the same samples: an offset is sure however much the samples differ, noise of the same size is not."""
     random = np.random.default_rng(0)
-    errors = 10 ** random.uniform(-4, -2, 32)
+    errors = 10 ** random.uniform(-5, -3.2, 32)  # where decibels count as they are
     noisy = errors * 10 ** random.normal(0, 0.1, 32)
     names, samples = ["y"] * 32, list(range(32))
     gain, error = paired_gain(names, samples, errors / 2, errors)
