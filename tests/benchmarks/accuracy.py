@@ -1,6 +1,6 @@
 """The integer networks against the float ones: a table of a whole folder of tasks, or of one model under several options.
 
-    python -m tests.benchmarks.accuracy FOLDER [--task NAME …] [--quant auto int8] [--samples 48] [--limit N] [--target edge]
+    python -m tests.benchmarks.accuracy FOLDER [--task NAME …] [--quant auto int8] [--samples 48] [--limit N] [--target edge cube]
     python -m tests.benchmarks.accuracy [MODEL.onnx DATA.npz CALIBRATION.npz]
 
 FOLDER holds a module `zoo.py` with `TASKS`: name → task, which has `path()` of its ONNX model, `shapes()`, `calib(n)` feeds, `metric`, and
@@ -27,15 +27,18 @@ import numpy as np
 import onnxruntime
 
 import npucc
+from isa.target import Target, load_target
 from npucc import demo
 from npucc.evaluate import compare
 from npucc.feeds import Port, open_dataset
+from npucc.lowering import lower
 from npucc.signature import ports_of_model
+from runtime.timing import simulate
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Run = Callable[[Mapping[str, Array]], list[Array]]
 
-HEADERS = ("network", "n", "metric", "float", "NPU", "agreement", "SQNR", "cycles", "for 16 bits", "compile")
+HEADERS = ("network", "n", "metric", "float", "NPU", "agreement", "SQNR", "cycles, {}", "for 16 bits", "compile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +115,25 @@ def row(task: Task, quant: str, args: argparse.Namespace) -> Sequence[str]:
     """One line: both networks on the same samples."""
     start = time.perf_counter()
     feeds = list(task.calibration(args.samples))
-    package = npucc.compile(task.model, args.target, calibration=feeds, shapes=task.shapes, quant=quant)
+    package = npucc.compile(task.model, args.target[0], calibration=feeds, shapes=task.shapes, quant=quant)
     seconds = time.perf_counter() - start
     floats = original(task.model)
     outputs = dict(pair.split("=") for pair in args.output)
     comparison = Comparison(package, floats, int(outputs.get(task.name, 0)))
     found, wanted = task.evaluate(comparison.run, args.limit), task.evaluate(floats, args.limit)
     mixed = (package.quantized or {}).get("mixed", {})
+    cycles = [package.report.cycles, *(cycles_on(package, load_target(name)) for name in args.target[1:])]
     return (
         task.name if len(args.quant) == 1 else f"{task.name}, {quant}", f"{len(comparison.decibels):,}", task.metric, _figure(wanted), _figure(found),
         f"{np.mean(comparison.agreements):.3f}" if comparison.agreements else "–", f"{np.mean(comparison.decibels):.1f} dB",
-        f"{package.report.cycles:,}", f"{mixed.get('price', 0):+.1f} %", f"{seconds:.0f} s",
+        *(f"{count:,}" for count in cycles), f"{mixed.get('price', 0):+.1f} %", f"{seconds:.0f} s",
     )  # fmt: skip
+
+
+def cycles_on(package: npucc.Package, target: Target) -> int:
+    """Of the same integers on another target."""
+    lowered = lower(package.graph, target)
+    return simulate(lowered.program, lowered.constants).total_cycles
 
 
 def _figure(value: float | None) -> str:
@@ -140,10 +150,11 @@ def main() -> None:
     parser.add_argument("--quant", nargs="+", default=["auto"])
     parser.add_argument("--samples", type=int, default=48, help="to calibrate with")
     parser.add_argument("--limit", type=int, help="evaluate on at most so many samples of a task")
-    parser.add_argument("--target", default="edge")
+    parser.add_argument("--target", nargs="+", default=["edge"], help="whose cycles are told; the values are the same on all")
     args = parser.parse_args()
     tasks = tasks_of(args.model) if args.model.is_dir() else iter([single_task(args.model, args.data, args.calibration)])
-    print("| " + " | ".join(HEADERS) + " |", "|" + "---|" * len(HEADERS), sep="\n")
+    headers = [text for header in HEADERS for text in ([header.format(name) for name in args.target] if "{}" in header else [header])]
+    print("| " + " | ".join(headers) + " |", "|" + "---|" * len(headers), sep="\n")
     for task in tasks:
         if not args.task or task.name in args.task:
             for quant in args.quant:
