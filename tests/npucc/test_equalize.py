@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from npucc import compiler, ops
+from npucc import compiler, ops, reference
+from npucc.evaluate import float_runner, layer_errors
 from npucc.export import to_onnx
 from npucc.graph import Graph
 from npucc.quantize import QuantizeOptions, quantize
@@ -84,6 +85,49 @@ def test_the_float_network_stays_the_same_to_the_bit(name: str) -> None:
 )
 def test_where_a_scale_would_be_seen_nothing_is_done(graph: Graph) -> None:
     assert not find_chains(graph)
+
+
+def stream(loudest: float) -> Graph:
+    """Two products between layer normalizations, with a residual connection around them; three channels are much louder than the others."""
+    net, gains = FloatNet(2), np.ones(32, np.float32)
+    gains[[3, 11, 20]] = loudest
+    net.input("x", 1, 16, 32)
+    net.op("layer_norm", ["x", net.constant("gains", gains), net.bias("shift", 32)], "normal", ops.LayerNorm(1e-5))
+    quiet = (np.random.default_rng(3).normal(0, 0.2, (32, 48)) / gains[:, None]).astype(np.float32)
+    net.op("matmul", ["normal", net.constant("up", quiet)], "wide", ops.MatMul((0.0, np.inf)))
+    net.op("matmul", ["wide", net.weights("down", 48, 32)], "narrow", ops.MatMul())
+    net.op("add", ["normal", "narrow"], "sum")
+    net.op("layer_norm", ["sum", net.constant("even", np.ones(32, np.float32)), net.bias("last", 32)], "y", ops.LayerNorm(1e-5))
+    return net.graph("y")
+
+
+def tokens(count: int, seed: int) -> list[dict[str, np.ndarray]]:
+    return [{"x": np.random.default_rng([seed, index]).normal(0, 1, (1, 16, 32)).astype(np.float32)} for index in range(count)]
+
+
+def test_what_products_read_of_a_residual_stream_is_scaled_by_channel() -> None:
+    graph, samples, unseen = stream(20.0), tokens(16, 1), tokens(4, 2)
+    wanted, int8 = exact_session(to_onnx(graph)), QuantizeOptions(scheme="int8")
+    without = decibels(graph, QuantizeOptions.parse("int8,equalize=no"), samples, unseen, wanted)
+    assert decibels(graph, int8, samples, unseen, wanted) > without + 3
+    quantized = quantize(graph, samples, options=int8)
+    integer, equalized = quantized.graph, [each.as_dict() for each in quantized.report.equalized]
+    (tap,) = (node for node in integer if node.op == "mul")
+    factors = integer.tensors[tap.inputs[1]]
+    assert [each["tensor"] for each in equalized] == list(tap.outputs)
+    np.testing.assert_array_equal(np.exp2(equalized[0]["powers"]), reference.to_real(factors, factors.data))  # type: ignore[arg-type]
+    session = exact_session(to_onnx(integer))
+    for feed in unseen:
+        np.testing.assert_array_equal(reference.run_outputs(integer, feed)["y"], run_session(session, feed)["y"])
+    errors = {row.name: row for row in layer_errors(integer, float_runner(graph), unseen, equalized=equalized)}
+    assert errors[tap.name].single_db > 30
+    assert errors[tap.name].accumulated_db > 30  # type: ignore[operator]
+
+
+def test_where_channels_are_even_nothing_is_copied() -> None:
+    quantized = quantize(stream(1.0), tokens(16, 1), options=QuantizeOptions(scheme="int8"))
+    assert not quantized.report.equalized
+    assert not [node for node in quantized.graph if node.op == "mul"]
 
 
 PLAIN = QuantizeOptions.parse("int8,method=minmax,per_tensor=yes,rounding=nearest,equalize=no,bias_correction=no,bias_samples=0")
