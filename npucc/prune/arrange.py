@@ -130,5 +130,12 @@ def _best_order(energy: Array, pattern: NeighbourPattern) -> Array:
 
 
 def _lost(energy: Array, pattern: NeighbourPattern) -> Array:
-    """[groups]: what of [groups, neighbours, weights] is not among the largest."""
-    return np.asarray(np.sort(energy, axis=1)[:, : pattern.of - pattern.keep].sum(axis=(1, 2)))
+    """[groups]: what of [groups, neighbours, weights] is not among the largest. The least of few neighbours bubble up sooner than they are sorted."""
+    rows = [energy[:, index] for index in range(pattern.of)]
+    least = np.zeros(energy[:, 0].shape)
+    for place in range(pattern.of - pattern.keep):
+        for index in range(pattern.of - 1, place, -1):
+            upper, lower = rows[index - 1], rows[index]
+            rows[index - 1], rows[index] = np.minimum(upper, lower), np.maximum(upper, lower)
+        least += rows[place]
+    return np.asarray(least.sum(axis=1))
