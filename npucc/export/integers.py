@@ -108,10 +108,12 @@ class Call:
 
 def must_be_spelled_out(graph: Graph, node: Node) -> bool:
     """Whether onnxruntime's own kernels for the node's QDQ form would not give the stored integers for sure."""
-    quant = graph.tensors[node.outputs[0]].quant
+    result = graph.tensors[node.outputs[0]]
+    quant = result.quant
     if node.op not in FORMS or quant is None or not FORMS[node.op][0](graph, node):
         return False
-    return quant.dtype in ("s8", "s16") or (quant.dtype == "s32" and node.op == "table" and not _direct(graph, node))
+    long = quant.dtype == "s32" and result.dtype == "float32"
+    return quant.dtype in ("s8", "s16") or (long and node.op == "table" and not _direct(graph, node))
 
 
 def spell_out(writer: Writer, node: Node, *, into: str) -> None:

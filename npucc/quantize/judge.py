@@ -32,11 +32,21 @@ GOOD = 45.0  # dB: up to here all that is gained counts, from here to `QUIET` ha
 
 
 def worth(outputs: Sequence[str], ratios: Array) -> float:
-    """Decibels of the mean relative error of an output over the samples (poor ones count more than in a mean of decibels); those above `GOOD`
-    half, those beyond `QUIET` not at all; mean over the outputs. `outputs` names that of each ratio."""
-    several = [np.sqrt(ratios[[index for index, each in enumerate(outputs) if each == name]] + QUIET) for name in dict.fromkeys(outputs)]
-    decibels = [-20 * math.log10(float(np.mean(errors))) for errors in several]
-    return math.fsum(each - max(each - GOOD, 0) / 2 - max(POOR - each, 0) for each in decibels) / max(len(decibels), 1)
+    """Decibels of the mean relative error of an output over the samples (poor ones count more than in a mean of decibels); those below `POOR`
+    twice, above `GOOD` half, beyond `QUIET` not at all; mean over the outputs. `outputs` names that of each ratio."""
+    several = decibels(outputs, ratios)
+    return math.fsum(map(_value, several.values())) / max(len(several), 1)
+
+
+def decibels(outputs: Sequence[str], ratios: Array) -> dict[str, float]:
+    """By output: signal over the mean relative error over the samples."""
+    several = {name: np.sqrt(ratios[[index for index, each in enumerate(outputs) if each == name]] + QUIET) for name in dict.fromkeys(outputs)}
+    return {name: -20 * math.log10(float(np.mean(errors))) for name, errors in several.items()}
+
+
+def _value(each: float) -> float:
+    """Of so many decibels."""
+    return each - max(each - GOOD, 0) / 2 - max(POOR - each, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +149,20 @@ class Attempt:
 
 def paired_gain(outputs: Sequence[str], samples: Sequence[int], first: Array, second: Array) -> tuple[float, float]:
     """By how many dB the first errors are worth more than the second (per row, with its output and sample), and the standard error of that: the
-    jackknife's, with one sample left out at a time."""
-    gain = worth(outputs, first) - worth(outputs, second)
-    without = []
-    for left_out in dict.fromkeys(samples):
-        rows = [row for row, sample in enumerate(samples) if sample != left_out]
+    jackknife's, with one sample left out at a time. A decibel counts there as it does between the two on all samples, so that what moves both is
+    no difference."""
+    whole = [decibels(outputs, ratios) for ratios in (first, second)]
+    slopes = {
+        name: (_value(there) - _value(here)) / (there - here) if there != here else 1.0
+        for (name, there), here in zip(whole[0].items(), whole[1].values(), strict=True)
+    }
+
+    def gain(rows: Sequence[int]) -> float:
         names = [outputs[row] for row in rows]
-        without.append(worth(names, first[rows]) - worth(names, second[rows]))
+        there, here = (decibels(names, ratios[list(rows)]) for ratios in (first, second))
+        return math.fsum(slopes[name] * (there[name] - here[name]) for name in there) / max(len(there), 1)
+
+    without = [gain([row for row, sample in enumerate(samples) if sample != left_out]) for left_out in dict.fromkeys(samples)]
     mean = math.fsum(without) / max(len(without), 1)
     variance = math.fsum((each - mean) ** 2 for each in without) * (len(without) - 1) / max(len(without), 1)
-    return gain, math.sqrt(variance) if len(without) > 1 else math.inf
+    return gain(range(len(outputs))), math.sqrt(variance) if len(without) > 1 else math.inf

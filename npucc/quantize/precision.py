@@ -8,7 +8,7 @@ operators read a copy of it in 8.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,13 +108,16 @@ def _powers(graph: Graph, groups: Groups, wide: set[str]) -> set[str]:
     found: set[str] = set()
     for node in graph:
         if isinstance(node.attributes, Table) and arithmetic.DIRECT.get(node.attributes.expression) == "sqrt":
-            chain = _power_chain(graph, groups, groups.root(node.inputs[0]))
-            found |= chain if chain <= wide else set()
+            chain = _chain(graph, groups, groups.root(node.inputs[0]), _summed_powers, _keeps_power)
+            hidden = not any(name in graph.outputs for root in chain for name in groups.members(root))
+            found |= chain if chain <= wide and hidden else set()
     return found
 
 
-def _power_chain(graph: Graph, groups: Groups, start: str) -> set[str]:
-    """The groups from a sum back to its squares; empty where something else makes or reads one of them."""
+def _chain(
+    graph: Graph, groups: Groups, start: str, made_of: Callable[[Graph, Node], list[str] | None], may_read: Callable[[Node], bool]
+) -> set[str]:
+    """The groups from `start` back through what each is made of; empty where something else makes (None) or reads one of them."""
     chain: set[str] = set()
     waiting = [start]
     while waiting:
@@ -124,13 +127,18 @@ def _power_chain(graph: Graph, groups: Groups, start: str) -> set[str]:
         chain.add(root)
         for name in groups.members(root):
             producer = graph.producer(name)
-            if producer is None or name in graph.outputs or not all(_keeps_power(user) for user in graph.users(name)):
+            operands = None if producer is None else made_of(graph, producer)
+            if operands is None or not all(map(may_read, graph.users(name))):
                 return set()
-            if producer.op == "add" and not any(graph.tensors[each].is_constant for each in producer.inputs):
-                waiting += [groups.root(each) for each in producer.inputs]
-            elif not (OPS[producer.op].moves_data or (isinstance(producer.attributes, Table) and _is_direct(producer, "mul"))):
-                return set()
+            waiting += map(groups.root, operands)
     return chain
+
+
+def _summed_powers(graph: Graph, node: Node) -> list[str] | None:
+    """The operands of a sum of squares; none of a square itself."""
+    if node.op == "add" and not any(graph.tensors[each].is_constant for each in node.inputs):
+        return list(node.inputs)
+    return [] if OPS[node.op].moves_data or (isinstance(node.attributes, Table) and _is_direct(node, "mul")) else None
 
 
 def _keeps_power(node: Node) -> bool:
@@ -147,28 +155,16 @@ def faint_outputs(graph: Graph, calibration: Calibration, steps: int) -> list[st
 
 def _faint_functions(graph: Graph, groups: Groups, wide: set[str], calibration: Calibration) -> set[str]:
     """Among the wide groups, functions (and what is chosen among their results) that are outputs too faint for 16 bits: 32 bits."""
-    chains = (_chosen_functions(graph, groups, groups.root(name)) for name in faint_outputs(graph, calibration, WIDE_STEPS))
+    names = faint_outputs(graph, calibration, WIDE_STEPS)
+    chains = (_chain(graph, groups, groups.root(name), _chosen_functions, _only_chooses) for name in names)
     return {root for chain in chains if chain <= wide for root in chain}
 
 
-def _chosen_functions(graph: Graph, groups: Groups, start: str) -> set[str]:
-    """The groups from a choice back to functions' results; empty where something else makes or reads one of them."""
-    chain: set[str] = set()
-    waiting = [start]
-    while waiting:
-        root = waiting.pop()
-        if root in chain:
-            continue
-        chain.add(root)
-        for name in groups.members(root):
-            producer = graph.producer(name)
-            if producer is None or not all(_only_chooses(user) for user in graph.users(name)):
-                return set()
-            if producer.op == "where":
-                waiting += [groups.root(each) for each in producer.inputs[1:] if not graph.tensors[each].is_constant]
-            elif not (OPS[producer.op].moves_data or isinstance(producer.attributes, Table)):
-                return set()
-    return chain
+def _chosen_functions(graph: Graph, node: Node) -> list[str] | None:
+    """What a choice is made among; nothing for a function."""
+    if node.op == "where":
+        return [name for name in node.inputs[1:] if not graph.tensors[name].is_constant]
+    return [] if OPS[node.op].moves_data or isinstance(node.attributes, Table) else None
 
 
 def _only_chooses(node: Node) -> bool:
