@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from isa.target import load_target
 from npucc import demo
@@ -39,7 +38,7 @@ from npucc.prune import PruneOptions, prune
 from npucc.quantize import quantize
 from runtime.report import make_report
 from runtime.timing import simulate
-from tests.benchmarks.accuracy import Run, Task, single_task, tasks_of
+from tests.benchmarks.accuracy import Run, Task, in_onnxruntime, single_task, tasks_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -88,11 +87,7 @@ class Beside:
 
 def runner(graph: Graph) -> Run:
     """The graph, float or integer, in onnxruntime."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(to_onnx(graph).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda feed: [np.asarray(value) for value in session.run(None, dict(feed))]
+    return in_onnxruntime(to_onnx(graph).SerializeToString())
 
 
 def measure(task: Task, specs: Sequence[str], args: argparse.Namespace) -> Iterator[Row]:
