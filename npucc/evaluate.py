@@ -7,7 +7,7 @@ measured twice: accumulated (as it comes out of the integer network) and single 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -240,12 +240,13 @@ def layer_errors(
     of the integer network (default: the reference, in the target's mode `requantize`); `equalized` which tensors of the integer
     network are scaled by channel (see QuantizeReport): the float ones are scaled alike. Takes memory for all tensors of one sample.
     """
+    scaled = tuple(equalized)
     stored = stored or (lambda feed: reference.run(graph, feed, requantize=requantize))
     accumulated = {node.name: ErrorSum() for node in graph}
     single = {node.name: ErrorSum() for node in graph}
     ranges = {node.name: RangeSum(graph.quant(node.outputs[0])) for node in graph}
     for count, feed in enumerate(feeds, start=1):
-        exact, found = _as_stored(graph, float_tensors(feed), equalized), stored(feed)
+        exact, found = _as_stored(graph, float_tensors(feed), scaled), stored(feed)
         for node in graph:
             ranges[node.name].add(exact[node.outputs[0]])
             _add_node(graph, node, exact, found, accumulated[node.name], single[node.name], requantize)
@@ -269,11 +270,10 @@ def _add_node(graph: Graph, node: Node, exact: Outputs, found: Outputs, accumula
     single.add(reference.to_real(result, alone), wanted)
 
 
-def _as_stored(graph: Graph, exact: Outputs, equalized: Iterable[Mapping[str, Any]]) -> Outputs:
+def _as_stored(graph: Graph, exact: Outputs, equalized: Sequence[Mapping[str, Any]]) -> Outputs:
     """The float values of all tensors, rescaled copies (which the float model does not have) among them, channels as large as they are stored."""
-    several = list(equalized)
-    whole = _with_rescaled(graph, _scaled(exact, [each for each in several if each["tensor"] in exact]))
-    return _scaled(whole, [each for each in several if each["tensor"] not in exact])
+    whole = _with_rescaled(graph, _scaled(exact, [each for each in equalized if each["tensor"] in exact]))
+    return _scaled(whole, [each for each in equalized if each["tensor"] not in exact])
 
 
 def _scaled(exact: Outputs, equalized: Iterable[Mapping[str, Any]]) -> dict[str, Array]:

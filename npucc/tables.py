@@ -171,7 +171,7 @@ def pruning(report: Mapping[str, Any]) -> Table:
     headers = ("layer", "op", "pattern", "weights", "kept", "MACs", "kept", "error", "repaired")
     total = ("total", "", "", "", "", f"{report['macs']:,}", f"{report['macs_kept']:,}", "", f"{report['output_error']:.2%}")
     told = f", {report['cycles_kept']:,} of {report['cycles']:,} cycles" if report.get("compiled") else ""
-    told += "" if report["loss"] is None else f", at most {report['loss']:.2f} points lost by estimate"
+    told += "" if report["loss"] is None else f", about {report['loss']:.2f} points lost"
     meaning = "error of each layer's result before and after the repair; the last line is the network's output"
     title = f"pruned until: {report['stopped']}{told}\n{meaning}"
     return grid(title, headers, rows, left=3, footer=total)

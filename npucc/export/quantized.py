@@ -95,10 +95,18 @@ class _Writer:
         quant = self.graph.quant(result.name)
         self.integers[result.name] = into = self.model.fresh(stored_name(result.name))
         spell_out(self, node, into=into)
-        parameters = self._scale_and_zero(quant, *self.form(quant), result.name)
+        write = self._real(into, quant, result.name)
         last = len(self.model.nodes)
-        self._name(result.name, partial(self._dequantize, into, quant, parameters))
+        self._name(result.name, write)
         self.model.nodes[last].metadata_props.add(key=PLAIN_FORM, value=self._plain_form(node, result))
+
+    def _real(self, stored: str, quant: Quant, name: str) -> Callable[[str], str]:
+        """What writes the float value of what is stored, in one node. Of 32 bits without DequantizeLinear, which onnxruntime would move to where it
+        can't quantize."""
+        if quant.dtype != "s32":
+            return partial(self._dequantize, stored, quant, self._scale_and_zero(quant, *self.form(quant), name))
+        factors = [self.model.cast(stored, FLOAT), self.model.constant(quant.scale, FLOAT)]
+        return lambda into: self.model.op("Mul", factors, into=into)
 
     def _plain_form(self, node: Node, result: Tensor) -> str:
         """The node as it is without `exact`: an ONNX graph in base64."""

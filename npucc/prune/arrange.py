@@ -24,6 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 SAMPLES = 16
 COLUMNS = 256  # weights per channel and layer that are looked at
+FEW_NEIGHBOURS = 8  # that are compared one by one
 ROUNDS = 1000
 WORTH = 0.98  # of the energy lost at most, or the family stays as it is
 
@@ -131,6 +132,8 @@ def _best_order(energy: Array, pattern: NeighbourPattern) -> Array:
 
 def _lost(energy: Array, pattern: NeighbourPattern) -> Array:
     """[groups]: what of [groups, neighbours, weights] is not among the largest. The least of few neighbours bubble up sooner than they are sorted."""
+    if pattern.of > FEW_NEIGHBOURS:
+        return np.asarray(np.sort(energy, axis=1)[:, : pattern.of - pattern.keep].sum(axis=(1, 2)))
     rows = [energy[:, index] for index in range(pattern.of)]
     least = np.zeros(energy[:, 0].shape)
     for place in range(pattern.of - pattern.keep):

@@ -59,15 +59,11 @@ class OutputMeter:
         return float(((have - wanted)[usable] ** 2).sum() / max(spread, 1e-12))
 
     def points_lost(self, graph: Graph) -> list[float]:
-        """Per sample: hundredths of the answers that a float graph loses, in the output that loses most (see npucc.loss)."""
+        """Per sample: hundredths of the answers that a float graph loses (see npucc.loss)."""
         run = tensor_runner(cut_graph(graph, self.outputs), self.outputs)
-        return self._points_lost([run(feed) for feed in self.feeds])
+        return points_lost(self.outputs, self.wanted, [run(feed) for feed in self.feeds])
 
     def points_lost_in_integers(self, integer: Graph) -> list[float]:
         """The same, of a graph in integers."""
         session, names = integer_session(integer), list(self.outputs)
-        return self._points_lost([dict(zip(names, session.run(names, dict(feed)), strict=True)) for feed in self.feeds])
-
-    def _points_lost(self, found: Sequence[Mapping[str, Array]]) -> list[float]:
-        several = (points_lost([values[name] for values in self.wanted], [values[name] for values in found]) for name in self.outputs)
-        return max(several, key=sum)
+        return points_lost(self.outputs, self.wanted, [dict(zip(names, session.run(names, dict(feed)), strict=True)) for feed in self.feeds])

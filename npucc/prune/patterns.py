@@ -30,6 +30,11 @@ class NeighbourPattern:
         """The share of the weights that goes."""
         return 1 - self.keep / self.of
 
+    @property
+    def is_structured(self) -> bool:
+        """Whether an array that skips only structure skips its zeros."""
+        return True
+
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"
 
@@ -66,8 +71,13 @@ class BlockPattern:
         """The share of the weights that goes."""
         return self.share
 
+    @property
+    def is_structured(self) -> bool:
+        """Whether an array that skips only structure skips its zeros."""
+        return not self.rows == 1 == self.columns
+
     def __str__(self) -> str:
-        return f"{'unstructured' if self.rows == 1 == self.columns else 'block'}={self.share:.0%}"
+        return f"{'block' if self.is_structured else 'unstructured'}={self.share:.0%}"
 
     def on(self, target: Target) -> BlockPattern:
         """The pattern with the target's sizes filled in."""

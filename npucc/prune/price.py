@@ -19,6 +19,7 @@ from npucc import ops
 from npucc.graph import Graph, Node
 from npucc.lowering.cost import dma_cycles, vector_cycles
 from npucc.ops import OPS
+from npucc.prune.patterns import Pattern
 from npucc.prune.shrink import kept_size
 from npucc.prune.slots import Slots
 from runtime.costs import Product, Windows, matrix_cost
@@ -67,15 +68,16 @@ class PriceList:
             return Price(0, 0.0)
         return Price(0, vector_cycles(self.target, math.prod(self._shape(node.outputs[0], removed))))
 
-    def thinned(self, node: Node, zeros: float) -> Price:
-        """A whole layer of which this share of the weights is zero by a pattern: packed, and skipped where the target skips."""
-        return self._matrix(self._product(node, np.zeros(self.slots.count, bool)), 1 - zeros)
+    def thinned(self, node: Node, pattern: Pattern) -> Price:
+        """A whole layer with a pattern of zeros in its weights: packed, and skipped where the target skips them."""
+        skips = self.target.skip in ("weights", "both") or (self.target.skip == "structured" and pattern.is_structured)
+        return self._matrix(self._product(node, np.zeros(self.slots.count, bool)), 1 - pattern.zeros, skips=skips)
 
-    def _matrix(self, product: Product, share: float) -> Price:
-        """`share`: of the weights that are not zero."""
+    def _matrix(self, product: Product, share: float, *, skips: bool = False) -> Price:
+        """`share`: of the weights that are not zero; `skips`: whether the array leaves out the others."""
         weights = round(product.depth * product.outputs * product.groups * share)
         vector = vector_cycles(self.target, product.pixels * product.outputs * product.groups)
-        worked = product if self.target.skip in ("none", "activations") else replace(product, depth=math.ceil(product.depth * share))
+        worked = replace(product, depth=math.ceil(product.depth * share)) if skips else product
         cycles = max(_matrix_cycles(worked, self.target), vector, dma_cycles(self.target, weights, weights))
         return Price(round(product.macs * share), cycles)
 

@@ -6,7 +6,6 @@ between two attempts tells where to try next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 STEPS = 5
 CLOSE = 0.01  # of all cycles: no need to estimate them better
 USED_UP = 0.8  # of the drop: no need to look for an amount that uses more of it
-ROUNDS = 3  # of looking for a smaller amount, because integers lose more than floats
+ROUNDS = 4  # of looking for a smaller amount, because integers lose more than floats; the last is without any
 NEAR = 0.05  # below the cycles asked for: no need to look for a program that uses them up
 
 
@@ -62,14 +61,15 @@ def _search_cycles(job: Job, wanted: float) -> Found:
     attempt, compiled, stopped = _within_cycles(job, wanted, wanted * dense.cycles)
     if job.options.drop is None:
         return Found(attempt, stopped, (dense.cycles, compiled.cycles))
-    judge = Judge(job, dense)
-    loss = judge.loss(Amount(attempt.removed, None)) + judge.added(attempt, compiled)
-    if loss <= job.options.drop:
-        return Found(attempt, stopped, (dense.cycles, compiled.cycles), loss)
-    steps, least = 1 << STEPS, job.prices.of(attempt.removed).cycles / job.prices.of(job.nothing).cycles
-    path = _Path(np.arange(steps + 1), lambda n: Amount(_by_cycles(job, least ** (n / steps)), None))
-    attempt, compiled, loss = _within_drop(judge, path, job.options.drop)
-    return Found(attempt, "drop", (dense.cycles, compiled.cycles), loss)
+    judge, amount = Judge(job, dense), Amount(attempt.removed, None)
+    added = judge.added(attempt, compiled)
+    loss = judge.loss(amount) + added
+    if loss > job.options.drop:
+        steps, least = 1 << STEPS, job.prices.of(attempt.removed).cycles / job.prices.of(job.nothing).cycles
+        path = _Path(np.arange(steps + 1), lambda n: amount if n == steps else Amount(_by_cycles(job, least ** (n / steps)), None))
+        _, attempt, compiled, loss = _within_drop(judge, path, job.options.drop, added=added)
+        stopped = "drop"
+    return Found(attempt, stopped, (dense.cycles, compiled.cycles), loss)
 
 
 def _within_cycles(job: Job, wanted: float, limit: float) -> tuple[Attempt, Compiled, str]:
@@ -134,17 +134,17 @@ def _search_layers(job: Job, drop: float) -> Found:
     patterns = patterns_of(job.dense, job)
     errors = layer_errors(job, patterns)
     order = sorted(patterns, key=lambda name: errors[name] / max(_saved(job, name, patterns[name]), 1e-12))
-    far = np.sqrt(np.cumsum([0.0, *(min(errors[name], 1.0) for name in order)]))  # errors of layers add up, and rows are lost to their root
+    far = np.sqrt(np.cumsum([0.0, *(min(errors[name], 1.0) for name in order)]))  # errors of layers add up, and answers are lost to their root
     path = _Path(far, lambda n: Amount(removed, {name: patterns[name] for name in order[:n]}))
     dense = job.clock.compiled(job.original)
-    attempt, compiled, loss = _within_drop(Judge(job, dense), path, drop)
-    return Found(attempt, "pattern" if len(attempt.patterns) == len(order) else "drop", (dense.cycles, compiled.cycles), loss, errors)
+    index, attempt, compiled, loss = _within_drop(Judge(job, dense), path, drop)
+    return Found(attempt, "pattern" if index == path.end else "drop", (dense.cycles, compiled.cycles), loss, errors)
 
 
 def _saved(job: Job, name: str, pattern: Pattern) -> float:
     """What the pattern takes off a layer: cycles on the target, and multiply-accumulates a little, as shares of the network's."""
     node = job.dense.nodes[name]
-    whole, before, after = job.prices.of(job.nothing), job.prices.part((node,), job.nothing), job.prices.thinned(node, pattern.zeros)
+    whole, before, after = job.prices.of(job.nothing), job.prices.part((node,), job.nothing), job.prices.thinned(node, pattern)
     return (before.cycles - after.cycles) / whole.cycles + ASIDE * (before.macs - after.macs) / max(whole.macs, 1)
 
 
@@ -159,7 +159,7 @@ def _by_cycles(job: Job, share: float) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """Amounts 0 … n − 1 and `far` [n], ascending: what their loss grows with, about in proportion. Amount 0 takes nothing away that a drop limits."""
+    """Amounts 0 … n − 1, and `far` [n], ascending: what their loss grows with, about in proportion. Amount 0 has only what was told to go."""
 
     far: Array
     at: Callable[[int], Amount]
@@ -169,39 +169,36 @@ class _Path:
         return len(self.far) - 1
 
 
-def _within_drop(judge: Judge, path: _Path, drop: float) -> tuple[Attempt, Compiled, float]:
-    """A large amount that keeps the drop in integers, compiled, and its loss; amount 0 if none is found."""
-    allowed = drop
-    for _ in range(ROUNDS):
-        amount, loss = _largest(judge, path, allowed)
-        attempt = try_out(judge.job, amount)
-        compiled = judge.job.clock.compiled(attempt.graph)
-        total = loss + judge.added(attempt, compiled)
-        if total <= drop:
-            return attempt, compiled, total
-        allowed = min(allowed, loss) - (total - drop)
-    attempt = try_out(judge.job, path.at(0))
-    return attempt, judge.job.clock.compiled(attempt.graph), 0.0
+def _within_drop(judge: Judge, path: _Path, drop: float, *, added: float = 0.0) -> tuple[int, Attempt, Compiled, float]:
+    """A large amount that keeps the drop in integers, as its place on the path, fitted and compiled, and its loss; place 0 if none is found.
 
-
-def _largest(judge: Judge, path: _Path, drop: float) -> tuple[Amount, float]:
-    """Of the amounts a large one that keeps the drop in float, and its loss; amount 0 if none does.
-
-    Each place to try is where the straight line between the two nearest measured ones meets the drop.
+    `added`: what integers are known to lose more than floats.
     """
-    low, high, found, loss = 0, path.end, path.at(0), 0.0
-    most = judge.loss(path.at(high)) if high and drop > 0 else math.inf
-    if most <= drop:
-        return path.at(high), most
-    for _ in range(STEPS if drop > 0 else 0):
-        if high - low <= 1 or loss >= USED_UP * drop:
+    measured = {0: judge.loss(path.at(0)) if path.at(0).removed.any() else 0.0}
+    for left in reversed(range(ROUNDS)):
+        place = _largest(judge, path, drop - added, measured) if left else 0
+        attempt = try_out(judge.job, path.at(place))
+        compiled = judge.job.clock.compiled(attempt.graph)
+        added = judge.added(attempt, compiled) if attempt.removed.any() or attempt.patterns else 0.0
+        if measured[place] + added <= drop or not place:
             break
-        aim = path.far[low] + (path.far[high] - path.far[low]) * (drop - loss) / (most - loss)
+    return place, attempt, compiled, measured[place] + added
+
+
+def _largest(judge: Judge, path: _Path, allowed: float, measured: dict[int, float]) -> int:
+    """The place of a large amount whose loss in float is allowed; 0 if none is found. `measured`: the loss by place, which is added to.
+
+    Each place to try is where the straight line between the two nearest measured ones meets what is allowed.
+    """
+    if allowed > measured[0] and path.end not in measured:
+        measured[path.end] = judge.loss(path.at(path.end))
+    for _ in range(STEPS):
+        low = max((place for place, loss in measured.items() if loss <= allowed), default=0)
+        high = min((place for place in measured if place > low), default=low)
+        if high - low <= 1 or not measured[low] < USED_UP * allowed:
+            break
+        share = (allowed - measured[low]) / (measured[high] - measured[low])
+        aim = path.far[low] + (path.far[high] - path.far[low]) * share
         middle = int(np.clip(np.searchsorted(path.far, aim, side="right") - 1, low + 1, high - 1))
-        amount = path.at(middle)
-        measured = judge.loss(amount)
-        if measured > drop:
-            high, most = middle, measured
-        else:
-            low, found, loss = middle, amount, measured
-    return found, loss
+        measured[middle] = judge.loss(path.at(middle))
+    return max((place for place, loss in measured.items() if loss <= allowed), default=0)

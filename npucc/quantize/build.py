@@ -214,7 +214,7 @@ class _Builder:
         return 2 * max(sum(max(-each.low, each.high) for each in ranges), 1.0)
 
     def _is_wide(self, name: str) -> bool:
-        return not self._is_constant(name) and self.scales.of(self.graph, name).dtype == "s16"
+        return not self._is_constant(name) and self.scales.of(self.graph, name).dtype in ("s16", "s32")
 
     def _product_bias(self, node: Node, name: str) -> str:
         """The bias of a product of two activations."""

@@ -63,8 +63,9 @@ def calibrate(
     sums = {(name, axis): np.zeros(graph.tensors[name].shape[axis]) for name, several in axes.items() for axis in several}
     scores = {name: axis for name in histograms if (axis := softmax_axis(graph, name)) is not None}
     operands = _histograms([name for name in moved_operands(graph) if name not in histograms], repeats)
-    loudness: dict[str, list[float]] = {name: [] for name in (*graph.inputs, *graph.outputs) if np.dtype(graph.tensors[name].dtype).kind == "f"}
-    run = tensor_runner(graph, sorted({*histograms, *axes, *operands}))
+    ends = (graph.tensors[name] for name in (*graph.inputs, *graph.outputs))
+    loudness: dict[str, list[float]] = {end.name: [] for end in ends if np.dtype(end.dtype).kind == "f" and not end.is_constant}
+    run = tensor_runner(graph, sorted({*histograms, *axes, *operands, *loudness}))
     total, count = _total(feeds, limit), 0
     first: list[Mapping[str, Array]] = []
     for feed in checked(graph, islice(feeds, limit)):

@@ -1,7 +1,8 @@
 """Chains: where the channels of tensors can be scaled without the network noticing.
 
-The one big idea: follow a channel dimension from the operators that make it (convolution, matrix product, layer normalization: their constants take
-any scale) through those that pass scales on (ReLU, pooling, residual addition, …) to those that read it (their weights take it back).
+The one big idea: follow a channel dimension from the operators that make it (convolution, matrix product, layer normalization, a product with ones:
+their constants take any scale) through those that pass scales on (ReLU, pooling, residual addition, …) to those that read it (their weights take it
+back).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ WORK = 1.6e10  # multiply-accumulates to spend on a network, with more samples t
 SURE = 2.0  # standard errors of a difference: if it is farther from what is asked, more samples wouldn't tell more
 QUIET = 1e-6  # error energy over signal energy that nobody asks to lower (60 dB)
 INAUDIBLE = 1e-8  # what is not told apart from no error in reports
+NUDGE = 1e-3  # dB
 POOR = 30.0  # dB: what is gained up to here counts twice
 GOOD = 45.0  # dB: up to here all that is gained counts, from here to `QUIET` half
 
@@ -49,6 +50,12 @@ def _value(each: float) -> float:
     return each - max(each - GOOD, 0) / 2 - max(POOR - each, 0)
 
 
+def _slope(one: float, other: float) -> float:
+    """What a decibel is worth between the two."""
+    low, high = min(one, other) - NUDGE, max(one, other) + NUDGE
+    return (_value(high) - _value(low)) / (high - low)
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """About a network in integers. `decibels`: signal over error, mean over outputs and samples; `worth`: see there; `loss`: points of accuracy
@@ -61,28 +68,34 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """The samples, those that nothing was fitted to (`held`) first, and the float model's outputs; `rows`: (output, sample) with a signal."""
+    """The samples, those that nothing was fitted to (`held`) first, and the outputs of the (dense) float model; `rows`: (output, sample) with a
+    signal; `unavoidable`: points of accuracy that the float graph itself loses, having been pruned."""
 
     samples: Sequence[Mapping[str, Array]]
     held: int
     wanted: Sequence[Outputs]
     rows: tuple[tuple[str, int], ...]
+    unavoidable: float = 0.0
 
     @classmethod
-    def of(cls, graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, fitted: int) -> Judge:
+    def of(cls, graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, fitted: int, dense: Graph | None = None) -> Judge:
         """For the outputs that have an error in this integer form of the graph. To the first `fitted` feeds weights and biases were fitted: that is
         the same for two ways that differ in their 16 bits, so these feeds join the others where those say too little."""
         fitted = fitted if len(feeds) >= fitted + FEWEST else 0
         most = int(np.clip(WORK / max(work(graph), 1), FEWEST, len(feeds)))
         held = spread(feeds[fitted:], min(most, SAMPLES))
         samples = [*held, *spread(feeds[:fitted], most - len(held))]
-        run = tensor_runner(graph, graph.outputs)
+        run = tensor_runner(dense or graph, graph.outputs)
         wanted = [run(feed) for feed in samples]
         rows = tuple((name, index) for index, each in enumerate(wanted) for name in graph.outputs if has_signal(each[name]))
         every = cls(samples, len(held), wanted, rows)
         ratios = every.attempt(integer).ratios(len(held)).tolist()
         erring = {name for (name, _), ratio in zip(rows, ratios, strict=False) if ratio > NOTHING}
-        return cls(samples, len(held), wanted, tuple(row for row in rows if row[0] in erring))
+        judge = cls(samples, len(held), wanted, tuple(row for row in rows if row[0] in erring))
+        if dense is None:
+            return judge
+        pruned = tensor_runner(graph, graph.outputs)
+        return replace(judge, unavoidable=judge._loss([pruned(feed) for feed in held]))
 
     def outputs(self, count: int) -> list[str]:
         """The output of each row of the first `count` samples."""
@@ -95,11 +108,13 @@ class Judge:
     def verdict(self, attempt: Attempt) -> Verdict:
         """About one way to store the network, on held samples."""
         found = [attempt.run(index) for index in range(self.held)]
-        ratios = attempt.ratios(self.held)
-        decibels = float(np.mean(-10 * np.log10(ratios + INAUDIBLE))) if len(ratios) else 0.0
-        names = self.outputs(self.held)
-        loss = max((self._loss(name, found) for name in dict.fromkeys(names)), default=0.0)
-        return Verdict(decibels, worth(names, ratios), loss)
+        ratios, names = attempt.ratios(self.held), self.outputs(self.held)
+        mean = float(np.mean(-10 * np.log10(ratios + INAUDIBLE))) if len(ratios) else 0.0
+        return Verdict(mean, worth(names, ratios), self._loss(found))
+
+    def _loss(self, found: Sequence[Outputs]) -> float:
+        """Points of accuracy that these outputs of the held samples lose: the upper end of the confidence interval of their mean."""
+        return upper_end(points_lost(dict.fromkeys(self.outputs(self.held)), self.wanted[: self.held], found))
 
     def gains(self, more: Attempt, fewer: Attempt, asked: float) -> bool:
         """Whether `more` is worth over `asked` dB more than `fewer`: on as many samples as it takes to be sure, or on all."""
@@ -116,11 +131,6 @@ class Judge:
         count = len(self.samples)
         gain, error = paired_gain(self.outputs(count), [index for _, index in self.rows], more.ratios(count), fewer.ratios(count))
         return gain - asked > CONFIDENCE * error
-
-    def _loss(self, name: str, found: Sequence[Outputs]) -> float:
-        """Points of accuracy, of one output: the upper end of the confidence interval of their mean over the samples."""
-        indices = [index for output, index in self.rows if output == name and index < self.held]
-        return upper_end(points_lost([self.wanted[index][name] for index in indices], [found[index][name] for index in indices]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +162,7 @@ def paired_gain(outputs: Sequence[str], samples: Sequence[int], first: Array, se
     jackknife's, with one sample left out at a time. A decibel counts there as it does between the two on all samples, so that what moves both is
     no difference."""
     whole = [decibels(outputs, ratios) for ratios in (first, second)]
-    slopes = {
-        name: (_value(there) - _value(here)) / (there - here) if there != here else 1.0
-        for (name, there), here in zip(whole[0].items(), whole[1].values(), strict=True)
-    }
+    slopes = {name: _slope(there, here) for (name, there), here in zip(whole[0].items(), whole[1].values(), strict=True)}
 
     def gain(rows: Sequence[int]) -> float:
         names = [outputs[row] for row in rows]

@@ -52,7 +52,7 @@ class Wide:
 class Mixed:
     """What was chosen by estimate, without what the measurement took back. `before` (as scheme int8: also without measured
     ranges) and `after`: measured signal-to-noise ratio in dB, mean over outputs and samples; `loss`: points of accuracy lost at most,
-    measured; `price`: percent more cycles, all together. `judged`: samples."""
+    measured (of a pruned network all three by the dense one's outputs); `price`: percent more cycles, all together. `judged`: samples."""
 
     chosen: tuple[Wide, ...] = ()
     taken_back: tuple[Wide, ...] = ()
@@ -145,7 +145,7 @@ class _Trial:
     def attempt(self, roots: Set[str]) -> _Way:
         """With 16 bits in these groups, ready to be judged."""
         attempt = self.judge.attempt(self.stored(roots).integer)
-        loss = self.judge.verdict(attempt).loss if self.network.options.limits_drop else 0.0
+        loss = self.judge.verdict(attempt).loss - self.judge.unavoidable if self.network.options.limits_drop else 0.0
         return _Way(attempt, sum(max(self.price[root], 0.0) for root in roots), loss)
 
     def misses(self, fewer: _Way, more: _Way) -> bool:

@@ -2,7 +2,7 @@
 
 The one big idea: 16 bits are nearly free where the vector engine reads a tensor, and double the price of a matrix product. So what adds up
 over a whole network (the residual stream into a layer normalization, attention scores, recurrent state) keeps 16 bits, and matrix
-operators read a copy of it in 8.
+operators read a copy of it in 8. Powers under a root and faint probabilities keep 32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def widen(graph: Graph, groups: Groups, calibration: Calibration, *, direct: Set
 
     `direct`: what is read in 16 bits itself.
     """
-    faint = faint_outputs(graph, calibration, STEPS)
+    faint = faint_outputs(graph, groups, calibration, STEPS)
     wide = wide_roots(graph, groups, outputs=faint)
     copies: dict[str, str] = {}
     first_copies: dict[tuple[str, ...], str] = {}  # of what is repeated
@@ -117,7 +117,8 @@ def _powers(graph: Graph, groups: Groups, wide: set[str]) -> set[str]:
 def _chain(
     graph: Graph, groups: Groups, start: str, made_of: Callable[[Graph, Node], list[str] | None], may_read: Callable[[Node], bool]
 ) -> set[str]:
-    """The groups from `start` back through what each is made of; empty where something else makes (None) or reads one of them."""
+    """The groups from `start` back through the operands that `made_of` names; empty where it refuses (None) what makes a member, or `may_read`
+    what reads one."""
     chain: set[str] = set()
     waiting = [start]
     while waiting:
@@ -138,24 +139,26 @@ def _summed_powers(graph: Graph, node: Node) -> list[str] | None:
     """The operands of a sum of squares; none of a square itself."""
     if node.op == "add" and not any(graph.tensors[each].is_constant for each in node.inputs):
         return list(node.inputs)
-    return [] if OPS[node.op].moves_data or (isinstance(node.attributes, Table) and _is_direct(node, "mul")) else None
+    return [] if node.op in MOVES_LONG or (isinstance(node.attributes, Table) and _is_direct(node, "mul")) else None
+
+
+MOVES_LONG = frozenset({"reshape", "transpose", "slice", "concat", "expand"})  # what moves data in 32 bits
 
 
 def _keeps_power(node: Node) -> bool:
-    moves = node.op in ("reshape", "transpose", "slice", "concat", "expand")
-    return moves or node.op == "add" or (isinstance(node.attributes, Table) and _is_direct(node, "sqrt"))
+    return node.op in MOVES_LONG or node.op == "add" or (isinstance(node.attributes, Table) and _is_direct(node, "sqrt"))
 
 
-def faint_outputs(graph: Graph, calibration: Calibration, steps: int) -> list[str]:
+def faint_outputs(graph: Graph, groups: Groups, calibration: Calibration, steps: int) -> list[str]:
     """Small outputs whose faint samples would be lost in so many steps, as small probabilities are."""
     few = max(1.0, SMALL_OUTPUT * sum(node_macs(graph, node) for node in graph))
-    small = [name for name in graph.outputs if name in calibration.histograms and math.prod(graph.tensors[name].shape) <= few]
-    return [name for name in small if _quiet_ratio(calibration.histograms[name], calibration.loudness.get(name, []), steps) < SMALLEST_BULK]
+    small = [name for name in graph.outputs if calibration.loudness.get(name) and math.prod(graph.tensors[name].shape) <= few]
+    return [name for name in small if _quiet_ratio(group_histogram(calibration, groups, name), calibration.loudness[name], steps) < SMALLEST_BULK]
 
 
 def _faint_functions(graph: Graph, groups: Groups, wide: set[str], calibration: Calibration) -> set[str]:
     """Among the wide groups, functions (and what is chosen among their results) that are outputs too faint for 16 bits: 32 bits."""
-    names = faint_outputs(graph, calibration, WIDE_STEPS)
+    names = faint_outputs(graph, groups, calibration, WIDE_STEPS)
     chains = (_chain(graph, groups, groups.root(name), _chosen_functions, _only_chooses) for name in names)
     return {root for chain in chains if chain <= wide for root in chain}
 
@@ -164,11 +167,11 @@ def _chosen_functions(graph: Graph, node: Node) -> list[str] | None:
     """What a choice is made among; nothing for a function."""
     if node.op == "where":
         return [name for name in node.inputs[1:] if not graph.tensors[name].is_constant]
-    return [] if OPS[node.op].moves_data or isinstance(node.attributes, Table) else None
+    return [] if node.op in MOVES_LONG or (isinstance(node.attributes, Table) and not _is_direct(node, "sqrt")) else None
 
 
 def _only_chooses(node: Node) -> bool:
-    return node.op in ("compare", "where") or OPS[node.op].moves_data
+    return node.op in MOVES_LONG or node.op in ("compare", "where")
 
 
 def _is_direct(node: Node, instruction: str) -> bool:

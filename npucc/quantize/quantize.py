@@ -147,7 +147,7 @@ def _stored(network: Network, target: Target | None) -> tuple[Rounded, Mixed]:
         rounded = network.with_corrected_biases(rounded)
         return rounded, mixed
     fitted = max(options.bias_samples, options.round_samples)
-    judge = Judge.of(network.dense or rounded.graph, rounded.integer, network.calibration.first, fitted=fitted)
+    judge = Judge.of(rounded.graph, rounded.integer, network.calibration.first, fitted=fitted, dense=network.dense)
     plain = network.with_corrected_biases(rounded)
     best = _Judged.of(judge, plain)
     ways = [network.without_corrections(plain)] * bool(network.corrections)

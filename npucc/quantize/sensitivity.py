@@ -85,9 +85,8 @@ def measure(
     """
     chosen = tuple(roots)
     stored = tensor_runner(_with_stored_weights(graph, integer), graph.outputs)
-    exact = tensor_runner(graph, graph.outputs)
-    wanted = tensor_runner(dense, graph.outputs) if dense else exact
-    probe = _Probe(graph, _switched_runner(graph, scales, chosen), exact, wanted, stored, progress)
+    exact, whole = tensor_runner(graph, graph.outputs), tensor_runner(dense, graph.outputs) if dense else None
+    probe = _Probe(graph, _switched_runner(graph, scales, chosen), exact, whole, stored, progress)
     first = _first_round(probe.on(spread(feeds, affordable_samples(graph, min(len(chosen), BUNDLES), most=FIRST))), chosen)
     important = first.important()
     second = probe.on(spread(feeds, affordable_samples(graph, len(important))))
@@ -129,20 +128,22 @@ def _different(quants: Mapping[str, Quant], used: Quant) -> dict[str, Quant]:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """The float model, with switches, as it is, as it should be (which is the same, unless it was pruned), and with stored weights."""
+    """The float model, with switches, as it is, as it was before it was pruned (if it was), and with stored weights."""
 
     graph: Graph
     switched: SwitchedRun
     exact: Run
-    wanted: Run
+    dense: Run | None
     stored: Run
     progress: Progress | None
 
     def on(self, samples: Sequence[Mapping[str, Array]]) -> _Trial:
         """Ready to try groups on these samples."""
         wanted = [self.exact(feed) for feed in samples]
-        rows = [(name, index) for index, outputs in enumerate(wanted) for name in self.graph.outputs if has_signal(outputs[name])]
-        weights = _ratios([self.stored(feed) for feed in samples], [self.wanted(feed) for feed in samples], rows)
+        dense = [self.dense(feed) for feed in samples] if self.dense else wanted
+        places = ((name, index) for index in range(len(samples)) for name in self.graph.outputs)
+        rows = [(name, index) for name, index in places if has_signal(wanted[index][name]) and has_signal(dense[index][name])]
+        weights = _ratios([self.stored(feed) for feed in samples], dense, rows)
         return _Trial(self.switched, samples, wanted, rows, weights, self.progress)
 
 

@@ -13,7 +13,7 @@ from npucc.errors import QuantizeError
 from npucc.evaluate import ErrorSum
 from npucc.export import to_onnx
 from npucc.graph import Graph
-from npucc.loss import margin_deviation, turned_over
+from npucc.loss import margin_deviation, points_lost, turned_over
 from npucc.lowering import lower
 from npucc.quantize import QuantizeOptions, quantize, sensitivity
 from npucc.quantize.judge import QUIET, Attempt, Judge, paired_gain
@@ -202,6 +202,24 @@ def test_a_drop_is_kept_and_estimated_honestly() -> None:
     lost = [np.take_along_axis(probable, each, axis=1).sum() for each in chosen]
     measured = (lost[0] - lost[1]) / len(rows)
     assert turned_over(rows, margin_deviation([(rows, noisy)])) == pytest.approx(measured, rel=0.3)
+
+
+def test_points_lost_are_of_answers_where_there_are_some() -> None:
+    """Silent samples, masked classes, probabilities a little over one, and features beside scores are no reason to give up."""
+    random = np.random.default_rng(0)
+    scores = [random.normal(0, 4, (1, 5)).astype(np.float32) for _ in range(8)]
+    masked = [np.where(np.arange(5) == index % 5, np.float32(-np.inf), rows) for index, rows in enumerate(scores)]
+    features = [random.normal(0, 0.01, (1, 50)).astype(np.float32) for _ in range(8)]
+    wanted = [{"y": rows, "f": each} for rows, each in zip(masked, features, strict=True)]
+    found = [{"y": rows + np.float32(0.01), "f": -each} for rows, each in zip(masked, features, strict=True)]
+    lost = points_lost(["f", "y"], wanted, found)
+    assert len(lost) == 8
+    assert max(lost) < 0.5
+    assert min(points_lost(["f"], wanted, found)) == 100
+    quiet = [{"f": each * (index > 0)} for index, each in enumerate(features)]
+    assert max(points_lost(["f"], quiet, [{"f": each["f"] + np.float32(1e-5)} for each in quiet])) < 0.1
+    sure = [{"p": np.full((1, 1), value, np.float32)} for value in (0.999, 0.2)]
+    assert max(points_lost(["p"], sure, [{"p": each["p"] * np.float32(1.002)} for each in sure])) < 0.1
 
 
 def test_prices_are_what_the_compiled_program_takes() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npucc import ops, reference
+from npucc import compiler, ops, reference
 from npucc.errors import QuantizeError
 from npucc.evaluate import compare
 from npucc.export import to_onnx
@@ -475,7 +475,8 @@ def test_faint_probabilities_keep_their_bits_exactly() -> None:
     net.input("x", 1, 16)
     net.op("matmul", ["x", net.constant("w", np.full((16, 8), 0.25, np.float32))], "hidden", ops.MatMul((0.0, np.inf)))
     net.op("matmul", ["hidden", net.constant("v", np.full((8, 1), 0.5, np.float32)), net.constant("b", np.full(1, -13.0, np.float32))], "logit")
-    net.op("table", ["logit"], "probability", ops.Table(("sigmoid", "x")))
+    net.op("table", ["logit"], "sigmoid", ops.Table(("sigmoid", "x")))
+    net.op("reshape", ["sigmoid"], "probability", ops.Reshape((1,)))
     graph = net.graph("probability")
     feeds = [{"x": np.full((1, 16), level, np.float32)} for level in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.9)]
     quantized = quantize(graph, feeds, options=INT8).graph
@@ -486,6 +487,9 @@ def test_faint_probabilities_keep_their_bits_exactly() -> None:
         np.testing.assert_array_equal(found.astype(np.float32), run_session(session, feed)["probability"])
         exact = 1 / (1 + np.exp(13 - 16 * feed["x"].max()))
         assert found.item() == pytest.approx(exact, rel=0.15)
+    again = quantize(compiler.float_graph(to_onnx(quantized), {}), None).graph  # the exported model brings all its scales
+    for feed in feeds:
+        assert reference.run_outputs(again, feed)["probability"] == reference.run_outputs(quantized, feed)["probability"]
 
 
 def test_what_has_no_8_bit_form_is_refused() -> None:
