@@ -168,17 +168,17 @@ def is_expression(value: object) -> bool:
 def evaluate(expression: Expression, x: Floats) -> Floats:
     """The expression at every element of `x`, each operation rounded to float32. Same shape as `x`; may hold NaN and infinities."""
     x = np.asarray(x, np.float32)
-    known: dict[int, Any] = {}
-
-    def value(part: Expression) -> Any:
-        if isinstance(part, tuple):
-            if id(part) not in known:
-                known[id(part)] = _apply(FUNCTIONS[part[0]], [value(argument) for argument in part[1:]])
-            return known[id(part)]
-        return x if part == "x" else np.float32(part)
-
     with np.errstate(all="ignore"):
-        return np.array(np.broadcast_to(value(expression), x.shape), np.float32)
+        return np.array(np.broadcast_to(_value(expression, x, {}), x.shape), np.float32)
+
+
+def _value(part: Expression, x: Floats, known: dict[int, Any]) -> Any:
+    """Of a part of an expression; `known`: of those that were met before. (A function within `evaluate` would be a cycle that keeps large arrays.)"""
+    if not isinstance(part, tuple):
+        return x if part == "x" else np.float32(part)
+    if id(part) not in known:
+        known[id(part)] = _apply(FUNCTIONS[part[0]], [_value(argument, x, known) for argument in part[1:]])
+    return known[id(part)]
 
 
 def _apply(function: Function, arguments: list[Any]) -> Any:
