@@ -153,7 +153,8 @@ def faint_outputs(graph: Graph, groups: Groups, calibration: Calibration, steps:
     """Small outputs whose faint samples would be lost in so many steps, as small probabilities are."""
     few = max(1.0, SMALL_OUTPUT * sum(node_macs(graph, node) for node in graph))
     small = [name for name in graph.outputs if calibration.loudness.get(name) and math.prod(graph.tensors[name].shape) <= few]
-    return [name for name in small if _quiet_ratio(group_histogram(calibration, groups, name), calibration.loudness[name], steps) < SMALLEST_BULK]
+    seen = {name: histogram for name in small if (histogram := group_histogram(calibration, groups, name)).observed.width}
+    return [name for name, histogram in seen.items() if _quiet_ratio(histogram, calibration.loudness[name], steps) < SMALLEST_BULK]
 
 
 def _faint_functions(graph: Graph, groups: Groups, wide: set[str], calibration: Calibration) -> set[str]:
