@@ -133,7 +133,8 @@ def _search_layers(job: Job, drop: float) -> Found:
     removed = choose(job.curves, job.prices, lambda _: True)
     patterns = patterns_of(job.dense, job)
     errors = layer_errors(job, patterns)
-    order = sorted(patterns, key=lambda name: errors[name] / max(_saved(job, name, patterns[name]), 1e-12))
+    saved = _saved(job, patterns)
+    order = sorted(patterns, key=lambda name: errors[name] / max(saved[name], 1e-12))
     far = np.sqrt(np.cumsum([0.0, *(min(errors[name], 1.0) for name in order)]))  # errors of layers add up, and answers are lost to their root
     path = _Path(far, lambda n: Amount(removed, {name: patterns[name] for name in order[:n]}))
     dense = job.clock.compiled(job.original)
@@ -141,11 +142,14 @@ def _search_layers(job: Job, drop: float) -> Found:
     return Found(attempt, "pattern" if index == path.end else "drop", (dense.cycles, compiled.cycles), loss, errors)
 
 
-def _saved(job: Job, name: str, pattern: Pattern) -> float:
-    """What the pattern takes off a layer: cycles on the target, and multiply-accumulates a little, as shares of the network's."""
-    node = job.dense.nodes[name]
-    whole, before, after = job.prices.of(job.nothing), job.prices.part((node,), job.nothing), job.prices.thinned(node, pattern)
-    return (before.cycles - after.cycles) / whole.cycles + ASIDE * (before.macs - after.macs) / max(whole.macs, 1)
+def _saved(job: Job, patterns: Mapping[str, Pattern]) -> dict[str, float]:
+    """By layer what its pattern takes off: cycles on the target, and multiply-accumulates a little, as shares of the network's."""
+    whole, saved = job.prices.of(job.nothing), {}
+    for name, pattern in patterns.items():
+        node = job.dense.nodes[name]
+        before, after = job.prices.part((node,), job.nothing), job.prices.thinned(node, pattern)
+        saved[name] = (before.cycles - after.cycles) / whole.cycles + ASIDE * (before.macs - after.macs) / max(whole.macs, 1)
+    return saved
 
 
 def _by_cycles(job: Job, share: float) -> Array:

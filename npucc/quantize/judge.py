@@ -27,7 +27,7 @@ WORK = 1.6e10  # multiply-accumulates to spend on a network, with more samples t
 SURE = 2.0  # standard errors of a difference: if it is farther from what is asked, more samples wouldn't tell more
 QUIET = 1e-6  # error energy over signal energy that nobody asks to lower (60 dB)
 INAUDIBLE = 1e-8  # what is not told apart from no error in reports
-NUDGE = 1e-3  # dB
+NUDGE = 1e-3  # dB: how far apart two are taken to be at least
 POOR = 30.0  # dB: what is gained up to here counts twice
 GOOD = 45.0  # dB: up to here all that is gained counts, from here to `QUIET` half
 
@@ -80,7 +80,8 @@ class Judge:
     @classmethod
     def of(cls, graph: Graph, integer: Graph, feeds: Sequence[Mapping[str, Array]], *, fitted: int, dense: Graph | None = None) -> Judge:
         """For the outputs that have an error in this integer form of the graph. To the first `fitted` feeds weights and biases were fitted: that is
-        the same for two ways that differ in their 16 bits, so these feeds join the others where those say too little."""
+        the same for two ways that differ in their 16 bits, so these feeds join the others where those say too little. `dense`: the graph before it
+        was pruned, whose outputs count."""
         fitted = fitted if len(feeds) >= fitted + FEWEST else 0
         most = int(np.clip(WORK / max(work(graph), 1), FEWEST, len(feeds)))
         held = spread(feeds[fitted:], min(most, SAMPLES))
